@@ -1,0 +1,66 @@
+# make reproduce: from a bare Python 3.11 to every figure of the mini profile. `make` alone lists the targets.
+PYTHON  ?= python3.11
+PROFILE ?= mini
+CORES   ?= all
+
+BIN       := .venv/bin
+INSTALLED := .venv/.installed
+SNAKEMAKE  = $(BIN)/snakemake --cores $(CORES) --keep-going --quiet host rules reason
+SCRATCH   := $(CURDIR)/build/test
+TEST_ENV   = FUNGI_STORE=$(SCRATCH)/store FUNGI_FIGURES=$(SCRATCH)/figures
+
+.PHONY: help install reproduce lite paper lab test lint normalize refresh lock clean
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | awk -F'\t' '{printf "make %-10s %s\n", $$1, $$2}'
+
+install: $(INSTALLED)  ## .venv with the locked versions (4 GB, a few minutes; nothing to do the second time)
+
+$(INSTALLED): pyproject.toml requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+		|| { echo "Python 3.11 is needed and $(PYTHON) is none: install it, or name one with PYTHON=/path/to/python3.11"; exit 1; }
+	@test -x $(BIN)/python || { echo "creating .venv"; $(PYTHON) -m venv .venv; }
+	@echo "installing requirements.lock into .venv (once; a few minutes)"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements.lock
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+reproduce: $(INSTALLED)  ## run every notebook of PROFILE (mini) on CORES (all); figures land in figures/PROFILE
+	@$(SNAKEMAKE) --config profile=$(PROFILE) || { echo "failed; partial notebooks: $$(ls runs/$(PROFILE)/*.failed.ipynb 2>/dev/null)"; exit 1; }
+	@echo "done: figures/$(PROFILE) holds the figures, runs/$(PROFILE) the executed notebooks"
+
+lite:  ## the lite profile: make lite DATA=folder of the packed data sets
+	@test -d "$(DATA)" || { echo "make lite DATA=folder: '$(DATA)' is no folder"; exit 1; }
+	@FUNGI_DATA="$(abspath $(DATA))" $(MAKE) --no-print-directory reproduce PROFILE=lite
+
+paper:  ## the paper profile: a GPU machine; data and weights in FUNGI_DATA or data/downloads
+	@$(MAKE) --no-print-directory reproduce PROFILE=paper
+
+lab: $(INSTALLED)  ## open JupyterLab at the first notebook
+	$(BIN)/jupyter lab notebooks/00_start_here.ipynb
+
+lint: $(INSTALLED)  ## style of code and notebooks
+	$(BIN)/ruff check .
+
+# Features are extracted once, into build/test, for the contract and nbval alike; committed figures stay as they are.
+test: $(INSTALLED) lint  ## everything that CI runs
+	@rm -rf $(SCRATCH)
+	$(TEST_ENV) $(BIN)/python -m pytest -q tests
+	$(TEST_ENV) $(BIN)/python -m pytest -q --nbval-lax notebooks
+
+normalize: $(INSTALLED)  ## strip times and versions from notebooks saved in JupyterLab (before a commit)
+	$(BIN)/python -m fungi_core.run --normalize notebooks/*.ipynb
+
+refresh: $(INSTALLED)  ## execute all notebooks in place with their defaults, then normalize
+	cd notebooks && for nb in *.ipynb; do echo $$nb; ../$(BIN)/jupyter execute --inplace $$nb || exit 1; done
+	@$(MAKE) --no-print-directory normalize
+
+lock:  ## write requirements.lock from the present .venv
+	@{ echo "# What the Makefile installs, with CPython 3.11 from PyPI. Written by 'make lock' from a .venv that passed the tests."; \
+	   $(BIN)/python -m pip freeze -q --exclude-editable \
+	   | sed -E '/^(nvidia-|cuda-|triton=)/ s/$$/ ; sys_platform == "linux"/'; } > build.lock && mv build.lock requirements.lock
+
+clean:  ## remove what runs and tests made (features too); the figures and .venv stay
+	rm -rf runs build data/store .snakemake .pytest_cache .ruff_cache .hypothesis *.egg-info
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,202 @@
+"""Train the mini backbones from scratch on the 100 classes of Tiny-ImageNet.
+
+    FUNGI_DATA=... python data/backbones/train.py vit_mini.sup_tin100 [--epochs 24] [--seed 0]
+
+Writes ``<name>.safetensors`` (fp16) and ``<name>.json`` (recipe, curve, time, machine) beside this file.
+Two recipes: ``sup`` is cross-entropy with label smoothing; ``simclr`` is NT-Xent on two crops, no labels.
+Both use random resized crops, flips and colour gain, Muon for the
+blocks' matrices and AdamW for the rest on one-cycle schedules, and bf16 autocast
+with unfused attention (on CPUs the fused kernel's backward is the slower one).
+"""
+
+import argparse
+import io
+import json
+import os
+import platform
+import time
+from pathlib import Path
+
+import numpy as np
+import timm.layers
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import save_file
+from timm.models.vision_transformer import VisionTransformer
+
+HERE = Path(__file__).resolve().parent
+MEAN, STD = 0.5, 0.25
+ARCHITECTURES = {
+    "vit_mini": dict(img_size=64, patch_size=8, embed_dim=192, depth=9, num_heads=3),
+    "vit_micro": dict(img_size=64, patch_size=8, embed_dim=128, depth=6, num_heads=2),
+}
+RECIPES = {  # patch_drop: share of tokens dropped until `full_from` of the steps; the rest of the training sees whole images
+    "vit_mini.sup_tin100": dict(epochs=24, batch=256, lr=1.5e-3, weight_decay=0.05, patch_drop=0.5, full_from=0.7),
+    "vit_micro.sup_tin100": dict(epochs=20, batch=256, lr=2e-3, weight_decay=0.05, patch_drop=0.25, full_from=0.7),
+    "vit_mini.simclr_tin100": dict(epochs=10, batch=512, lr=1.5e-3, weight_decay=0.05, patch_drop=0.5, full_from=0.9),
+}
+
+
+def load_images(folder: Path):
+    """uint8 tensors (N, 3, 64, 64) and int64 labels (N,) of the train and validation split."""
+    with np.load(folder / "tiny_imagenet_100a.npz") as packed:
+        blob, offsets = packed["data"], packed["offsets"]
+        labels, split = packed["labels"].astype(np.int64), packed["split"]
+    images = np.empty((len(labels), 3, 64, 64), np.uint8)
+    for i in range(len(labels)):
+        with Image.open(io.BytesIO(blob[offsets[i] : offsets[i + 1]].tobytes())) as image:
+            images[i] = np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+    images, labels = torch.from_numpy(images), torch.from_numpy(labels)
+    return [(images[torch.from_numpy(split == s)], labels[torch.from_numpy(split == s)]) for s in (0, 1)]
+
+
+def normalize(images):
+    return (images.float() / 255 - MEAN) / STD
+
+
+def augment(images, generator, min_scale, jitter):
+    """Random resized crop, flip and colour changes, one draw per image. (B, 3, H, W) uint8 -> float, normalised."""
+    batch = len(images)
+    uniform = lambda low, high, *shape: low + (high - low) * torch.rand(batch, *shape, generator=generator)
+    area, aspect = uniform(min_scale, 1.0), torch.exp(uniform(-0.288, 0.288))  # aspect ratio in [3/4, 4/3]
+    width, height = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
+    flip = torch.where(uniform(0, 1) < 0.5, -1.0, 1.0)
+    theta = torch.zeros(batch, 2, 3)
+    theta[:, 0, 0], theta[:, 1, 1] = width * flip, height
+    theta[:, 0, 2], theta[:, 1, 2] = uniform(-1, 1) * (1 - width), uniform(-1, 1) * (1 - height)
+    grid = F.affine_grid(theta, images.shape, align_corners=False)
+    out = F.grid_sample(normalize(images), grid, padding_mode="reflection", align_corners=False)
+    gray = out.mean(1, keepdim=True)
+    saturation = uniform(1 - jitter, 1 + jitter, 1, 1, 1)
+    if jitter > 0.3:  # the contrastive recipe also drops colour altogether for one image in five
+        saturation = torch.where(uniform(0, 1, 1, 1, 1) < 0.2, 0.0, saturation)
+    out = gray + (out - gray) * saturation
+    mean = out.mean((1, 2, 3), keepdim=True)
+    out = mean + (out - mean) * uniform(1 - jitter, 1 + jitter, 1, 1, 1)  # contrast
+    return out + uniform(-jitter, jitter, 1, 1, 1) + uniform(-jitter, jitter, 3, 1, 1) / 2  # brightness, channel gain
+
+
+def cutout(images, generator, size=24):
+    """Blank one square of ``size`` pixels per image, in place (value 0 = the mean colour)."""
+    side = images.shape[-1]
+    corner = torch.randint(0, side - size + 1, (len(images), 2), generator=generator)
+    index = torch.arange(side)
+    inside = (index >= corner[..., None]) & (index < corner[..., None] + size)  # (B, 2, side)
+    return images.mul_((~(inside[:, 0, :, None] & inside[:, 1, None, :]))[:, None].to(images.dtype))
+
+
+def supervised_loss(forward, model, images, labels, generator):
+    logits = forward(cutout(augment(images, generator, 0.35, 0.2), generator))
+    return F.cross_entropy(logits.float(), labels, label_smoothing=0.1)
+
+
+def simclr_loss(forward, model, images, labels, generator, temperature=0.2):
+    views = torch.cat([augment(images, generator, 0.2, 0.4) for _ in range(2)])
+    z = F.normalize(forward(views).float(), dim=1)
+    similarity = (z @ z.T / temperature).fill_diagonal_(-1e9)
+    half = len(images)
+    return F.cross_entropy(similarity, torch.arange(2 * half).roll(half))  # the positive of i is i +- half
+
+
+@torch.no_grad()
+def embed(model, images):
+    model.eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = [model.forward_head(model.forward_features(normalize(x)), pre_logits=True).float() for x in images.split(500)]
+    model.train()
+    return torch.cat(out)
+
+
+@torch.no_grad()
+def knn_accuracy(model, train, test, k=20):
+    """Percent correct of cosine k-nearest neighbours, every fourth training image as the memory bank."""
+    bank, query = (F.normalize(embed(model, x), dim=1) for x in (train[0][::4], test[0]))
+    votes = train[1][::4][(query @ bank.T).topk(k).indices]
+    return 100 * (F.one_hot(votes).sum(1).argmax(1) == test[1]).float().mean().item()
+
+
+@torch.no_grad()
+def top1(model, test):
+    head = model.head(embed(model, test[0]))
+    return 100 * (head.argmax(1) == test[1]).float().mean().item()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=RECIPES)
+    parser.add_argument("--epochs", type=float, help="default: the recipe's")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=HERE)
+    parser.add_argument("--compile", action="store_true", help="torch.compile the trunk (needs a C++ compiler)")
+    args = parser.parse_args()
+    recipe = dict(RECIPES[args.name])
+    if args.epochs:
+        recipe["epochs"] = args.epochs
+    supervised = ".sup_" in args.name
+    timm.layers.set_fused_attn(False)
+    torch.manual_seed(args.seed)  # only the initial weights and the patch dropout use the global generator
+    generator = torch.Generator().manual_seed(args.seed)
+    train, test = load_images(Path(os.environ["FUNGI_DATA"]))
+
+    architecture = ARCHITECTURES[args.name.split(".")[0]]
+    model = VisionTransformer(**architecture, num_classes=100 if supervised else 0, patch_drop_rate=recipe["patch_drop"])
+    width = architecture["embed_dim"]
+    projector = torch.nn.Sequential(torch.nn.Linear(width, 512), torch.nn.GELU(), torch.nn.Linear(512, 128))
+    network = model if supervised else torch.nn.Sequential(model, projector)
+    forward = torch.compile(network) if args.compile else network
+    blocks = [p for p in model.blocks.parameters() if p.ndim == 2]  # hidden matrices: Muon; everything else: AdamW
+    others = [p for p in network.parameters() if not any(p is q for q in blocks)]
+    optimizers = [torch.optim.AdamW(others, lr=recipe["lr"], weight_decay=0.0, betas=(0.9, 0.98), fused=True)]
+    muon = dict(lr=recipe["lr"], weight_decay=recipe["weight_decay"], adjust_lr_fn="match_rms_adamw")
+    optimizers.append(torch.optim.Muon(blocks, **muon))
+    per_epoch = len(train[0]) // recipe["batch"]
+    steps = int(recipe["epochs"] * per_epoch)
+    schedules = [
+        torch.optim.lr_scheduler.OneCycleLR(o, recipe["lr"], steps, pct_start=0.15, cycle_momentum=False) for o in optimizers
+    ]
+    loss_of = supervised_loss if supervised else simclr_loss
+
+    start, curve, running = time.time(), [], 0.0
+    for step in range(steps):
+        if step % per_epoch == 0:
+            order = torch.randperm(len(train[0]), generator=generator)
+        if step == int(recipe["full_from"] * steps):
+            model.patch_drop.prob = 0.0
+            forward = torch.compile(network) if args.compile else network
+        index = order[(step % per_epoch) * recipe["batch"] :][: recipe["batch"]]
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = loss_of(forward, model, train[0][index], train[1][index], generator)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        for optimizer, schedule in zip(optimizers, schedules):
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        running += (loss.item() - running) / (step % per_epoch + 1)
+        if (step + 1) % per_epoch == 0 or step + 1 == steps:
+            epoch = (step + 1) / per_epoch
+            row = dict(epoch=round(epoch, 2), loss=round(running, 4), minutes=round((time.time() - start) / 60, 1))
+            if supervised:
+                row["val_top1"] = round(top1(model, test), 2)
+            if epoch % 5 == 0 or step + 1 == steps:
+                row["val_knn20"] = round(knn_accuracy(model, train, test), 2)
+            curve.append(row)
+            running = 0.0
+            print(json.dumps(row), flush=True)
+
+    state = {k: v.detach().half().contiguous() for k, v in model.state_dict().items()}
+    save_file(state, args.out / f"{args.name}.safetensors", metadata={"name": args.name, "seed": str(args.seed)})
+    card = dict(
+        name=args.name, architecture=architecture, recipe=recipe, seed=args.seed, curve=curve,
+        minutes=curve[-1]["minutes"], parameters=sum(p.numel() for p in model.parameters()),
+        machine=f"{platform.machine()}, {os.cpu_count()} cores, {platform.python_implementation()} {platform.python_version()}",
+        versions=dict(torch=torch.__version__, timm=timm.__version__),
+        data="Tiny-ImageNet, 100 classes, 400 training and 50 validation images a class (packed file tiny_imagenet_100a.npz)",
+        terms="trained on ImageNet images: non-commercial research use",
+    )  # fmt: skip
+    (args.out / f"{args.name}.json").write_text(json.dumps(card, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

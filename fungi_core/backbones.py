@@ -1,0 +1,261 @@
+"""Named encoders: a table of what the paper used and of the committed mini checkpoints, and ``load`` to get one frozen.
+
+To add a backbone, add one ``Spec`` to ``BACKBONES``; any other timm name works without an entry, and
+``random:<timm name>`` gives that architecture with seeded random weights (benchmarks, tests; no network).
+"""
+
+import copy
+import hashlib
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from timm.data import resolve_data_config
+from timm.layers.attention import Attention
+from timm.models.vision_transformer import Block, VisionTransformer
+
+from . import paths
+from .gradients import Factors, linear_layer, loss_gradients, rows, tapped_factors
+
+MINI = {  # 64 px, patch 8; trained by data/backbones/train.py
+    "vit_mini": dict(img_size=64, patch_size=8, embed_dim=192, depth=9, num_heads=3),
+    "vit_micro": dict(img_size=64, patch_size=8, embed_dim=128, depth=6, num_heads=2),
+}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One row of the table: ``pca`` is the paper's PCA size (Table 16), None the embedding's own width."""
+
+    name: str
+    title: str
+    licence: str
+    pca: int | None = None
+    layer: str = "blocks.11.attn.proj"
+    size: int = 224
+
+
+TIN = "trained on ImageNet images: non-commercial research"
+BACKBONES: dict[str, Spec] = {
+    spec.name: spec
+    for spec in (
+        Spec("vit_mini.sup_tin100", "mini, supervised", TIN, layer="blocks.8.attn.proj", size=64),
+        Spec("vit_micro.sup_tin100", "micro, supervised", TIN, layer="blocks.5.attn.proj", size=64),
+        Spec("vit_mini.simclr_tin100", "mini, SimCLR", TIN, layer="blocks.8.attn.proj", size=64),
+        Spec("vit_base_patch14_dinov2.lvd142m", "DINOv2 ViT-B/14", "Apache 2.0", 512),
+        Spec("vit_base_patch16_224.dino", "DINO ViT-B/16", "Apache 2.0", 512),
+        Spec("vit_small_patch16_224.dino", "DINO ViT-S/16", "Apache 2.0", 384),
+        Spec("deit_base_patch16_224.fb_in1k", "DeiT ViT-B/16", "Apache 2.0", 512),
+        Spec("vit_small_patch16_224.augreg_in1k", "AugReg IN1K ViT-S/16", "Apache 2.0", 384),
+        Spec("vit_base_patch16_224.augreg_in1k", "AugReg IN1K ViT-B/16", "Apache 2.0", 512),
+        Spec("vit_small_patch16_224.augreg_in21k", "AugReg IN21K ViT-S/16", "Apache 2.0", 384),
+        Spec("vit_base_patch16_224.augreg_in21k", "AugReg IN21K ViT-B/16", "Apache 2.0", 512),
+        Spec("vit_large_patch16_224.augreg_in21k", "AugReg IN21K ViT-L/16", "Apache 2.0", 512, "blocks.23.attn.proj"),
+        Spec("vit_base_patch16_224.mae", "MAE ViT-B/16", "CC BY-NC 4.0", 512),
+        Spec("vit_base_patch16_clip_224.openai", "CLIP ViT-B/16", "MIT", 512),
+        Spec("eva02_base_patch16_clip_224.merged2b", "EVA CLIP ViT-B/16", "MIT", 512),
+    )
+}
+
+
+def auto_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def auto_dtype(device: str) -> torch.dtype:
+    """bf16 where the hardware multiplies it faster than fp32 (CUDA, CPUs with AMX or AVX-512 bf16), else fp32."""
+    fast = device.startswith("cuda") or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+@dataclass
+class Backbone:
+    """A frozen encoder: ``embed`` gives embeddings, ``factors`` embeddings and per-sample gradient factors."""
+
+    name: str
+    model: torch.nn.Module
+    layer: str
+    size: int
+    mean: torch.Tensor
+    std: torch.Tensor
+    crop_ratio: float = 1.0
+    pca: int | None = None
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    fast: bool = True  # False forces the general path (tests, comparisons)
+    _tails: dict = field(default_factory=dict, repr=False)
+
+    def embed(self, views: torch.Tensor) -> torch.Tensor:
+        """(N, 3, s, s) in the backbone's dtype -> (N, D): pooled and normalised as timm reads it out, before any classifier."""
+        if hasattr(self.model, "forward_head"):
+            return self.model.forward_head(self.model.forward_features(views), pre_logits=True)
+        return self.model(views)
+
+    @cached_property
+    def width(self) -> int:
+        with torch.inference_mode():
+            out = self.embed(torch.zeros(1, 3, self.size, self.size, device=self.device, dtype=self.dtype))
+        if out.ndim != 2:
+            raise ValueError(f"{self.name} gives embeddings of shape {tuple(out.shape)}; it must give (N, D)")
+        return out.shape[1]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the weights in fp32: two checkpoints under one name never share features."""
+        digest = hashlib.blake2b(digest_size=16)
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(name.encode() + tensor.float().cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+    def gradient_size(self, layer: str | None = None) -> int:
+        """Entries of one gradient: D_out * (D_in + 1) with a bias."""
+        module = linear_layer(self.model, layer or self.layer)
+        return module.out_features * (module.in_features + (module.bias is not None))
+
+    def reads_class_token(self, layers: list[str]) -> bool:
+        """Whether only the class token's row matters behind the target layer, so that the fast path applies."""
+        model = self.model
+        if type(model) is not VisionTransformer or model.global_pool != "token" or model.attn_pool is not None:
+            return False
+        block = model.blocks[-1]
+        known = type(block) is Block and type(block.attn) is Attention and block.attn.gate is None
+        return known and layers == [f"blocks.{len(model.blocks) - 1}.attn.proj"]
+
+    def factors(self, views: torch.Tensor, loss, layers: list[str] | None = None) -> tuple[torch.Tensor, list[Factors]]:
+        """Embeddings (B, V, D) float32 and the factors at each layer; views (B, V, 3, s, s), loss: (B, V, D) -> (B,)."""
+        layers = layers or [self.layer]
+        if self.fast and self.reads_class_token(layers):
+            return self._class_token_factors(views, loss)
+        return tapped_factors(self.model, self.embed, views, loss, layers)
+
+    def _class_token_factors(self, views, loss):
+        batch, count = views.shape[:2]
+        flat = views.flatten(0, 1)  # (B * V, 3, s, s)
+        proj = self.model.blocks[-1].attn.proj
+        attention = torch.empty(len(flat), proj.in_features, device=flat.device)
+        residual = torch.empty(len(flat), proj.out_features, device=flat.device)
+        tokens = self.model.patch_embed.num_patches + self.model.num_prefix_tokens
+        chunk = max(1, (6400 if self.device == "cpu" else 65536) // tokens)  # views at once: enough to fill the machine
+        with torch.inference_mode():
+            for i in range(0, len(flat), chunk):
+                attention[i : i + chunk], residual[i : i + chunk] = class_token_trunk(self.model, flat[i : i + chunk])
+        tail = self._tail()  # float32: a class-token row costs next to nothing, and keeps its precision
+        with torch.enable_grad():
+            output = F.linear(attention, tail.proj.weight, tail.proj.bias).requires_grad_()
+            embeddings = tail(output, residual).unflatten(0, (batch, count))
+            (gradient,) = loss_gradients(loss(embeddings), [output])
+        return embeddings.detach(), [Factors(rows(attention, batch), rows(gradient, batch), proj.bias is not None)]
+
+    def _tail(self) -> "ClassTokenTail":
+        if "tail" not in self._tails:
+            self._tails["tail"] = ClassTokenTail(self.model)
+        return self._tails["tail"]
+
+
+class ClassTokenTail(torch.nn.Module):
+    """What lies behind the last attention's output projection, for the class token's row alone, in float32."""
+
+    def __init__(self, model: VisionTransformer):
+        super().__init__()
+        block = model.blocks[-1]
+        parts = dict(proj=block.attn.proj, ls1=block.ls1, norm2=block.norm2, mlp=block.mlp, ls2=block.ls2)
+        parts |= dict(norm=model.norm, fc_norm=model.fc_norm)
+        for name, part in parts.items():
+            self.add_module(name, copy.deepcopy(part).float().eval())
+
+    def forward(self, output: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        x = residual + self.ls1(output)  # (N, D)
+        x = x + self.ls2(self.mlp(self.norm2(x)))
+        return self.fc_norm(self.norm(x))
+
+
+def class_token_trunk(model: VisionTransformer, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(N, 3, s, s) -> the class token's input to the last attention's output projection, and its residual, (N, D) each.
+
+    The last block needs every token's key and value, but only the class token's query, projection and MLP.
+    """
+    x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(x))))
+    for block in model.blocks[:-1]:
+        x = block(x)
+    block, attn = model.blocks[-1], model.blocks[-1].attn
+    h = block.norm1(x)
+    n, tokens, _ = h.shape
+    bias = attn.qkv.bias
+    first, rest = (None, None) if bias is None else (bias[: attn.attn_dim], bias[attn.attn_dim :])
+    q = F.linear(h[:, :1], attn.qkv.weight[: attn.attn_dim], first)
+    kv = F.linear(h, attn.qkv.weight[attn.attn_dim :], rest)
+    q = q.reshape(n, 1, attn.num_heads, attn.head_dim).transpose(1, 2)  # (N, H, 1, d)
+    k, v = kv.reshape(n, tokens, 2, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4)  # 2 x (N, H, T, d)
+    out = F.scaled_dot_product_attention(attn.q_norm(q), attn.k_norm(k), v)  # (N, H, 1, d)
+    out = attn.norm(out.transpose(1, 2).reshape(n, attn.attn_dim))
+    return out, x[:, 0]
+
+
+def load(name: str | torch.nn.Module, *, layer: str | None = None, device: str = "auto", dtype: str = "auto") -> Backbone:
+    """A frozen backbone by table name, timm name, ``random:<timm name>``, or around an ``nn.Module`` (then ``layer`` is needed).
+
+    ``dtype``: "auto", "float32" or "bfloat16". Raises ValueError for unknown names (listing the table), a layer that
+    does not exist or is not linear.
+    """
+    device = auto_device() if device == "auto" else device
+    resolved = auto_dtype(device) if dtype == "auto" else {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(dtype)
+    if resolved is None:
+        raise ValueError(f"dtype {dtype!r} is unknown; use 'auto', 'float32' or 'bfloat16'")
+    spec = None
+    if isinstance(name, torch.nn.Module):
+        model, title = copy.deepcopy(name), type(name).__name__  # the caller's module stays as it is
+        if layer is None:
+            raise ValueError(f"a {title} module needs layer=..., the path of a linear layer such as 'blocks.11.attn.proj'")
+    else:
+        spec, title = BACKBONES.get(name), name
+        model = _create(name, spec)
+    model = model.to(device=device, dtype=resolved).eval().requires_grad_(False)
+    layer = layer or (spec.layer if spec else last_attention_output(model))
+    linear_layer(model, layer)
+    size, mean, std, ratio = _input(model, spec)
+    tensor = lambda values: torch.tensor(values, device=device, dtype=torch.float32)
+    return Backbone(title, model, layer, size, tensor(mean), tensor(std), ratio, spec.pca if spec else None, device, resolved)
+
+
+def _create(name: str, spec: Spec | None) -> torch.nn.Module:
+    if spec is not None and spec.size == 64:
+        file = paths.backbones_dir() / f"{name}.safetensors"
+        if not file.is_file():
+            raise FileNotFoundError(f"the checkpoint {file} is missing; make it with: python data/backbones/train.py {name}")
+        state = load_file(file)
+        state = {key: value.float() for key, value in state.items() if not key.startswith("head.")}
+        model = VisionTransformer(**MINI[name.split(".")[0]], num_classes=0)
+        model.load_state_dict(state)
+        return model
+    architecture = name.removeprefix("random:")
+    if spec is None and not timm.is_model(architecture.split(".")[0]):
+        raise ValueError(f"unknown backbone {name!r}; the table has {', '.join(BACKBONES)}; any timm name works too")
+    resize = dict(img_size=224) if spec is not None and "dinov2" in name else {}  # timm's default there is 518 px
+    if name != architecture:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return timm.create_model(architecture, pretrained=False, num_classes=0)
+    try:
+        return timm.create_model(name, pretrained=True, num_classes=0, **resize)
+    except Exception as error:  # the hub client raises many kinds; the cause is kept
+        raise ConnectionError(f"the weights of {name} are not on this machine and could not be downloaded: {error}") from error
+
+
+def last_attention_output(model: torch.nn.Module) -> str:
+    """The paper's target layer: the attention output projection of the last transformer block."""
+    names = [name for name, module in model.named_modules() if name.endswith("attn.proj") and isinstance(module, torch.nn.Linear)]
+    if not names:
+        raise ValueError(f"{type(model).__name__} has no '...attn.proj' layer; name a linear layer with layer=...")
+    return names[-1]
+
+
+def _input(model: torch.nn.Module, spec: Spec | None) -> tuple[int, tuple, tuple, float]:
+    """Input size, channel mean and deviation, and crop ratio of the evaluation transform."""
+    if spec is not None and spec.size == 64:
+        return 64, (0.5,) * 3, (0.25,) * 3, 1.0
+    config = resolve_data_config({}, model=model)
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None) or config["input_size"][-2:]
+    return int(size[0]), tuple(config["mean"]), tuple(config["std"]), float(config["crop_pct"])

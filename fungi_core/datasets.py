@@ -1,0 +1,172 @@
+"""One table of named image classification sets, and `load`: a name and a split to images, labels and a fingerprint.
+
+A new data set is one `Entry`: its source returns an `images.Split`. A packed file ``<name>.npz`` (see `pack`) in the
+data folder is found without an entry, and wins over the official archive of the same name.
+"""
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from . import official, samples
+from .images import Images, Split, balanced
+from .paths import downloads_dir
+
+SPLITS = ("train", "test")
+
+
+class DatasetUnavailable(FileNotFoundError):
+    """A known data set whose files are not on this machine: one line with name, size, licence and how to get it."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One data set: what it is officially, and where it comes from."""
+
+    name: str
+    title: str  # as Table 20 prints it
+    profile: str  # "mini" packaged | "lite" packed | "paper" official archive
+    licence: str  # Table 20 for the paper's
+    n_train: int | None  # official sizes; None: not known
+    n_test: int | None
+    n_classes: int | None
+    gb: float  # of the download; 0: comes with an installed package
+    source: Callable[[Path, bool, bool], Split] | None = None  # (root, train, download); None: packed file only
+    folder: str = ""  # what the source reads, inside the downloads folder
+    get: str = ""  # how to get it where download=True cannot
+    metric: str = "accuracy"  # or "mean-per-class" (section C)
+    column: str = ""  # its column in the paper's tables
+    note: str = ""
+
+
+_PACKED = "put {name}.npz into the folder FUNGI_DATA names, or make it with python -m fungi_core.pack"
+_CARS = "gone from its official address; from a mirror: cars_train, cars_test, devkit, cars_test_annos_withlabels.mat"
+_IN1K = "register at image-net.org and unpack as train/<wnid>/ and val/<wnid>/ there"
+_IN100 = "put Labels.json (WordNet id -> name, 100 of them) there, with images in train*/, val*/ or in imagenet/"
+_CC0 = "CC0 or public domain; china.jpg, flower.jpg CC BY 2.0"
+_NC = "Custom (Research Only, Non Commercial)"
+_MPC = "mean-per-class"
+_SUBSET = "10 of 47 classes, random 2/3 : 1/3 split, not the official one"
+_T = "Tiny ImageNet (100 of 200 classes)"  # stands in for ImageNet 100; trains the mini backbones
+
+DATASETS: dict[str, Entry] = {
+    entry.name: entry
+    for entry in (
+        Entry("digits", "Digits 8x8", "mini", "CC BY 4.0", 1000, 797, 10, 0, samples.digits),
+        Entry("mnist5k", "MNIST (5,000)", "mini", "CC BY-SA 3.0", 4000, 1000, 10, 0, samples.mnist5k),
+        Entry("photos", "Photographs", "mini", _CC0, 960, 640, 16, 0, samples.photos),
+        Entry("tiny_imagenet_100a", _T, "lite", _NC, 50_000, 5_000, 100, 0.09, get=_PACKED),
+        Entry("dtd_10", "DTD Textures", "lite", "Custom (Research Only)", 800, 400, 10, 0.03,
+              get=_PACKED, note=_SUBSET),
+        Entry("cifar10", "CIFAR 10", "paper", "Unknown", 50_000, 10_000, 10, 0.17,
+              official.cifar10, "cifar-10-batches-py", column="C10"),
+        Entry("cifar100", "CIFAR 100", "paper", "Unknown", 50_000, 10_000, 100, 0.17,
+              official.cifar100, "cifar-100-python", column="C100"),
+        Entry("stanford_cars", "Stanford Cars", "paper", "Custom (Non Commercial)", 8_144, 8_041, 196, 1.9,
+              official.stanford_cars, "stanford_cars", _CARS, column="Cars"),
+        Entry("dtd", "DTD Textures", "paper", "Custom (Research Only)", 1_880, 1_880, 47, 0.63,
+              official.dtd, "dtd", column="DTD"),
+        Entry("eurosat", "EuroSAT", "paper", "MIT", 21_600, 5_400, 10, 0.09,
+              official.eurosat, "eurosat", column="ESAT"),
+        Entry("cub200", "CUB 200 (2011)", "paper", _NC, 5_994, 5_794, 200, 1.15,
+              official.cub200, "CUB_200_2011", column="CUB"),
+        Entry("pets", "Oxford-IIT Pets", "paper", "CC BY-SA 4.0", 3_680, 3_669, 37, 0.81,
+              official.pets, "oxford-iiit-pet", metric=_MPC, column="Pets"),
+        Entry("food101", "Food101", "paper", "Unknown", 75_750, 25_250, 101, 5.0,
+              official.food101, "food-101", column="Food"),
+        Entry("aircraft", "FGVC Aircraft", "paper", _NC, 3_334, 3_333, 100, 2.75,
+              official.aircraft, "fgvc-aircraft-2013b", metric=_MPC, column="FGVC"),
+        Entry("flowers102", "Flowers102", "paper", "Unknown", 1_020, 6_149, 102, 0.35,
+              official.flowers102, "flowers-102", metric=_MPC, column="Flowers"),
+        Entry("imagenet1k", "ImageNet 1K", "paper", _NC, 1_281_167, 50_000, 1000, 144,
+              official.imagenet1k, "imagenet", _IN1K, column="IN1K"),
+        Entry("imagenet100", "ImageNet 100", "paper", _NC, None, 5_000, 100, 14,
+              official.imagenet100, "imagenet100", _IN100),
+    )
+}  # fmt: skip
+
+
+def load(name: str, split: str, limit: int | None = None, seed: int = 0, download: bool = False) -> Images:
+    """Images of a data set, ``split`` "train" (the memory bank) or "test".
+
+    ``limit``: a subset of that many rows, drawn by ``seed``, classes as even as possible, kept in data-set order.
+    ``download``: fetch the official archive if it is missing; nothing is ever fetched otherwise.
+    Raises ValueError for an unknown name or split and `DatasetUnavailable` for files that are not here.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r} of {name!r}: choose {' or '.join(map(repr, SPLITS))}")
+    entry, train = _entry(name), split == "train"
+    path = _packed_file(entry)
+    data = samples.packed(path, train) if path else read_source(entry, train, download)
+    n, n_official = len(data.labels), entry.n_train if train else entry.n_test
+    kind = "training" if train else "test"
+    short = f"{n} of {n_official} official {kind} images" if n_official not in (None, n) else ""
+    note = "; ".join(filter(None, (short, entry.note)))
+    images = Images(name, split, data.labels, data.classes, entry.metric, data.names, data.items, np.arange(n),
+                    note, entry.licence)  # fmt: skip
+    if limit is None or limit >= len(images):
+        return images
+    if limit < 1:
+        raise ValueError(f"limit must be a positive number of rows, not {limit}")
+    return images.take(balanced(images.labels, limit, seed), f"{limit} of {n} rows, class-balanced, seed {seed}")
+
+
+def read_source(entry: Entry, train: bool, download: bool = False) -> Split:
+    """One split from the data set's own source, packed file or not; `DatasetUnavailable` if that is not whole here."""
+    if reason := _missing(entry, download):
+        raise DatasetUnavailable(reason)
+    try:
+        return entry.source(downloads_dir(), train, download)
+    except (OSError, RuntimeError) as error:  # a list or folder is missing, a checksum is wrong, no network
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DatasetUnavailable(_line(entry, f"could not be read ({reason})")) from error
+
+
+def table() -> list[dict]:
+    """One row per data set of the table and per further packed file: its `Entry`, ``available`` and ``reason``."""
+    entries = [*DATASETS.values(), *(_entry(name) for name in _packed_names() if name not in DATASETS)]
+    keys = ("name", "title", "profile", "metric", "licence", "n_train", "n_test", "n_classes", "gb", "column", "note")
+    rows = []
+    for entry in entries:
+        path = _packed_file(entry)
+        reason = "" if path else _missing(entry, download=False)
+        origin = path.name if path else entry.folder or ("installed packages" if entry.source else "packed file")
+        row = {key: getattr(entry, key) for key in keys}
+        rows.append(row | {"origin": origin, "available": not reason, "reason": reason})
+    return rows
+
+
+def _packed_names() -> list[str]:
+    return sorted(path.stem for path in downloads_dir().glob("*.npz") if samples.is_packed(path))
+
+
+def _entry(name: str) -> Entry:
+    if name in DATASETS:
+        return DATASETS[name]
+    if (downloads_dir() / f"{name}.npz").is_file():
+        return Entry(name, name, "lite", "not recorded in the packed file", None, None, None, 0)
+    known = [*DATASETS, *(packed for packed in _packed_names() if packed not in DATASETS)]
+    near = difflib.get_close_matches(str(name), known, 1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    raise ValueError(f"unknown data set {name!r}{hint}; there are {', '.join(known)}")
+
+
+def _packed_file(entry: Entry) -> Path | None:
+    path = downloads_dir() / f"{entry.name}.npz"
+    return path if entry.profile != "mini" and path.is_file() else None
+
+
+def _missing(entry: Entry, download: bool) -> str:
+    """Why the data set cannot be read without a packed file, in one line; "" if it can."""
+    if entry.source and (not entry.folder or (downloads_dir() / entry.folder).exists() or (download and not entry.get)):
+        return ""
+    return _line(entry, "is not here")
+
+
+def _line(entry: Entry, what: str) -> str:
+    place = downloads_dir() / entry.folder
+    get = entry.get.format(name=entry.name) or f"load({entry.name!r}, ..., download=True) or unpack its archive there"
+    return f"{entry.name} ({entry.title}) {what}: {place}; {entry.gb:g} GB, licence {entry.licence}; {get}"

@@ -1,0 +1,168 @@
+"""What notebooks call: (data set, split, backbone, objectives) -> rows, from the store or through the model into it.
+
+    train, test = features("digits", "vit_micro.sup_tin100", n_train=1000, n_test=500)
+    train.blocks["kl"]      # (1000, D) float32, projected gradients, not normalised
+
+From a shell, one job of a larger plan: python -m fungi_core.extract BACKBONE DATASET [OBJECTIVE ...] [--n-train N]
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from . import backbones, datasets, evaluate, fungi, objectives, pca, store
+
+EXTRACTION = 1  # raise when the same settings would give other features than before
+ALL = ("kl", "dino", "simclr")
+LETTERS = {"embedding": "E", "kl": "K", "dino": "D", "simclr": "S"}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One split's images and raw feature blocks: {"embedding": (N, D), "kl": (N, d), ...} float32."""
+
+    data: "datasets.Images"
+    blocks: dict[str, np.ndarray]
+    store_keys: tuple[str, ...]
+
+    @property
+    def labels(self) -> np.ndarray:
+        return self.data.labels
+
+    def take(self, index: np.ndarray) -> "Rows":
+        return Rows(self.data.take(index), {name: block[index] for name, block in self.blocks.items()}, self.store_keys)
+
+
+def features(
+    dataset: str,
+    backbone: str | backbones.Backbone,
+    names: Sequence = ALL,
+    *,
+    n_train: int | None = None,
+    n_test: int | None = None,
+    seed: int = 0,
+    layer: str | None = None,
+) -> tuple[Rows, Rows]:
+    """Embeddings and gradients of the train and test split; whatever the store lacks is extracted into it.
+
+    ``names``: objective names or instances. ``n_train``, ``n_test``: class-balanced subsets, always the same ones;
+    None or 0 is all of it. ``seed`` draws heads, projection, negatives (from the training rows) and views.
+    """
+    encoder = backbones.load(backbone) if isinstance(backbone, str) else backbone
+    train, test = (datasets.load(dataset, s, limit=n or None) for s, n in (("train", n_train), ("test", n_test)))
+    return tuple(_split(encoder, data, train, names, seed, layer or encoder.layer) for data in (train, test))
+
+
+def fungi_features(train: Rows, test: Rows, letters: str, size: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """The features called ``letters`` ("E", "E+K", "E+K+D+S"): normalised, joined, PCA of ``size`` fitted on train (eq. 2, 3).
+
+    PCA is skipped, as in the published code, for one block alone or where ``size`` is None or not below rows and columns.
+    """
+    by_letter = {letter: name for name, letter in LETTERS.items()}
+    unknown = [letter for letter in letters.split("+") if letter not in by_letter]
+    if unknown:
+        raise ValueError(f"unknown feature letters {unknown}; there are {', '.join(by_letter)} joined by '+'")
+    names = [by_letter[letter] for letter in letters.split("+")]
+    a, b = (evaluate.combine(rows.blocks, names) for rows in (train, test))
+    size = pca.pca_size(size, *a.shape) if size and len(names) > 1 else None
+    if size is None:
+        return a, b
+    fitted = pca.fit_pca(a, size)
+    return fitted.transform(a), fitted.transform(b)
+
+
+def _split(encoder, data, train, names, seed, layer) -> Rows:
+    wanted = [objectives.by_name(name) if isinstance(name, str) else name for name in names]
+    whole = [o for o in wanted if o.views == "whole"]
+    embedding = store.open_rows(_meta(encoder, data), len(data), encoder.width)
+    opened = {o.name: store.open_rows(_meta(encoder, data, train, o, seed, layer), len(data), encoder.width) for o in wanted}
+    for objective in wanted if whole or embedding.complete else [fungi.WHOLE, *wanted]:
+        rows = opened.get(objective.name)  # None: only the embedding is asked for
+        targets = [r for r in ((embedding,) if objective.views == "whole" else ()) + (rows,) if r is not None]
+        if not all(target.complete for target in targets):
+            _extract(encoder, data, train, objective, targets, embedding, seed, layer)
+    blocks = {"embedding": embedding.read()} | {name: rows.read() for name, rows in opened.items()}
+    return Rows(data, blocks, (embedding.key, *(rows.key for rows in opened.values())))
+
+
+def _extract(encoder, data, train, objective, targets, embedding, seed, layer) -> None:
+    with ExitStack() as locks:
+        for target in targets:  # always the embedding first, so that two processes cannot wait for each other
+            locks.enter_context(target.lock())
+        gaps = sorted({gap for target in targets for gap in target.missing()})
+        if not gaps:
+            return  # another process was faster
+        parts = fungi.draw_parts(encoder, objective, seed, layer)
+        if objective.negatives:
+            parts.negatives = _negatives(encoder, objective, parts.heads, train, seed)
+        label = f"{data.name} {data.split} {encoder.name} {objective.name}"
+        with progress(sum(stop - start for start, stop in gaps), label) as bar:
+            for first, stop in gaps:
+                part = data.take(np.arange(first, stop))
+                for start, embeddings, gradients in fungi.rows(encoder, objective, parts, part, seed, layer):
+                    for target in targets:
+                        target.write(first + start, embeddings if target is embedding else gradients)
+                    bar.update(len(gradients))
+
+
+def _negatives(encoder, objective, heads, train, seed) -> torch.Tensor:
+    """SimCLR's negative latents, (M, dim), through the store: both splits and every resumed run use the same ones."""
+    meta = _meta(encoder, train, train, objective, seed, "negatives")
+    count = min(objective.negatives, len(train)) * fungi.view_count(encoder, objective)
+    rows = store.open_rows(meta, count, objective.dim)
+    if not rows.complete:
+        with rows.lock():
+            if not rows.complete:
+                rows.write(0, fungi.negative_latents(encoder, objective, heads, train, seed).cpu().numpy())
+    return torch.from_numpy(rows.read()).to(encoder.device)
+
+
+def _meta(encoder, data, train=None, objective=None, seed=None, layer=None) -> dict:
+    """Everything that changes a feature, and nothing that does not (batch size, workers, order of devices)."""
+    meta = {
+        "extraction": EXTRACTION,
+        "data": [data.name, data.split, data.fingerprint],
+        "backbone": [encoder.name, encoder.fingerprint],
+        "input": [encoder.size, encoder.crop_ratio, encoder.mean.tolist(), encoder.std.tolist()],
+        "dtype": str(encoder.dtype).removeprefix("torch."),
+    }
+    if objective is None:
+        return meta | {"feature": "embedding"}
+    settings = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(objective).items()}
+    negatives = train.fingerprint if objective.negatives else None
+    return meta | {"feature": objective.name, "settings": settings, "seed": seed, "layer": layer, "negatives": negatives}
+
+
+def progress(total: int, label: str) -> tqdm:
+    """A bar with rate and time left for people; quiet in batch logs."""
+    live = sys.stderr.isatty() or "JPY_SESSION_NAME" in os.environ
+    return tqdm(total=total, desc=label, unit="img", mininterval=0.5, disable=not live)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m fungi_core.extract", description=__doc__.splitlines()[0])
+    parser.add_argument("backbone")
+    parser.add_argument("dataset")
+    parser.add_argument("objectives", nargs="*", default=ALL, help="default: kl dino simclr; the embedding always comes along")
+    parser.add_argument("--n-train", type=int)
+    parser.add_argument("--n-test", type=int)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    try:
+        train, test = features(
+            args.dataset, args.backbone, args.objectives, n_train=args.n_train, n_test=args.n_test, seed=args.seed
+        )
+    except (ValueError, OSError, FloatingPointError) as error:
+        sys.exit(f"extract: {error}")
+    print(f"{args.dataset} {args.backbone}: {len(train.data)} + {len(test.data)} rows of {', '.join(train.blocks)} in the store")
+
+
+if __name__ == "__main__":
+    main()

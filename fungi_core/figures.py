@@ -1,0 +1,218 @@
+"""The one plotting style, and how a figure or a table is written: PNG, PDF, its numbers as CSV, its provenance as JSON.
+
+Drawings are in `fungi_core.plots`; no other module imports matplotlib. Writing is atomic (a file is whole or absent), and a
+second run writes the same PNG, PDF and CSV byte for byte; the JSON holds times.
+"""
+
+import io
+import json
+import os
+import platform
+import re
+import subprocess
+import textwrap
+import time
+from collections.abc import Iterable, Mapping
+from importlib import metadata
+from pathlib import Path, PurePath
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from fungi_core import paths
+
+COLUMN, WIDE = 3.3, 6.8  # widths in inches: one and two columns of a page
+
+# Okabe and Ito (2008), safe for colour-blind readers. Embedding neutral, each gradient a hue, combinations purple, FUNGI vermillion.
+COLOURS = {
+    "E": "#555555", "K": "#E69F00", "D": "#0072B2", "S": "#009E73",
+    "E+K": "#CC79A7", "E+K+D": "#8F4A8C", "E+K+D+S": "#D55E00",
+}  # fmt: skip
+FUNGI = COLOURS["E+K+D+S"]
+VERDICTS = {"agrees": "#0072B2", "disagrees": "#D55E00", "not testable here": "#333333", "not run": "#999999"}
+LETTERS = {"embedding": "E", "kl": "K", "dino": "D", "simclr": "S"}
+
+STYLE = {
+    "font.family": "DejaVu Sans", "mathtext.fontset": "dejavusans", "font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8,
+    "xtick.labelsize": 7.5, "ytick.labelsize": 7.5, "legend.fontsize": 7.5, "legend.frameon": False, "figure.dpi": 110,
+    "savefig.dpi": 200, "pdf.fonttype": 42, "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.7,
+    "axes.titlelocation": "left", "axes.axisbelow": True, "axes.grid": False, "grid.color": "#E3E3E3", "grid.linewidth": 0.6,
+    "xtick.major.width": 0.7, "ytick.major.width": 0.7, "xtick.major.size": 2.5, "ytick.major.size": 2.5,
+    "lines.linewidth": 1.2, "lines.markersize": 5, "axes.edgecolor": "#444444", "figure.facecolor": "white",
+}  # fmt: skip
+
+
+def use_style() -> None:
+    """Set matplotlib's rcParams to the project's style. `figure` does so itself: call this for drawings made elsewhere."""
+    plt.rcParams.update(STYLE)
+
+
+def figure(rows: int = 1, cols: int = 1, *, width: float = WIDE, height: float = 2.4, **subplots) -> tuple[Figure, np.ndarray]:
+    """A styled figure of `width` x `height` inches and its axes, (rows, cols); `subplots` as in `Figure.subplots`."""
+    use_style()
+    fig = plt.figure(figsize=(width, height), layout="constrained")
+    plt.close(fig)  # pyplot forgets it at once: a notebook shows it once, as its cell's value, and it is freed with its last use
+    return fig, fig.subplots(rows, cols, squeeze=False, **subplots)
+
+
+def colour(features: str) -> str:
+    """Hex colour of a feature set in letters, such as "E", "K" or "E+K+D"; sets not listed share the colour of their size."""
+    letters = features.split("+")
+    if unknown := [x for x in letters if x not in LETTERS.values()]:
+        raise KeyError(f"no colour for feature {unknown[0]!r} in {features!r}: known letters are {', '.join(LETTERS.values())}")
+    return COLOURS.get(features) or COLOURS["+".join("EKDS"[: len(letters)])]
+
+
+def provenance(
+    notebook: str, parameters: Mapping, *, seed: int, stores: Iterable = (), datasets: Iterable = (), started: float | None = None
+) -> dict:
+    """Where a figure comes from, as a dict that JSON can hold.
+
+    `stores` are store keys or opened rows (`.key`), `datasets` are `datasets.Images`, `started` is `time.time()` at the
+    notebook's start. "dirty" tells whether the working tree, figures apart, differs from the commit; commit and dirty are
+    None outside a git checkout.
+    """
+    import torch  # here, so that plotting alone does not wait for it
+
+    cuda = torch.cuda.is_available()
+    record = {
+        "notebook": notebook,
+        "parameters": dict(parameters),
+        "seed": seed,
+        "stores": [getattr(s, "key", s) for s in stores],
+        "datasets": [
+            {"name": d.name, "split": d.split, "n": len(d), "fingerprint": d.fingerprint, "note": d.note} for d in datasets
+        ],
+        **_git(),
+        "versions": {"python": platform.python_version()}
+        | {p: _version(p) for p in ("torch", "timm", "numpy", "scikit-learn", "matplotlib", "fungi_core")},
+        "device": {"cpu": _cpu(), "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+                   "cuda": torch.cuda.get_device_name() if cuda else None},  # fmt: skip
+        "wall_seconds": None if started is None else round(time.time() - started, 1),
+    }
+    return json.loads(_json(record))
+
+
+def save_figure(fig: Figure, name: str, data: pd.DataFrame, provenance: Mapping, folder: Path | str | None = None) -> dict[str, Path]:
+    """Write NAME.png, .pdf, .csv (`data`: the numbers drawn) and .json, and return their paths by suffix.
+
+    `folder` defaults to `paths.figures_dir()` / the profile among the provenance's parameters. `name` is lower-case letters,
+    digits and underscores. Everything is rendered before the first file is touched.
+    """
+    if not re.fullmatch(r"[a-z0-9_]+", name):
+        raise ValueError(f"figure name {name!r}: use lower-case letters, digits and underscores only")
+    png, pdf = io.BytesIO(), io.BytesIO()
+    fig.savefig(png, format="png", metadata={"Software": None})
+    fig.savefig(pdf, format="pdf", metadata={"CreationDate": None})
+    if any(n is not None for n in data.index.names):
+        data = data.reset_index()  # a named index carries numbers too
+    csv = data.to_csv(index=False, float_format="%.6g", lineterminator="\n")
+    contents = {"png": png.getvalue(), "pdf": pdf.getvalue(), "csv": csv.encode(), "json": (_json(provenance) + "\n").encode()}
+    folder = Path(folder) if folder is not None else _profile_folder(name, provenance)
+    folder.mkdir(parents=True, exist_ok=True)
+    return {suffix: _write(folder / f"{name}.{suffix}", content) for suffix, content in contents.items()}
+
+
+def save_table(
+    table: pd.DataFrame, name: str, provenance: Mapping, folder: Path | str | None = None, *, decimals: int = 1
+) -> "pd.io.formats.style.Styler":
+    """Write a table as `save_figure` writes a figure; returns it styled, for display. Missing cells read as a dash."""
+    save_figure(table_figure(table, decimals=decimals), name, table, provenance, folder)
+    styled = table.style.format(precision=decimals, na_rep="–").set_uuid(name)  # a fixed id: the notebook's bytes repeat
+    return styled if any(table.index.names) else styled.hide(axis="index")
+
+
+def table_figure(table: pd.DataFrame, *, decimals: int = 1) -> Figure:
+    """A table drawn as text between three rules, as wide as its contents need; columns named "paper..." are grey."""
+    if table.columns.nlevels > 1 or table.empty:
+        raise ValueError(f"a table needs rows and one level of column names; this one is {table.shape}, {table.columns.nlevels} levels")
+    table = table.reset_index() if any(table.index.names) else table
+    cells = table.map(lambda v: _cell(v, decimals)).astype(str)
+    heads = [textwrap.fill(str(c), max(cells.iloc[:, j].str.len().max(), 9)) for j, c in enumerate(table.columns)]
+    fig, [[ax]] = figure(width=1, height=1)
+    em = 8 / 72  # inches: one font size
+
+    def inches(text: str, **font) -> float:
+        return ax.text(0, 0, text, **font).get_window_extent().width / fig.dpi
+
+    bold = {"weight": "bold", "fontsize": 7.5}
+    widths = [max(inches(head, **bold), *map(inches, set(cells.iloc[:, j]))) + 1.6 * em for j, head in enumerate(heads)]
+    ax.clear()
+    row, top = 1.7 * em, 1.25 * em * max(h.count("\n") + 1 for h in heads) + 0.6 * em
+    width, height = sum(widths), top + row * len(cells)
+    fig.set_layout_engine("none")
+    fig.set_size_inches(width + 2 * em, height + 2 * em)
+    ax.set(position=[0, 0, 1, 1], xlim=(-em, width + em), ylim=(-height - em, em))
+    ax.axis("off")
+    ax.hlines([0, -top, -height], 0, width, color="black", linewidth=[1, 0.6, 1])
+    right = 0.0
+    for j, head in enumerate(heads):
+        left, right = right + 0.8 * em, right + widths[j]
+        numeric = pd.api.types.is_numeric_dtype(table.dtypes.iloc[j])
+        x, align = (right - 0.8 * em, "right") if numeric else (left, "left")
+        ink = "#666666" if str(table.columns[j]).lower().startswith("paper") else "black"
+        ax.text(x, -top + 0.6 * em, head, ha=align, va="baseline", color=ink, **bold)
+        for i, text in enumerate(cells.iloc[:, j]):
+            ax.text(x, -top - row * (i + 0.5), text, ha=align, va="center_baseline", color=ink)
+    return fig
+
+
+def _cell(value, decimals: int) -> str:
+    if pd.isna(value):
+        return "–"
+    return f"{value:.{decimals}f}".replace("-", "−") if isinstance(value, float | np.floating) else str(value)
+
+
+def _profile_folder(name: str, provenance: Mapping) -> Path:
+    profile = provenance.get("parameters", {}).get("profile")
+    if not (isinstance(profile, str) and re.fullmatch(r"[a-z0-9_]+", profile)):
+        raise ValueError(f"cannot place {name!r}: provenance parameters hold profile={profile!r}; give a profile's name or a folder")
+    return paths.figures_dir() / profile
+
+
+def _write(path: Path, content: bytes) -> Path:
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_bytes(content)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    return path
+
+
+def _json(record: Mapping) -> str:
+    def plain(value):
+        if isinstance(value, np.generic | np.ndarray):
+            return value.tolist()
+        if isinstance(value, PurePath):
+            return str(value)
+        raise TypeError(f"provenance holds a {type(value).__name__}, which JSON cannot: {value!r}")
+
+    return json.dumps(record, indent=2, default=plain, allow_nan=False, ensure_ascii=False)
+
+
+def _git() -> dict:
+    command = ["git", "status", "--porcelain=v2", "--branch", "--", ".", ":!figures"]
+    try:
+        done = subprocess.run(command, cwd=paths.ROOT, capture_output=True, text=True)
+    except FileNotFoundError:  # no git on this machine
+        return {"commit": None, "dirty": None}
+    if done.returncode:  # no checkout: an unpacked archive or an installed package
+        return {"commit": None, "dirty": None}
+    head = re.search(r"^# branch.oid ([0-9a-f]+)$", done.stdout, re.MULTILINE)  # "(initial)" before the first commit
+    return {"commit": head and head[1], "dirty": any(not line.startswith("#") for line in done.stdout.splitlines())}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    model = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
+    return model[1] if model else platform.processor() or platform.machine()

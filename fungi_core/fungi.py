@@ -1,0 +1,246 @@
+"""FUNGI features: embedding and projected gradients of each image, and ``Fungi``, the scikit-learn transformer."""
+
+import json
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.numpy import save_file
+from sklearn.base import BaseEstimator, TransformerMixin
+from sklearn.utils.validation import check_is_fitted
+
+from . import backbones, evaluate, objectives, pca, views
+from .projection import Rademacher
+
+WHOLE = objectives.KL()  # the embedding rides on the whole-image view
+
+
+@dataclass
+class Parts:
+    """Everything random besides the views, for one backbone and objective: drawn from a seed, or given."""
+
+    heads: objectives.Heads
+    projection: Rademacher
+    negatives: torch.Tensor | None = None
+
+
+def draw_parts(backbone: backbones.Backbone, objective, seed: int, layer: str | None = None) -> Parts:
+    """Heads and projection from the seed; one projection per (backbone, layer, seed), shared by all objectives."""
+    layer = layer or backbone.layer
+    heads = objective.heads(backbone.width, views.generator("head", seed, objective.name))
+    heads = {name: tensor.to(backbone.device) for name, tensor in heads.items()}
+    return Parts(heads, Rademacher(backbone.width, backbone.gradient_size(layer), seed, layer))
+
+
+def negative_latents(backbone: backbones.Backbone, objective, heads: objectives.Heads, images: Sequence, seed: int) -> torch.Tensor:
+    """Latents of all views of ``objective.negatives`` training images drawn by the seed, (M, dim) float32.
+
+    Fewer training images than that: all of them are used.
+    """
+    chosen = np.sort(views.generator("negatives", seed).permutation(len(images))[: objective.negatives])
+    out = []
+    with torch.inference_mode():
+        for _, batch in view_batches(backbone, objective, [images[i] for i in chosen], seed):
+            out.append(objective.latents(backbone.embed(batch.flatten(0, 1)).float(), heads))  # (B * V, dim)
+    return torch.cat(out).clone()
+
+
+def view_count(backbone: backbones.Backbone, objective) -> int:
+    """Views an image: 1 for KL, 12 for DINO, 49 for SimCLR with the paper's settings."""
+    if objective.views == "patches":
+        return views.patch_count(backbone.size, objective.grid, objective.stride_scale)
+    return objective.global_crops + objective.local_crops if objective.views == "crops" else 1
+
+
+def view_batches(backbone, objective, images: Sequence, seed: int) -> Iterator[tuple[int, torch.Tensor]]:
+    """(start, views (B, V, 3, s, s) on the device) for all images, prepared by threads one batch ahead of the model."""
+    count = view_count(backbone, objective)
+    pixels = 2**22 if backbone.device == "cpu" else 2**26
+    size = max(1, min(256, pixels // (count * backbone.size**2)))
+
+    def prepared(i: int) -> np.ndarray:
+        return views.prepare(views.to_image(images[i], f"image {i}"), backbone.size, backbone.crop_ratio, objective, seed)
+
+    def batch(start: int) -> torch.Tensor:
+        stack = torch.from_numpy(np.stack([prepared(i) for i in range(start, min(start + size, len(images)))]))
+        return stack.pin_memory() if backbone.device != "cpu" else stack
+
+    workers = 1 if backbone.device == "cpu" else 8  # on a CPU the model needs the cores
+    with ThreadPoolExecutor(workers) as pool:
+        starts, pending = iter(range(0, len(images), size)), deque()
+        for start in starts:
+            pending.append((start, pool.submit(batch, start)))
+            if len(pending) > workers:
+                yield _finished(*pending.popleft(), backbone, objective)
+        while pending:
+            yield _finished(*pending.popleft(), backbone, objective)
+
+
+def _finished(start, future, backbone, objective):
+    stack = future.result().to(backbone.device, non_blocking=True)
+    return start, views.finish(stack, objective, backbone.mean, backbone.std, backbone.dtype)
+
+
+def project_gradients(backbone, objective, parts: Parts, batch: torch.Tensor, layer: str | None = None):
+    """Embeddings (B, V, D) and projected gradients (B, d), float32, of views (B, V, 3, s, s): eq. 1 before normalisation."""
+    loss = lambda embeddings: objective.loss(embeddings, parts.heads, parts.negatives)
+    embeddings, (factors,) = backbone.factors(batch, loss, [layer or backbone.layer])
+    return embeddings, parts.projection.apply(factors, backbone.dtype)
+
+
+def rows(backbone, objective, parts: Parts, images: Sequence, seed: int, layer: str | None = None):
+    """Yields (start, embeddings (B, D) or None, gradients (B, d)); embeddings come with whole-image objectives only."""
+    for start, batch in view_batches(backbone, objective, images, seed):
+        embeddings, projected = project_gradients(backbone, objective, parts, batch, layer)
+        embeddings = embeddings[:, 0].cpu().numpy() if objective.views == "whole" else None
+        yield start, embeddings, projected.cpu().numpy()
+
+
+class Fungi(TransformerMixin, BaseEstimator):
+    """Images in, FUNGI features out (eq. 2 and 3): L2-normalised gradients and embedding, concatenated, then PCA.
+
+    ``backbone``: a name from the table, any timm name, or an ``nn.Module`` with ``layer``. ``objectives``: a sequence of
+    ``KL()``, ``DINO()``, ``SimCLR()`` with Table 17's defaults. ``layer``: None is the attention output projection of the
+    last block. ``pca``: "paper" (Table 16; the embedding's width where the paper has no value), a size, or None; skipped
+    when not smaller than rows and columns. ``seed`` draws heads, projection, negatives and views. ``heads``,
+    ``projection``, ``negatives`` replace what would be drawn: {objective name: heads}, (d, m) tensor, {name: (M, dim)}.
+
+    X is a sequence of images: paths, PIL, uint8 arrays (H, W[, 3]), tensors (3, H, W).
+    """
+
+    def __init__(
+        self,
+        backbone="vit_mini.sup_tin100",
+        objectives=(objectives.KL(), objectives.DINO(), objectives.SimCLR()),
+        layer=None,
+        pca="paper",
+        seed=0,
+        device="auto",
+        dtype="auto",
+        heads=None,
+        projection=None,
+        negatives=None,
+    ):
+        self.backbone = backbone
+        self.objectives = objectives
+        self.layer = layer
+        self.pca = pca
+        self.seed = seed
+        self.device = device
+        self.dtype = dtype
+        self.heads = heads
+        self.projection = projection
+        self.negatives = negatives
+
+    def fit(self, X, y=None):
+        """Draw the negatives from X and fit the PCA on its features."""
+        self.fit_transform(X)
+        return self
+
+    def fit_transform(self, X, y=None) -> np.ndarray:
+        """``fit``, and the features of X, (N, d) float32, extracted once."""
+        X = _images(X)
+        self._setup()
+        for objective in self.objectives:
+            parts = self.parts_[objective.name]
+            if objective.negatives and parts.negatives is None:
+                parts.negatives = negative_latents(self.backbone_, objective, parts.heads, X, self.seed)
+        features = self._combined(X)
+        wanted = (self.backbone_.pca or self.backbone_.width) if self.pca == "paper" else self.pca
+        size = wanted and pca.pca_size(wanted, *features.shape)
+        self.pca_ = pca.fit_pca(features, size) if size else None
+        self.n_features_out_ = size or features.shape[1]
+        return self.pca_.transform(features) if size else features
+
+    def transform(self, X) -> np.ndarray:
+        """FUNGI features of X, (N, d) float32."""
+        check_is_fitted(self, "n_features_out_")
+        features = self._combined(_images(X))
+        return self.pca_.transform(features) if self.pca_ is not None else features
+
+    def extract(self, X) -> dict[str, np.ndarray]:
+        """The raw blocks before normalisation: {"embedding": (N, D), objective name: (N, d)}, float32."""
+        out = {}
+        whole = [o for o in self.objectives if o.views == "whole"]
+        for objective in [*self.objectives] if whole else [*self.objectives, WHOLE]:
+            parts = self.parts_.get(objective.name) or draw_parts(self.backbone_, WHOLE, self.seed, self.layer)
+            done = list(rows(self.backbone_, objective, parts, _images(X), self.seed, self.layer))
+            if done[0][1] is not None:
+                out["embedding"] = np.concatenate([embeddings for _, embeddings, _ in done])
+            if objective.name in self.parts_:
+                out[objective.name] = np.concatenate([gradients for _, _, gradients in done])
+        return {name: out[name] for name in ("embedding", *(o.name for o in self.objectives))}
+
+    def get_feature_names_out(self, input_features=None) -> np.ndarray:
+        check_is_fitted(self, "n_features_out_")
+        return np.array([f"fungi{i}" for i in range(self.n_features_out_)], dtype=object)
+
+    def save(self, file: str | Path) -> None:
+        """Settings, negatives and PCA as one safetensors file, no pickle. Needs a backbone given by name."""
+        check_is_fitted(self, "n_features_out_")
+        if not isinstance(self.backbone, str):
+            raise ValueError("only a Fungi whose backbone is a name can be saved; a module's weights are not part of the file")
+        if self.heads is not None or self.projection is not None:
+            raise ValueError("a Fungi with heads or a projection passed in cannot be saved; its file holds the seed only")
+        arrays = {f"negatives.{name}": part.negatives.cpu().numpy() for name, part in self.parts_.items() if part.negatives is not None}
+        arrays |= {f"pca.{name}": array for name, array in (self.pca_.to_dict() if self.pca_ else {}).items()}
+        names = ("backbone", "layer", "pca", "seed", "device", "dtype")
+        settings = {name: getattr(self, name) for name in names}
+        settings |= {"objectives": [{"name": o.name} | asdict(o) for o in self.objectives], "n_features_out": self.n_features_out_}
+        settings["fingerprint"] = self.backbone_.fingerprint
+        save_file({name: np.ascontiguousarray(a) for name, a in arrays.items()}, file, metadata={"fungi": json.dumps(settings)})
+
+    @classmethod
+    def load(cls, file: str | Path) -> "Fungi":
+        """The transformer ``save`` wrote. Raises ValueError when the file is another one or the weights have changed."""
+        with safe_open(str(file), framework="numpy") as opened:
+            record = (opened.metadata() or {}).get("fungi")
+            if record is None:
+                raise ValueError(f"{file} was not written by Fungi.save")
+            settings = json.loads(record)
+            arrays = {name: opened.get_tensor(name) for name in opened.keys()}
+        n_features, fingerprint = settings.pop("n_features_out"), settings.pop("fingerprint")
+        tuples = lambda d: {k: tuple(v) if isinstance(v, list) else v for k, v in d.items()}
+        settings["objectives"] = tuple(objectives.by_name(**tuples(o)) for o in settings["objectives"])
+        self = cls(**settings)
+        given = {name.split(".", 1)[1]: torch.from_numpy(a) for name, a in arrays.items() if name.startswith("negatives.")}
+        self._setup(given)
+        if self.backbone_.fingerprint != fingerprint:
+            raise ValueError(f"the weights of {self.backbone} differ from those {file} was fitted with")
+        fitted = {name.split(".", 1)[1]: a for name, a in arrays.items() if name.startswith("pca.")}
+        self.pca_ = pca.PCA.from_dict(fitted) if fitted else None
+        self.n_features_out_ = n_features
+        return self
+
+    def _setup(self, negatives: dict | None = None) -> None:
+        names = [o.name for o in self.objectives]
+        if len(set(names)) != len(names):
+            raise ValueError(f"each objective can be used once, got {', '.join(names)}")
+        if self.pca not in ("paper", None) and not (isinstance(self.pca, int) and self.pca > 0):
+            raise ValueError(f"pca is 'paper', None or a positive size, got {self.pca!r}")
+        self.backbone_ = backbones.load(self.backbone, layer=self.layer, device=self.device, dtype=self.dtype)
+        self.parts_ = {o.name: draw_parts(self.backbone_, o, self.seed) for o in self.objectives}
+        to = lambda tensor: tensor.to(self.backbone_.device, torch.float32)
+        for name, part in self.parts_.items():
+            part.heads = {k: to(v) for k, v in (self.heads or {}).get(name, part.heads).items()}
+            if self.projection is not None:
+                part.projection = Rademacher(part.projection.rows, part.projection.columns, matrix=self.projection)
+            given = {**(self.negatives or {}), **(negatives or {})}.get(name)
+            part.negatives = None if given is None else to(given)
+
+    def _combined(self, X) -> np.ndarray:
+        blocks = self.extract(X)
+        return evaluate.combine(blocks, [*(o.name for o in self.objectives), "embedding"])  # the order of eq. 2
+
+
+def _images(X) -> Sequence:
+    if not hasattr(X, "__len__") or not hasattr(X, "__getitem__") or isinstance(X, (str, bytes, dict)):
+        raise ValueError(f"X must be a sequence of images, got {type(X).__name__}")
+    if len(X) == 0:
+        raise ValueError("X holds no image")
+    return X

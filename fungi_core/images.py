@@ -1,0 +1,100 @@
+"""One split of an image data set: where its images are (`Split`), and the view of it that decodes them (`Images`)."""
+
+import hashlib
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+MANY_FILES = 50_000  # above it the fingerprint takes file sizes for contents
+
+
+class Split(NamedTuple):
+    """One split of a data set, undecoded."""
+
+    items: Sequence  # i -> Path of an image file, bytes of one, or uint8 pixels (H, W) or (H, W, 3)
+    labels: np.ndarray  # int64 (n,), index into classes
+    names: list[str]  # n names, unique within the set
+    classes: list[str]
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """Images of one split, decoded one at a time: ``ds[i]`` is a PIL image in RGB, ``len(ds)`` is N."""
+
+    name: str
+    split: str  # "train" | "test"
+    labels: np.ndarray  # int64 (N,), index into classes
+    classes: list[str]
+    metric: str  # "accuracy" | "mean-per-class"
+    names: list[str]  # N names, unique within the data set
+    items: Sequence = field(repr=False)  # see Split, indexed by rows
+    rows: np.ndarray = field(repr=False)  # int64 (N,)
+    note: str = ""  # how these images differ from the official split
+    licence: str = ""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, i: int) -> Image.Image:
+        item = self.items[self.rows[i]]
+        try:
+            if isinstance(item, np.ndarray):
+                return to_rgb(Image.fromarray(item))
+            with Image.open(item if isinstance(item, Path) else io.BytesIO(item)) as image:
+                return to_rgb(image)
+        except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error ... for a broken file
+            where = item if isinstance(item, Path) else self.names[i]
+            message = f"{self.name} {self.split}[{i}] ({where}) cannot be read as an image: {error}"
+            raise ValueError(" ".join(message.split())) from error
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 (hex) of labels and contents of exactly these rows, in this order.
+
+        Contents are encoded bytes, or pixels and shape where the source holds pixels. In sets of more than
+        `MANY_FILES` separate files (ImageNet, Food101) a file's name and size stand for its contents.
+        """
+        digest = hashlib.sha256()
+        for row, label, name in zip(self.rows, self.labels, self.names, strict=True):
+            item = self.items[row]
+            if isinstance(item, Path):
+                content = f"{name} {item.stat().st_size}".encode() if len(self) > MANY_FILES else item.read_bytes()
+            else:
+                content = f"{item.shape}".encode() + item.tobytes() if isinstance(item, np.ndarray) else item
+            digest.update(b"%d %d " % (label, len(content)) + content)
+        return digest.hexdigest()
+
+    def take(self, index: np.ndarray, note: str = "") -> "Images":
+        """These rows only, in the order given; ``note`` is added to the note."""
+        index = np.asarray(index, np.int64)
+        names = [self.names[i] for i in index]
+        note = "; ".join(filter(None, (self.note, note)))
+        return replace(self, labels=self.labels[index], names=names, rows=self.rows[index], note=note)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Greyscale, palette or CMYK to RGB; transparency is dropped as in torchvision, 16 bits become 8."""
+    if image.mode.startswith("I;16"):  # Pillow would cut every value above 255 to white
+        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def balanced(labels: np.ndarray, n: int, seed: int) -> np.ndarray:
+    """n rows in data-set order: the first draw of every class, then the second, ... until there are n.
+
+    A class too small for its share gives all it has; a smaller n of the same seed is a subset of a larger one.
+    """
+    rng = np.random.default_rng(seed)
+    drawn = rng.permutation(len(labels))
+    turn = rng.permutation(labels.max() + 1)  # which classes come first in an incomplete round
+    rank = np.empty(len(labels), int)
+    for label in np.unique(labels):
+        rows = drawn[labels[drawn] == label]
+        rank[rows] = np.arange(len(rows))
+    return np.sort(np.lexsort((turn[labels], rank))[:n])

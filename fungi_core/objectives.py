@@ -1,0 +1,195 @@
+"""The self-supervised objectives: pure functions from latents to one loss per sample, and their published settings.
+
+Each loss takes latents of shape (B, V, C) -- B samples, V views, C latent units -- and returns (B,) in the input's
+dtype (float32 everywhere in this project). No sample's loss depends on another sample, so the gradient of the *sum*
+over the batch is the per-sample gradient. The settings classes hold the paper's defaults (Table 17) and know their
+heads: plain dictionaries of tensors that a caller may replace.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+Heads = dict[str, torch.Tensor]
+
+
+def kl_loss(latents: torch.Tensor, temperature: float, direction: str = "uniform_latent") -> torch.Tensor:
+    """KL divergence between softmax(latents / temperature) and the uniform distribution, averaged over views.
+
+    ``direction="uniform_latent"`` is KL(U || q), what Algorithm 1 and the published code compute;
+    ``"latent_uniform"`` is KL(q || U), as eq. 6 is printed.
+    """
+    log_q = F.log_softmax(latents / temperature, dim=-1)
+    log_u = -math.log(latents.shape[-1])
+    if direction == "uniform_latent":
+        divergence = log_u - log_q.mean(-1)
+    elif direction == "latent_uniform":
+        divergence = (log_q.exp() * (log_q - log_u)).sum(-1)
+    else:
+        raise ValueError(f"KL direction {direction!r} is unknown; use 'uniform_latent' (code) or 'latent_uniform' (eq. 6)")
+    return divergence.mean(-1)
+
+
+def dino_loss(student: torch.Tensor, teacher: torch.Tensor, student_temperature: float, teacher_temperature: float) -> torch.Tensor:
+    """DINO cross-entropy (eq. 4) summed over all teacher x student pairs, the same view included; no centring.
+
+    ``student``: (B, V, C); ``teacher``: (B, G, C), the global views, used without gradient.
+    """
+    targets = F.softmax(teacher.detach() / teacher_temperature, dim=-1).sum(1)  # (B, C): the pair sum is separable
+    log_probabilities = F.log_softmax(student / student_temperature, dim=-1).sum(1)  # (B, C)
+    return -(targets * log_probabilities).sum(-1)
+
+
+def info_nce(positives: torch.Tensor, negatives: torch.Tensor, temperature: float, denominator: str = "eq5") -> torch.Tensor:
+    """SimCLR's InfoNCE over all ordered pairs of positive views (eq. 5), self-similarity masked.
+
+    ``positives``: (B, V, C), V >= 2; ``negatives``: (M, C), fixed. Both are L2-normalised here (cosine similarity).
+    ``denominator="eq5"`` divides every similarity by the temperature; ``"published"`` leaves the log-sum-exp
+    unscaled, as the published library and segmentation scripts do.
+    """
+    views = positives.shape[1]
+    if views < 2:
+        raise ValueError(f"SimCLR needs at least 2 positive views a sample, got {views}")
+    z, n = F.normalize(positives, dim=-1), F.normalize(negatives, dim=-1)
+    same = torch.eye(views, dtype=torch.bool, device=z.device)
+    among = z @ z.transpose(1, 2)  # (B, V, V)
+    scale = {"eq5": 1 / temperature, "published": 1.0}.get(denominator)
+    if scale is None:
+        raise ValueError(f"InfoNCE denominator {denominator!r} is unknown; use 'eq5' or 'published'")
+    attraction = among.masked_fill(same, 0.0).sum(-1) / temperature / (views - 1)
+    inner = torch.logsumexp((among * scale).masked_fill(same, -torch.inf), -1)  # (B, V)
+    outer = _logsumexp_against(z, n, scale)  # (B, V)
+    return (torch.logaddexp(inner, outer) - attraction).mean(-1)
+
+
+def _logsumexp_against(z: torch.Tensor, negatives: torch.Tensor, scale: float) -> torch.Tensor:
+    """log sum_m exp(scale <z, n_m>) with the similarity matrix held once: (B, V, C), (M, C) -> (B, V)."""
+    return _LogSumExp.apply(z.flatten(0, 1), negatives, scale).unflatten(0, z.shape[:2])
+
+
+class _LogSumExp(torch.autograd.Function):
+    """Cosine similarities are bounded by 1, so exp(scale * (s - 1)) needs no row maximum and is taken in place."""
+
+    @staticmethod
+    def forward(ctx, z, negatives, scale):
+        totals, means = [], []
+        for rows in z.split(512):  # blocks bound the memory to 512 x M whatever the batch
+            weights = torch.mm(rows, negatives.T).sub_(1.0).mul_(scale).exp_()  # (512, M)
+            totals.append(weights.sum(1, keepdim=True))
+            means.append(torch.mm(weights, negatives).div_(totals[-1]))  # softmax-weighted mean negative, (512, C)
+        ctx.save_for_backward(torch.cat(means))
+        ctx.scale = scale
+        return torch.cat(totals).squeeze(1).log() + scale
+
+    @staticmethod
+    def backward(ctx, grad):
+        (mean_negative,) = ctx.saved_tensors
+        return grad[:, None] * ctx.scale * mean_negative, None, None
+
+
+def linear_head(width: int, dim: int, generator: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """A randomly initialised linear layer, uniform in +-1/sqrt(width) as ``torch.nn.Linear``: weight (dim, width), bias (dim,)."""
+    bound = 1 / math.sqrt(width)
+    draw = lambda *shape: torch.from_numpy((generator.random(shape, dtype=np.float32) * 2 - 1) * np.float32(bound))
+    return draw(dim, width), draw(dim)
+
+
+@dataclass(frozen=True)
+class KL:
+    """KL to the uniform distribution: one view, L2-normalised embedding, linear head (Table 17)."""
+
+    temperature: float = 15.0
+    dim: int = 768
+    direction: str = "uniform_latent"
+    normalize: bool = True
+    name: ClassVar[str] = "kl"
+    views: ClassVar[str] = "whole"
+    negatives: ClassVar[int] = 0
+
+    def heads(self, width: int, generator: np.random.Generator) -> Heads:
+        weight, bias = linear_head(width, self.dim, generator)
+        return {"weight": weight, "bias": bias}
+
+    def loss(self, embeddings: torch.Tensor, heads: Heads, negatives: torch.Tensor | None = None) -> torch.Tensor:
+        return kl_loss(self.latents(embeddings, heads), self.temperature, self.direction)
+
+    def latents(self, embeddings: torch.Tensor, heads: Heads) -> torch.Tensor:
+        return _project(embeddings, heads["weight"], heads["bias"], self.normalize)
+
+
+@dataclass(frozen=True)
+class DINO:
+    """Self-distillation between crops, independent student and teacher heads (Table 17)."""
+
+    student_temperature: float = 0.1
+    teacher_temperature: float = 0.07
+    dim: int = 2048
+    global_crops: int = 2
+    local_crops: int = 10
+    global_scale: tuple[float, float] = (0.25, 1.0)
+    local_scale: tuple[float, float] = (0.05, 0.25)
+    independent_heads: bool = True
+    normalize: bool = True
+    name: ClassVar[str] = "dino"
+    views: ClassVar[str] = "crops"
+    negatives: ClassVar[int] = 0
+
+    def heads(self, width: int, generator: np.random.Generator) -> Heads:
+        weight, bias = linear_head(width, self.dim, generator)
+        teacher = linear_head(width, self.dim, generator) if self.independent_heads else (weight, bias)
+        return {"weight": weight, "bias": bias, "teacher_weight": teacher[0], "teacher_bias": teacher[1]}
+
+    def loss(self, embeddings: torch.Tensor, heads: Heads, negatives: torch.Tensor | None = None) -> torch.Tensor:
+        student = _project(embeddings, heads["weight"], heads["bias"], self.normalize)
+        seen = embeddings[:, : self.global_crops].detach()
+        teacher = _project(seen, heads["teacher_weight"], heads["teacher_bias"], self.normalize)
+        return dino_loss(student, teacher, self.student_temperature, self.teacher_temperature)
+
+
+@dataclass(frozen=True)
+class SimCLR:
+    """InfoNCE between overlapping patches of one image and a fixed batch of negatives (eq. 5, Table 17).
+
+    ``grid`` patches a side before overlap (4 patches = 2 x 2), ``stride_scale`` steps a patch: 49 views at 6.
+    """
+
+    temperature: float = 0.07
+    dim: int = 96
+    negatives: int = 256
+    grid: int = 2
+    stride_scale: int = 6
+    denominator: str = "eq5"
+    normalize: bool = False
+    name: ClassVar[str] = "simclr"
+    views: ClassVar[str] = "patches"
+
+    def heads(self, width: int, generator: np.random.Generator) -> Heads:
+        weight, bias = linear_head(width, self.dim, generator)
+        return {"weight": weight, "bias": bias}
+
+    def loss(self, embeddings: torch.Tensor, heads: Heads, negatives: torch.Tensor | None = None) -> torch.Tensor:
+        if negatives is None:
+            raise ValueError("SimCLR needs negatives: latents of shape (M, dim) from the training split")
+        return info_nce(self.latents(embeddings, heads), negatives, self.temperature, self.denominator)
+
+    def latents(self, embeddings: torch.Tensor, heads: Heads) -> torch.Tensor:
+        return _project(embeddings, heads["weight"], heads["bias"], self.normalize)
+
+
+def _project(embeddings: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, normalize: bool) -> torch.Tensor:
+    return F.linear(F.normalize(embeddings, dim=-1) if normalize else embeddings, weight, bias)
+
+
+Objective = KL | DINO | SimCLR
+OBJECTIVES: dict[str, type] = {"kl": KL, "dino": DINO, "simclr": SimCLR}
+
+
+def by_name(name: str, **settings) -> Objective:
+    """The objective called ``name`` with the paper's settings, some replaced."""
+    if name not in OBJECTIVES:
+        raise ValueError(f"unknown objective {name!r}; there are {', '.join(OBJECTIVES)}")
+    return OBJECTIVES[name](**settings)

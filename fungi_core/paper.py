@@ -1,0 +1,98 @@
+"""The numbers printed in the paper (Tables 1-16 and 22), its claims, and our own numbers beside them.
+
+One row of ``data/paper/tableNN.csv`` is one printed number. ``row`` is the feature set ("Embeddings", printed also as
+"Features"; "FUNGI"; "E+K+D+S" = embedding joined with the KL, DINO and SimCLR gradients) or the printed row name;
+``column`` the backbone or the data set; ``setting`` the rest ("full", "5-shot" = printed "Few Shot", memory size,
+"Oxford M"). ``value`` is in percent unless ``metric`` says otherwise; ``delta`` is the difference printed beside it, in
+the same unit, empty where none is printed. ``backbone`` (Tables 1, 5) and ``spread`` (Table 9, one standard deviation)
+exist only where the table needs them.
+"""
+
+import pandas as pd
+
+from fungi_core.paths import paper_dir
+
+COLUMNS = ["table", "row", "column", "setting", "metric", "value", "delta"]
+EXTRA = ["backbone", "spread"]
+CLAIM_COLUMNS = ["id", "item", "claim", "notebook", "paper_number", "paper_delta", "expected"]
+TEXT = {"row", "column", "setting", "metric", "backbone", "id", "item", "claim", "notebook", "paper_number", "expected"}
+
+NOTES = {
+    3: "‡: HummingBird is quoted from Balazevic et al. (2024), largest memory bank only.",
+    4: "‡: end-to-end fine-tuning (E2E FT) is quoted from Balazevic et al. (2024); n = number of labelled images.",
+    5: "AG News uses 10 shots, the other data sets 5.",
+    6: "The marks for norm and projection are lost in the text version: rows are numbered as printed, only the default "
+       "row of KL and DINO is certain. SimCLR's first row is printed N/A.",
+    7: "‡: HummingBird is quoted from Balazevic et al. (2024), largest memory bank only.",
+    11: "The printed gain of E+S on ESC 50 (full) is 2.5; the printed values differ by 2.4.",
+    13: "Printed MoCov3 ViT-B/32; every other place of the paper has MoCov3 ViT-B/16.",
+    15: "The marks for independent heads are lost in the text version; the running text says that they are better.",
+    22: "Performance is of the embedding joined with the one gradient. Table 2 has other accuracies for the same "
+        "backbone: 65.3 (Embeddings) and 66.3 (E+K) against 67.3 and 68.2 here.",
+}
+
+
+def tables() -> list[int]:
+    """Numbers of the tables that are stored."""
+    return sorted(int(path.stem.removeprefix("table")) for path in paper_dir().glob("table[0-9][0-9].csv"))
+
+
+def load(table: int) -> pd.DataFrame:
+    """One table of the paper, tidy: one row per printed number (columns: see the module).
+
+    What a reader must know of the table is in ``frame.attrs["note"]``. Raises ValueError for a table that is not
+    stored (the message lists those that are) and for a file whose columns are not the expected ones.
+    """
+    if table not in tables():
+        raise ValueError(f"no table {table!r} of the paper is stored; there are {', '.join(map(str, tables()))}")
+    frame = _read(f"table{table:02d}.csv", COLUMNS, EXTRA)
+    frame.attrs["note"] = NOTES.get(table, "")
+    return frame
+
+
+def claims() -> pd.DataFrame:
+    """What the paper claims, one row per claim that can be tested, in the order of its figures and tables.
+
+    ``expected`` is the sign that the claim gives the measured difference: "+", "-", or "" where it predicts none.
+    ``paper_delta`` is the paper's own difference (percentage points unless the claim names another unit), NaN where it
+    prints no number; ``notebook`` is the notebook that measures it.
+    """
+    return _read("claims.csv", CLAIM_COLUMNS)
+
+
+def beside(ours: pd.DataFrame, table: int, on: list[str]) -> pd.DataFrame:
+    """Our numbers beside the paper's: the columns ``on``, then ``ours``, ``paper``, then what else ``ours`` holds.
+
+    ``ours`` has the columns ``on`` and ``value``. The merge is outer: a number that only one side has is NaN on the
+    other, never dropped; rows are in the printed order, ours alone last. Raises ValueError when a column is missing or
+    ``on`` does not tell the rows of a side apart.
+    """
+    paper = load(table)
+    for name, frame in (("ours", ours), (f"table {table}", paper)):
+        if missing := [column for column in [*on, "value"] if column not in frame.columns]:
+            raise ValueError(f"{name} has no column {', '.join(missing)}; it has {', '.join(map(str, frame.columns))}")
+        if twice := frame.duplicated(on).sum():
+            raise ValueError(f"{name}: {twice} rows repeat another in {', '.join(on)}; add a column to on, or filter")
+    paper = paper[[*on, "value"]].rename(columns={"value": "paper"}).assign(order=range(len(paper)))
+    both = paper.merge(ours.rename(columns={"value": "ours"}), on=on, how="outer")
+    # An outer merge sorts by key: back to the printed order, what only we have last.
+    both = both.sort_values("order", kind="stable", ignore_index=True).drop(columns="order")
+    rest = [column for column in both.columns if column not in {*on, "ours", "paper"}]
+    return both[[*on, "ours", "paper", *rest]]
+
+
+def _read(name: str, columns: list[str], extra: list[str] | None = None) -> pd.DataFrame:
+    # An empty text cell stays "", a missing number becomes NaN: so everything is read as text first.
+    extra = extra or []
+    path = paper_dir() / name
+    if not path.is_file():
+        raise FileNotFoundError(f"{name} is not in {path.parent}; it is part of the repository")
+    frame = pd.read_csv(path, encoding="utf-8", dtype=str, keep_default_na=False)
+    found = list(frame.columns)
+    if found[: len(columns)] != columns or set(found[len(columns):]) - set(extra):
+        raise ValueError(f"{name} has the columns {', '.join(found)}; expected {', '.join(columns)}"
+                         + (f", then any of {', '.join(extra)}" if extra else ""))
+    for column in found:
+        if column not in TEXT:
+            frame[column] = pd.to_numeric(frame[column])
+    return frame

@@ -1,0 +1,151 @@
+"""Views of images, one batch per objective, seeded by (seed, content of the image, objective).
+
+A view never depends on the batch, its order or the number of workers: the generator of a random view is keyed by the
+image's own bytes. Geometry that depends on the image's size happens on the CPU with PIL (``whole``, ``crops``,
+``square``) and gives uint8; what is the same for every image (cutting and enlarging SimCLR's patches, normalisation)
+happens on the model's device.
+"""
+
+import hashlib
+import math
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+
+def generator(*keys: object) -> np.random.Generator:
+    """A counter-based generator named by ``keys``: the same numbers on every platform, none shared between names."""
+    digest = hashlib.blake2b("\x1f".join(map(str, keys)).encode(), digest_size=16).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
+
+
+def sample_id(image: Image.Image) -> str:
+    """Content hash of the decoded RGB pixels: what a random view is seeded with, and a row's identity."""
+    return hashlib.blake2b(image.tobytes() + str(image.size).encode(), digest_size=8).hexdigest()
+
+
+def whole(image: Image.Image, size: int, crop_ratio: float = 1.0) -> np.ndarray:
+    """The backbone's own evaluation transform: shorter side to size / crop_ratio (bicubic), centre crop. (1, s, s, 3) uint8."""
+    short = round(size / crop_ratio)
+    width, height = image.size
+    scale = short / min(width, height)
+    resized = (short, max(short, round(height * scale))) if width <= height else (max(short, round(width * scale)), short)
+    image = image.resize(resized, Image.BICUBIC) if resized != image.size else image
+    left, top = (resized[0] - size) // 2, (resized[1] - size) // 2
+    return np.asarray(image.crop((left, top, left + size, top + size)))[None]
+
+
+def square(image: Image.Image, size: int) -> np.ndarray:
+    """The whole image squeezed to size x size (bicubic), as SimCLR's patches are cut from it. (1, s, s, 3) uint8."""
+    return np.asarray(image.resize((size, size), Image.BICUBIC) if image.size != (size, size) else image)[None]
+
+
+def crop_boxes(width: int, height: int, scales: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Random resized crops as torchvision draws them: area share in scale, log-uniform aspect ratio in [3/4, 4/3].
+
+    ``scales``: (V, 2) lowest and highest area share of each view. Returns (V, 4) int boxes left, top, right, bottom.
+    Ten tries a view, then the central crop of the nearest allowed aspect ratio.
+    """
+    views, tries = len(scales), 10
+    area = width * height * rng.uniform(scales[:, :1], scales[:, 1:], (views, tries))
+    ratio = np.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3), (views, tries)))
+    w, h = np.rint(np.sqrt(area * ratio)).astype(int), np.rint(np.sqrt(area / ratio)).astype(int)
+    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+    first = fits.argmax(1)
+    rows = np.arange(views)
+    w, h = w[rows, first], h[rows, first]
+    corner = rng.random((views, 2))
+    left, top = (corner[:, 0] * (width - w + 1)).astype(int), (corner[:, 1] * (height - h + 1)).astype(int)
+    if not fits.any(1).all():
+        central_w, central_h = min(width, max(1, round(height * 4 / 3))), min(height, max(1, round(width * 4 / 3)))
+        none = ~fits.any(1)
+        w, h = np.where(none, central_w, w), np.where(none, central_h, h)
+        left, top = np.where(none, (width - central_w) // 2, left), np.where(none, (height - central_h) // 2, top)
+    return np.stack([left, top, left + w, top + h], 1)
+
+
+def crops(image: Image.Image, size: int, objective, rng: np.random.Generator) -> np.ndarray:
+    """DINO's global, then local crops, each resized to size x size (bicubic), no colour change. (V, s, s, 3) uint8."""
+    scales = [objective.global_scale] * objective.global_crops + [objective.local_scale] * objective.local_crops
+    boxes = crop_boxes(*image.size, np.array(scales), rng)
+    return np.stack([np.asarray(image.resize((size, size), Image.BICUBIC, box=tuple(map(int, box)))) for box in boxes])
+
+
+@lru_cache(maxsize=16)
+def bicubic_matrix(source: int, target: int) -> torch.Tensor:
+    """The linear map of PIL's bicubic resize (a = -0.5, antialiased) along one axis, (target, source) float32."""
+    scale = source / target
+    support = max(scale, 1.0)  # antialiasing widens the kernel when shrinking
+    centre = (torch.arange(target, dtype=torch.float64) + 0.5) * scale
+    distance = ((torch.arange(source, dtype=torch.float64) + 0.5) - centre[:, None]).abs() / support
+    a = -0.5
+    near = (a + 2) * distance**3 - (a + 3) * distance**2 + 1
+    far = a * (distance**3 - 5 * distance**2 + 8 * distance - 4)
+    weights = torch.where(distance < 1, near, torch.where(distance < 2, far, 0.0))
+    return (weights / weights.sum(1, keepdim=True)).float()
+
+
+def patch_count(size: int, grid: int = 2, stride_scale: int = 6) -> int:
+    """Number of SimCLR views of a ``size`` px backbone: 49 at the paper's grid 2 and stride scale 6 (section B.1)."""
+    patch = size // grid
+    return ((size - patch) // (patch // stride_scale) + 1) ** 2
+
+
+def patches(images: torch.Tensor, grid: int = 2, stride_scale: int = 6) -> torch.Tensor:
+    """SimCLR's overlapping patches, each enlarged to the input size. (B, 1, 3, s, s) -> (B, V, 3, s, s)."""
+    size = images.shape[-1]
+    patch = size // grid
+    stride = patch // stride_scale
+    if stride < 1:
+        raise ValueError(f"stride scale {stride_scale} is too fine for {patch} px patches; the largest is {patch}")
+    cut = images.squeeze(1).unfold(2, patch, stride).unfold(3, patch, stride)  # (B, 3, r, c, p, p)
+    cut = cut.permute(0, 2, 3, 1, 4, 5).flatten(1, 2)  # (B, V, 3, p, p)
+    enlarge = bicubic_matrix(patch, size).to(images)
+    return enlarge @ cut @ enlarge.T
+
+
+def prepare(image: Image.Image, size: int, crop_ratio: float, objective, seed: int) -> np.ndarray:
+    """What one image contributes for ``objective`` (None: the embedding) before the device, uint8 (n, s, s, 3)."""
+    kind = "whole" if objective is None else objective.views
+    if kind == "whole":
+        return whole(image, size, crop_ratio)
+    if kind == "crops":
+        return crops(image, size, objective, generator(seed, objective.name, sample_id(image)))
+    if kind == "patches":
+        return square(image, size)
+    raise ValueError(f"unknown kind of views {kind!r}; there are 'whole', 'crops' and 'patches'")
+
+
+def finish(batch: torch.Tensor, objective, mean: torch.Tensor, std: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Normalise on the device and, for SimCLR, cut the patches. (B, n, s, s, 3) uint8 -> (B, V, 3, s, s)."""
+    images = batch.permute(0, 1, 4, 2, 3).to(mean.dtype).div(255)
+    images = ((images - mean[:, None, None]) / std[:, None, None]).to(dtype)
+    if objective is not None and objective.views == "patches":
+        images = patches(images, objective.grid, objective.stride_scale)
+    return images
+
+
+def to_image(item, name: str = "image") -> Image.Image:
+    """An RGB PIL image from a path, PIL image, uint8 array (H, W), (H, W, 3) or tensor (3, H, W) uint8 / float in [0, 1].
+
+    Raises ValueError naming the image (its path, where it has one) when it cannot be read.
+    """
+    if isinstance(item, (str, Path)):
+        try:
+            with Image.open(item) as opened:
+                return ImageOps.exif_transpose(opened).convert("RGB")
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            raise ValueError(f"cannot read the image {item}: {error}") from error
+    if isinstance(item, Image.Image):
+        return item.convert("RGB")
+    if isinstance(item, torch.Tensor):
+        array = item.detach().cpu()
+        array = array.numpy() if array.dtype == torch.uint8 else (array.float().clamp(0, 1) * 255).round().byte().numpy()
+        item = array.transpose(1, 2, 0) if array.ndim == 3 and array.shape[0] == 3 else array
+    if isinstance(item, np.ndarray) and item.dtype == np.uint8 and (item.ndim == 2 or item.ndim == 3 and item.shape[2] == 3):
+        return Image.fromarray(item).convert("RGB")
+    got = f"{item.dtype} array of shape {item.shape}" if isinstance(item, np.ndarray) else type(item).__name__
+    raise ValueError(f"{name} is a {got}; accepted: a path, a PIL image, uint8 (H, W[, 3]), a tensor (3, H, W)")

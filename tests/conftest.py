@@ -1,0 +1,35 @@
+"""Tests leave the committed figures and the user's feature store alone, and use few threads."""
+
+import os
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")  # before torch is imported; a shared machine is not ours alone
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
+    if any("cuda" in item.keywords for item in items):
+        import torch
+
+        if not torch.cuda.is_available():
+            for item in items:
+                if "cuda" in item.keywords:
+                    item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def scratch_folders(tmp_path_factory):
+    """FUNGI_STORE and FUNGI_FIGURES point to a temporary folder unless the caller has set them (the Makefile does)."""
+    with pytest.MonkeyPatch.context() as patch:
+        for variable in ("FUNGI_STORE", "FUNGI_FIGURES"):
+            if not os.environ.get(variable, "").strip():
+                patch.setenv(variable, str(tmp_path_factory.mktemp(variable.lower())))
+        yield

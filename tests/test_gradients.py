@@ -1,0 +1,160 @@
+"""Tapped gradients against autograd, sample by sample; the class-token path against the general one."""
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+from fungi_core import backbones, objectives as O
+from fungi_core.fungi import Parts, draw_parts
+from fungi_core.gradients import linear_layer, tap, tapped_factors
+
+SMALL = (O.KL(dim=32), O.DINO(dim=40), O.SimCLR(dim=16))
+
+
+def encoder(pool="token", **changes):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = timm.create_model("test_vit", num_classes=0, global_pool=pool, **changes)
+        for p in model.parameters():  # random biases and norms, so that no term is zero by initialisation
+            p.data += 0.05 * torch.randn_like(p)
+    return backbones.load(model, layer="blocks.5.attn.proj", device="cpu", dtype="float32")
+
+
+def views(objective, size, batch=3):
+    count = {"kl": 1, "dino": 12, "simclr": 5}[objective.name]
+    return torch.randn(batch, count, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def parts(backbone, objective):
+    drawn = draw_parts(backbone, objective, 0)
+    negatives = torch.randn(20, objective.dim, generator=torch.Generator().manual_seed(2))
+    return Parts(drawn.heads, drawn.projection, negatives)
+
+
+def autograd(backbone, objective, given, batch, path):
+    """The slow obvious version: one image at a time, parameters that require grad, .backward()."""
+    layer = linear_layer(backbone.model, path)
+    out = []
+    for sample in batch:
+        layer.requires_grad_(True)
+        layer.zero_grad()
+        embeddings = backbone.embed(sample)[None]  # (1, V, D)
+        objective.loss(embeddings, given.heads, given.negatives).sum().backward()
+        blocks = [layer.weight.grad] + ([layer.bias.grad[:, None]] if layer.bias is not None else [])
+        out.append(torch.cat(blocks, 1).clone())
+        layer.requires_grad_(False)
+        layer.weight.grad = None
+    return torch.stack(out)
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("pool", ["token", "avg"])
+@pytest.mark.parametrize("objective", SMALL, ids=lambda o: o.name)
+def test_tapped_gradients_equal_per_sample_autograd(objective, pool):
+    backbone = encoder(pool)
+    given, batch = parts(backbone, objective), views(objective, backbone.size)
+    expected = autograd(backbone, objective, given, batch, backbone.layer)
+    loss = lambda e: objective.loss(e, given.heads, given.negatives)
+    _, (factors,) = tapped_factors(backbone.model, backbone.embed, batch, loss, [backbone.layer])
+    assert relative(factors.gradient(), expected) < 1e-5
+    assert backbone.reads_class_token([backbone.layer]) == (pool == "token")
+    embeddings, (chosen,) = backbone.factors(batch, loss)
+    assert relative(chosen.gradient(), expected) < 1e-5
+    torch.testing.assert_close(embeddings[:, 0], backbone.embed(batch[:, 0]), rtol=1e-5, atol=1e-5)
+
+
+def test_tapped_gradients_equal_vmap_of_grad():
+    backbone, objective = encoder("avg"), SMALL[0]
+    given, batch = parts(backbone, objective), views(objective, backbone.size)
+    for module in backbone.model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False  # the fused kernel has no batching rule
+    state = dict(backbone.model.named_parameters())
+    names = [f"{backbone.layer}.weight", f"{backbone.layer}.bias"]
+
+    def loss(weights, sample):
+        tokens = torch.func.functional_call(backbone.model, {**state, **weights}, (sample,))
+        return objective.loss(tokens[None], given.heads).sum()
+
+    per_sample = torch.func.vmap(torch.func.grad(loss), (None, 0))({n: state[n] for n in names}, batch)
+    expected = torch.cat([per_sample[names[0]], per_sample[names[1]][..., None]], 2)
+    _, (factors,) = backbone.factors(batch, lambda e: objective.loss(e, given.heads))
+    assert relative(factors.gradient(), expected) < 1e-5
+
+
+@pytest.mark.parametrize("path", ["blocks.2.attn.qkv", "blocks.4.mlp.fc1", "blocks.5.mlp.fc2", "blocks.0.attn.proj"])
+def test_every_linear_layer_in_one_pass(path):
+    backbone, objective = encoder(), SMALL[2]
+    given, batch = parts(backbone, objective), views(objective, backbone.size, 2)
+    loss = lambda e: objective.loss(e, given.heads, given.negatives)
+    _, several = backbone.factors(batch, loss, ["blocks.0.attn.proj", path, "blocks.5.attn.proj"])
+    assert relative(several[1].gradient(), autograd(backbone, objective, given, batch, path)) < 1e-5
+
+
+def test_a_layer_without_bias_and_registers_and_layer_scale():
+    backbone = encoder(reg_tokens=2, init_values=0.3, qkv_bias=False)
+    assert backbone.reads_class_token([backbone.layer])
+    objective = SMALL[1]
+    given, batch = parts(backbone, objective), views(objective, backbone.size, 2)
+    loss = lambda e: objective.loss(e, given.heads)
+    for path in (backbone.layer, "blocks.5.attn.qkv"):
+        _, (factors,) = backbone.factors(batch, loss, [path])
+        assert factors.bias == (path == backbone.layer)
+        assert relative(factors.gradient(), autograd(backbone, objective, given, batch, path)) < 1e-5
+
+
+def test_no_parameter_requires_grad_and_hooks_are_removed_even_after_an_error():
+    backbone = encoder("avg")
+    batch = views(SMALL[0], backbone.size)
+    with pytest.raises(RuntimeError, match="broken loss"):
+        backbone.factors(batch, lambda e: (_ for _ in ()).throw(RuntimeError("broken loss")))
+    layer = linear_layer(backbone.model, backbone.layer)
+    assert not layer._forward_hooks and not layer._forward_pre_hooks
+    assert not any(p.requires_grad or p.grad is not None for p in backbone.model.parameters())
+    assert torch.is_grad_enabled()
+
+
+def test_a_loss_that_is_not_finite_names_its_sample():
+    backbone = encoder()
+    broken = lambda e: e.sum((1, 2)) * torch.tensor([1.0, torch.nan, 1.0])
+    with pytest.raises(FloatingPointError, match="sample 1 of the batch is nan"):
+        backbone.factors(views(SMALL[0], backbone.size), broken)
+
+
+@pytest.mark.parametrize(("path", "message"), [("blocks.77.attn.proj", "has no layer"), ("blocks.5.norm1", "LayerNorm; gradients")])
+def test_wrong_layers_are_named(path, message):
+    with pytest.raises(ValueError, match=message):
+        encoder().factors(torch.zeros(1, 1, 3, 160, 160), lambda e: e.sum((1, 2)), [path])
+
+
+def test_a_tap_that_runs_twice_is_refused():
+    layer = torch.nn.Linear(4, 4)
+    model = torch.nn.Sequential(layer, layer)
+    with pytest.raises(ValueError, match="ran 2 times"):
+        tapped_factors(model, model, torch.zeros(1, 1, 4), lambda e: e.sum((1, 2)), ["0"])
+
+
+def test_taps_leave_the_output_as_it_is():
+    layer = torch.nn.Sequential(torch.nn.Linear(4, 3)).requires_grad_(False)
+    x = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
+    with tap(layer, ["0"]) as (one,), torch.no_grad():
+        tapped = layer(x)
+    assert torch.equal(tapped, layer(x)) and torch.equal(one.activations, x) and one.output.requires_grad
+
+
+def test_bf16_features_stay_close_to_fp32():
+    objective = O.KL()
+    given = None
+    results = []
+    for dtype in ("float32", "bfloat16"):
+        backbone = backbones.load("random:vit_tiny_patch16_224", dtype=dtype)
+        given = given or draw_parts(backbone, objective, 0)
+        images = torch.rand(4, 1, 3, 224, 224, generator=torch.Generator().manual_seed(0)).to(backbone.dtype)
+        embeddings, (factors,) = backbone.factors(images, lambda e: objective.loss(e, given.heads))
+        results.append((embeddings[:, 0], given.projection.apply(factors, backbone.dtype)))
+    for exact, fast in zip(*results):
+        assert np.all(torch.cosine_similarity(exact, fast).numpy() > 0.99)

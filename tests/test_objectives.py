@@ -1,0 +1,115 @@
+"""Losses against naive loops and numbers worked by hand."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fungi_core import objectives as O
+
+
+def naive_info_nce(z, negatives, temperature, scaled):
+    """Eq. 5 as printed: the mean over ordered pairs (i, j), i != j, of -log(exp(s_ij/T) / sum_{k != i} exp(s_ik/T))."""
+    everything = torch.cat([z, negatives])
+    total, pairs = 0.0, 0
+    for i in range(len(z)):
+        similarity = [F.cosine_similarity(z[i], other, dim=0) for other in everything]
+        denominator = sum(math.exp(float(s) / (temperature if scaled else 1)) for k, s in enumerate(similarity) if k != i)
+        for j in range(len(z)):
+            if j != i:
+                total += -float(similarity[j]) / temperature + math.log(denominator)
+                pairs += 1
+    return total / pairs
+
+
+@pytest.mark.parametrize("denominator", ["eq5", "published"])
+def test_info_nce_is_the_printed_formula(denominator):
+    g = torch.Generator().manual_seed(0)
+    z, n = torch.randn(3, 5, 8, generator=g), torch.randn(11, 8, generator=g)
+    ours = O.info_nce(z, n, 0.07, denominator)
+    expected = [naive_info_nce(sample, n, 0.07, denominator == "eq5") for sample in z]
+    assert ours.tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_info_nce_by_hand():
+    # Two identical positives, one orthogonal negative, T = 1: each pair costs -1 + log(e + 1).
+    z = torch.tensor([[[1.0, 0.0], [2.0, 0.0]]])
+    assert O.info_nce(z, torch.tensor([[0.0, 3.0]]), 1.0).item() == pytest.approx(-1 + math.log(math.e + 1))
+
+
+def test_info_nce_gradient_is_autograd_of_the_plain_formula():
+    g = torch.Generator().manual_seed(1)
+    z, n = torch.randn(2, 4, 6, generator=g, dtype=torch.float64), torch.randn(700, 6, generator=g, dtype=torch.float64)
+
+    def plain(z):
+        a, b = F.normalize(z, dim=-1), F.normalize(n, dim=-1)
+        among = a @ a.transpose(1, 2) / 0.07
+        mask = torch.eye(4, dtype=torch.bool)
+        every = torch.cat([among.masked_fill(mask, -torch.inf), a @ b.T / 0.07], -1)
+        return (torch.logsumexp(every, -1) - among.masked_fill(mask, 0).sum(-1) / 3).mean(-1).sum()
+
+    ours, theirs = (torch.autograd.grad(f(x := z.clone().requires_grad_()), x)[0] for f in (lambda x: O.info_nce(x, n, 0.07).sum(), plain))
+    torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
+
+
+def test_dino_is_the_sum_over_all_pairs_with_a_constant_teacher():
+    g = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 5, 7, generator=g), torch.randn(2, 2, 7, generator=g)
+    expected = [
+        sum(-(F.softmax(t / 0.07, 0) * F.log_softmax(s / 0.1, 0)).sum().item() for t in teacher[i] for s in student[i])
+        for i in range(2)
+    ]
+    assert O.dino_loss(student, teacher, 0.1, 0.07).tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_kl_by_hand_and_both_readings():
+    latents = torch.log(torch.tensor([[[0.75, 0.25]]]))  # softmax at T = 1 is (3/4, 1/4)
+    uniform_latent = 0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25)
+    latent_uniform = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
+    assert O.kl_loss(latents, 1.0).item() == pytest.approx(uniform_latent, rel=1e-5)
+    assert O.kl_loss(latents, 1.0, "latent_uniform").item() == pytest.approx(latent_uniform, rel=1e-5)
+
+
+def test_published_settings():
+    assert (O.KL().temperature, O.KL().dim) == (15, 768)
+    d = O.DINO()
+    assert (d.dim, d.global_crops, d.local_crops, d.teacher_temperature, d.student_temperature) == (2048, 2, 10, 0.07, 0.1)
+    assert (d.global_scale, d.local_scale, d.independent_heads) == ((0.25, 1.0), (0.05, 0.25), True)
+    s = O.SimCLR()
+    assert (s.dim, s.negatives, s.temperature, s.normalize) == (96, 256, 0.07, False)
+
+
+@pytest.mark.parametrize("objective", [O.KL(), O.DINO(), O.SimCLR()])
+def test_heads_come_from_the_generator_alone(objective):
+    a, b, other = (objective.heads(16, np.random.default_rng(seed)) for seed in (0, 0, 1))
+    assert all(torch.equal(a[name], b[name]) for name in a) and not torch.equal(a["weight"], other["weight"])
+    assert a["weight"].shape == (objective.dim, 16) and a["weight"].abs().max() <= 0.25
+    assert objective.name != "dino" or not torch.equal(a["weight"], a["teacher_weight"])
+
+
+def test_no_sample_touches_another():
+    g = torch.Generator().manual_seed(0)
+    embeddings, negatives = torch.randn(4, 12, 16, generator=g), torch.randn(50, 96, generator=g)
+    for objective in (O.KL(), O.DINO(), O.SimCLR()):
+        heads = objective.heads(16, np.random.default_rng(0))
+        together = objective.loss(embeddings, heads, negatives)
+        alone = torch.cat([objective.loss(e[None], heads, negatives) for e in embeddings])
+        torch.testing.assert_close(together, alone)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: O.kl_loss(torch.zeros(1, 1, 2), 1.0, "sideways"), "uniform_latent"),
+        (lambda: O.info_nce(torch.ones(1, 1, 2), torch.ones(1, 2), 1.0), "at least 2"),
+        (lambda: O.info_nce(torch.ones(1, 2, 2), torch.ones(1, 2), 1.0, "none"), "published"),
+        (lambda: O.SimCLR().loss(torch.ones(1, 2, 4), O.SimCLR().heads(4, np.random.default_rng(0))), "negatives"),
+        (lambda: O.by_name("byol"), "kl, dino, simclr"),
+    ],
+)
+def test_errors_are_one_line(call, message):
+    with pytest.raises(ValueError, match=message) as error:
+        call()
+    assert "\n" not in str(error.value)

@@ -1,0 +1,210 @@
+"""The stored numbers of the paper against what its pages print: counts, deltas, means, values typed by hand."""
+
+import math
+
+import pandas as pd
+import pytest
+
+from fungi_core import paper
+
+# Numbers in the body of each printed table, counted on the page: rows x columns, "-" and "N/A" left out.
+COUNTS = {1: 8 * 12, 2: 8 * 7, 3: 4 * 3 + 1, 4: 5 * 4, 5: 6 * 10, 6: 4 + 4 + 3, 7: 4 * 3 + 1, 8: 8 * 6, 9: 4 * 8,
+          10: 8 * 10, 11: 4 * 4, 12: 2 + 6, 13: 8 * 7, 14: 8 * 6, 15: 2 + 2, 16: 4 + 4 * 2, 22: 4 * 3}
+# Printed arrows. Table 5 prints none in its 20 embedding cells, nor for T5 Small, E+K, TREC full (no change).
+DELTAS = {1: 4, 2: 56, 3: 13, 4: 20, 5: 60 - 20 - 1, 6: 0, 7: 13, 8: 48, 9: 0, 10: 80, 11: 16, 12: 0, 13: 56, 14: 48,
+          15: 0, 16: 4, 22: 4}
+KEY = ["row", "column", "setting", "metric"]
+# The paper's own slips: (table, row, column, setting) -> value, embeddings value, printed delta.
+DELTA_SLIPS = {(11, "E+S", "ESC 50", "full"): (45.2, 42.8, 2.5)}
+# One backbone, one feature set, one protocol, two accuracies: feature set -> (Table 2, Table 22).
+TABLE_22_SLIPS = {"Embeddings": (65.3, 67.3), "E+K": (66.3, 68.2)}
+MEAN_SLIPS: dict[tuple, tuple] = {}  # Table 1 has none
+NOTEBOOKS = {"00_start_here", "01_method", "02_complementarity", "03_image_classification", "04_data_efficiency",
+             "05_scene_understanding", "06_text", "07_projection_head", "08_source_layer", "09_seeds", "10_retrieval",
+             "11_audio", "12_linear_probe", "13_other_objectives", "14_dino_ablations", "15_pca", "16_simclr_views",
+             "17_throughput", "18_discrepancies", "19_scoreboard", "20_your_own_data"}
+
+
+def key_of(frame: pd.DataFrame) -> list[str]:
+    return KEY + [column for column in ["backbone"] if column in frame.columns]
+
+
+def value(table: int, **where: str) -> float:
+    frame = paper.load(table)
+    for column, wanted in where.items():
+        frame = frame[frame[column] == wanted]
+    assert len(frame) == 1, (table, where, len(frame))
+    return frame["value"].item()
+
+
+def delta_slips(table: int) -> dict[tuple, tuple]:
+    """Printed deltas that are not the difference to the baseline cell within the rounding of one decimal."""
+    frame = paper.load(table)
+    key = key_of(frame)
+    cells = {tuple(cell[name] for name in key): cell for cell in frame.to_dict("records")}
+    slips = {}
+    for cell in cells.values():
+        if math.isnan(cell["delta"]):
+            continue
+        # Table 16 compares with the column without PCA; fine-tuning in Table 4 is its own baseline.
+        baseline = {"column": "No PCA"} if table == 16 else {} if cell["row"] == "E2E FT" else {"row": "Embeddings"}
+        reference = cells[tuple({**cell, **baseline}[name] for name in key)]["value"]
+        if abs(cell["value"] - reference - cell["delta"]) > 0.051:
+            slips[table, cell["row"], cell["column"], cell["setting"]] = (cell["value"], reference, cell["delta"])
+    return slips
+
+
+def test_every_table_is_stored():
+    assert paper.tables() == sorted(COUNTS)
+
+
+@pytest.mark.parametrize("table", COUNTS)
+def test_count_and_form(table):
+    frame = paper.load(table)
+    assert len(frame) == COUNTS[table]
+    assert frame["delta"].notna().sum() == DELTAS[table]
+    assert (frame["table"] == table).all()
+    assert frame["value"].notna().all()
+    assert not frame.duplicated(key_of(frame)).any()
+    assert (frame[["row", "column", "metric"]] != "").all(axis=None)
+    shares = frame[frame["metric"].isin(["accuracy", "mIoU", "mAP"])]["value"]
+    assert shares.between(0, 100).all()
+
+
+def test_printed_deltas_are_differences_but_for_the_known_slips():
+    found = {key: numbers for table in COUNTS for key, numbers in delta_slips(table).items()}
+    assert found == DELTA_SLIPS
+
+
+def test_mean_column_of_table_1():
+    frame = paper.load(1)
+    slips = {}
+    for group, cells in frame.groupby(["row", "setting", "backbone"]):
+        printed = cells[cells["column"] == "Mean"]["value"].item()
+        datasets = cells[cells["column"] != "Mean"]["value"]
+        assert len(datasets) == 11
+        if abs(datasets.mean() - printed) > 0.051:
+            slips[group] = (round(datasets.mean(), 3), printed)
+    assert slips == MEAN_SLIPS
+
+
+def test_tables_that_print_the_same_quantity_agree():
+    many = pd.concat([paper.load(2), paper.load(8)])
+    many = {(cell["row"], cell["column"], cell["setting"]): cell["value"] for cell in many.to_dict("records")}
+    means = paper.load(1).query("column == 'Mean'").to_dict("records")
+    assert len(means) == 8
+    for cell in means:
+        row = {"FUNGI": "E+K+D+S"}.get(cell["row"], cell["row"])
+        assert many[row, cell["backbone"], cell["setting"]] == cell["value"]
+    with_pca = paper.load(16).query("column == 'PCA'").to_dict("records")
+    assert len(with_pca) == 4
+    for cell in with_pca:
+        assert many[cell["row"], "DeiT ViT-B/16", "full"] == cell["value"]
+    slips = {}
+    for source, row in {"Embeddings": "Embeddings", "KL": "E+K"}.items():
+        pair = many[row, "DeiT ViT-B/16", "full"], value(22, row=source, metric="accuracy")
+        if pair[0] != pair[1]:
+            slips[row] = pair
+    assert slips == TABLE_22_SLIPS
+
+
+@pytest.mark.parametrize(("table", "expected", "where"), [
+    (1, 61.6, {"row": "FUNGI", "column": "Flowers", "setting": "full", "backbone": "AugReg IN1K ViT-B/16"}),
+    (1, 51.0, {"row": "FUNGI", "column": "Pets", "setting": "5-shot", "backbone": "AugReg IN21K ViT-B/16"}),
+    (2, 70.1, {"row": "E+K+D+S", "column": "DeiT ViT-B/16", "setting": "full"}),
+    (2, 33.5, {"row": "E+K", "column": "AugReg IN1K ViT-B/16", "setting": "5-shot"}),
+    (3, 62.1, {"row": "FUNGI", "column": "DINO ViT-B/16", "setting": "1024x10^2"}),
+    (3, 70.5, {"row": "Embeddings", "column": "HummingBird ViT-B/16‡", "setting": "1024x10^4"}),
+    (4, 46.8, {"row": "FUNGI", "column": "ViT-B/16", "setting": "Pascal VOC 1/64 (n=165)"}),
+    (5, 18.4, {"row": "E+K+S", "column": "SST (Fine Grained)", "setting": "5-shot", "backbone": "BERT Base"}),
+    (5, 40.6, {"row": "E+K", "column": "AG News", "setting": "10-shot", "backbone": "T5 Small"}),
+    (6, 90.1, {"row": "printed row 4 of 4 (default)", "column": "DINO"}),
+    (7, 22.3, {"row": "FUNGI", "column": "DINO ViT-S/16", "setting": "1024x10^4"}),
+    (8, 45.4, {"row": "E+K+D", "column": "MAE ViT-B/16", "setting": "full"}),
+    (9, 28.3, {"row": "E+K+D+S", "column": "FGVC"}),
+    (10, 52.8, {"row": "E+K", "column": "CLIP ViT-B/16", "setting": "Paris H"}),
+    (10, 12.7, {"row": "E+D", "column": "DeiT ViT-B/16", "setting": "Oxford H"}),
+    (11, 29.9, {"row": "E+K", "column": "SpeechCommands V2", "setting": "full"}),
+    (12, 0.07, {"row": "Temperature", "column": "SimCLR"}),
+    (13, 79.4, {"row": "E+K+D", "column": "MoCov3 ViT-B/32", "setting": "full"}),
+    (14, 32.3, {"row": "E+K+D+S", "column": "MAE ViT-B/16", "setting": "5-shot"}),
+    (15, 90.1, {"row": "Data Augmentation: Random Crops"}),
+    (16, 67.8, {"row": "E+K+D", "column": "No PCA"}),
+    (16, 384, {"row": "ViT-S/16", "metric": "dimensions"}),
+    (22, 344, {"row": "KL", "metric": "images/s"}),
+])
+def test_values_read_by_hand(table, expected, where):
+    assert value(table, **where) == expected
+
+
+def test_spread_of_table_9():
+    frame = paper.load(9)
+    assert frame[frame["row"] == "Embeddings"]["spread"].isna().all()
+    assert frame["spread"].notna().sum() == 3 * 8
+    assert frame["spread"].max() == 0.6
+
+
+def test_claims():
+    frame = paper.claims()
+    assert frame["id"].is_unique
+    assert set(frame["notebook"]) <= NOTEBOOKS
+    assert set(frame["expected"]) <= {"+", "-", ""}
+    assert (frame[["id", "item", "claim", "paper_number"]] != "").all(axis=None)
+    figures, tabled = (2, 3, 5, 6, 8, 9, 10, 11, 12), (*range(1, 12), 13, 14, 15, 16, 22)
+    assert set(frame["item"]) == {f"Fig. {n}" for n in figures} | {f"Table {n}" for n in tabled}
+    numbers = frame[frame["paper_delta"].notna()]
+    assert (numbers[numbers["expected"] == "+"]["paper_delta"] > 0).all()
+    assert (numbers[numbers["expected"] == "-"]["paper_delta"] < 0).all()
+
+
+@pytest.mark.parametrize(("claim", "table", "where"), [
+    ("table2-all", 2, {"row": "E+K+D+S", "column": "DeiT ViT-B/16", "setting": "full"}),
+    ("table3-voc", 3, {"row": "FUNGI", "column": "DINO ViT-B/16", "setting": "1024x10^2"}),
+    ("table10-dinov2", 10, {"row": "E+K+D", "column": "DINOv2 ViT-B/14", "setting": "Paris H"}),
+    ("table11-kl", 11, {"row": "E+K", "column": "ESC 50", "setting": "full"}),
+    ("table13-selfsup", 13, {"row": "E+K+D+S", "column": "DINO ViT-B/16", "setting": "5-shot"}),
+    ("table16-pca", 16, {"row": "E+K+D+S", "column": "PCA"}),
+])
+def test_claims_quote_the_tables(claim, table, where):
+    frame = paper.load(table)
+    for column, wanted in where.items():
+        frame = frame[frame[column] == wanted]
+    claims = paper.claims().set_index("id")
+    assert claims.loc[claim, "paper_delta"] == frame["delta"].item()
+
+
+@pytest.mark.parametrize(("claim", "tables"), [("fig5-full", (2, 8)), ("fig9-linear", (13, 14))])
+def test_derived_claims_are_the_mean_best_gain(claim, tables):
+    gains = pd.concat([paper.load(table) for table in tables]).query("row != 'Embeddings' and setting == 'full'")
+    best = gains.groupby("column")["delta"].max()
+    assert len(best) == 13 and (best > 0).all()
+    assert paper.claims().set_index("id").loc[claim, "paper_delta"] == round(best.mean(), 1)
+
+
+def test_beside_keeps_both_sides():
+    ours = pd.DataFrame({"row": ["KL", "mine"], "metric": ["images/s"] * 2, "value": [50.0, 7.0], "low": [49.0, 6.0]})
+    both = paper.beside(ours, 22, on=["row", "metric"])
+    assert list(both.columns) == ["row", "metric", "ours", "paper", "low"]
+    assert len(both) == 12 + 1
+    assert both["row"].tolist() == [*paper.load(22)["row"], "mine"]
+    kl = both[(both["row"] == "KL") & (both["metric"] == "images/s")].iloc[0]
+    assert (kl["ours"], kl["paper"], kl["low"]) == (50.0, 344.0, 49.0)
+    mine = both[both["row"] == "mine"].iloc[0]
+    assert mine["ours"] == 7.0 and math.isnan(mine["paper"])
+    assert both["ours"].notna().sum() == 2
+
+
+def test_errors_say_what_exists(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"no table 17.*1, 2, 3.*16, 22"):
+        paper.load(17)
+    ours = pd.DataFrame({"row": ["Embeddings"], "value": [1.0]})
+    with pytest.raises(ValueError, match="table 2: .*add a column to on"):
+        paper.beside(ours, 2, on=["row"])
+    with pytest.raises(ValueError, match="ours has no column column; it has row, value"):
+        paper.beside(ours, 2, on=["row", "column"])
+    monkeypatch.setattr(paper, "paper_dir", lambda: tmp_path)
+    (tmp_path / "table01.csv").write_text("table,row,value\n1,a,2\n")
+    with pytest.raises(ValueError, match="table01.csv has the columns table, row, value; expected table, row, column"):
+        paper.load(1)
+    with pytest.raises(FileNotFoundError, match="claims.csv"):
+        paper.claims()

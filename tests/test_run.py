@@ -1,0 +1,214 @@
+"""The notebook runner: parameters are checked before a kernel starts, output is whole or absent, failure is one line."""
+
+import ast
+import hashlib
+import os
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+from fungi_core import paths, run
+
+PARAMETERS = """\
+profile: str = "mini"  # which profile
+seed: int = 0  # base seed
+n_train: int = 10  # images of the memory bank
+ratio: float = 0.5  # a share
+verbose: bool = False  # say more
+backbones: list = ["a"]  # encoders
+datasets: list[str] = ["x"]  # data sets
+layer: str | None = None  # target layer"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A notebooks folder of two notebooks, one of which breaks, with the profiles mini and big."""
+    here = tmp_path / "notebooks"
+    (here / "profiles").mkdir(parents=True)
+    monkeypatch.setattr(run, "NOTEBOOKS", here)
+    (here / "profiles" / "mini.yaml").write_text("profile: mini\n")
+    (here / "profiles" / "big.yaml").write_text(
+        "profile: big\nn_train: 500\nnotebooks:\n  01_fine:\n    backbones: [b, c]\n")
+    write(here / "01_fine.ipynb", PARAMETERS, "import os; print(profile, seed, n_train, backbones, os.getcwd())")
+    write(here / "02_broken.ipynb", 'profile: str = "mini"  # which profile\nseed: int = 0  # base seed',
+          "print('before')", "raise KeyError(f'no such thing\\nseed {seed}')", "print('never')")
+    return here
+
+
+def write(path: Path, parameters: str, *code: str) -> None:
+    nb = new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"},
+                                "language_info": {"name": "python"}})
+    nb.cells = [new_markdown_cell("# Title"), new_code_cell(parameters, metadata={"tags": ["parameters"]}),
+                *map(new_code_cell, code)]
+    nbformat.write(nb, path)
+
+
+def printed(path: Path) -> str:
+    nb = nbformat.read(path, as_version=4)
+    return "".join(out.text for cell in nb.cells if cell.cell_type == "code" for out in cell.outputs)
+
+
+def test_parameters_are_defaults_then_profile_then_overrides(folder):
+    assert run.parameters("01_fine")["n_train"] == 10
+    big = run.parameters("01_fine", "big", {"seed": 3})
+    assert (big["profile"], big["n_train"], big["backbones"], big["seed"], big["ratio"]) == ("big", 500, ["b", "c"], 3, 0.5)
+    assert run.parameters("02_broken", "big") == {"profile": "big", "seed": 0}  # n_train is not its own
+
+
+@pytest.mark.parametrize("value, annotation, expected", [
+    (1, "int", True), (True, "int", False), (1.0, "int", False), ("1", "int", False),
+    (1, "float", True), (0.5, "float", True), (True, "float", False), ("x", "str", True), (None, "str", False),
+    (True, "bool", True), (1, "bool", False), (["a"], "list", True), ("a", "list", False), ([1], "list[str]", False),
+    ([1, 2], "list[int]", True), (None, "int | None", True), ({}, "dict", True),
+])  # fmt: skip
+def test_fits(value, annotation, expected):
+    assert run.fits(value, annotation) is expected
+
+
+def test_an_unknown_annotation_is_an_error():
+    with pytest.raises(ValueError, match="unknown parameter type 'tensor'; accepted are: int"):
+        run.fits(1, "tensor")
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["03_none"], ["unknown notebook '03_none'", "01_fine", "02_broken"]),
+    ([], ["unknown notebook ''", "01_fine"]),
+    (["01_fine", "--profile", "huge"], ["unknown profile 'huge'", "big", "mini"]),
+    (["01_fine", "-p", "n_trian", "3"], ["no parameter 'n_trian'", "n_train", "backbones"]),
+    (["01_fine", "-p", "seed", "one"], ["'seed' takes int", "str 'one'"]),
+    (["01_fine", "-p", "verbose", "1"], ["'verbose' takes bool", "int 1"]),
+    (["01_fine", "-p", "backbones", "resnet"], ["'backbones' takes list", "str 'resnet'"]),
+    (["01_fine", "-p", "datasets", "[1]"], ["'datasets' takes list[str]"]),
+    (["01_fine", "-p", "datasets", "[x"], ["expected ',' or ']'"]),
+    (["01_fine", "-p", "profile", "big"], ["choose the profile with --profile"]),
+])  # fmt: skip
+def test_a_wrong_request_is_one_line_before_any_kernel(folder, tmp_path, capsys, monkeypatch, arguments, words):
+    monkeypatch.setattr(papermill, "execute_notebook", lambda *a, **k: pytest.fail("a kernel was started"))
+    out = tmp_path / "out.ipynb"
+    assert run.main([*arguments, "--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and all(word in error for word in words), error
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("text, words", [
+    ("profile: mini\nn_trian: 3\n", ["unknown parameter in profile mini.yaml 'n_trian'", "n_train"]),
+    ("profile: mini\nn_train: many\n", ["'n_train' takes int"]),
+    ("profile: mini\nnotebooks: {05_none: {seed: 1}}\n", ["unknown notebook in profile mini.yaml '05_none'"]),
+    ("profile: mini\nnotebooks: {01_fine: {sede: 1}}\n", ["no parameter 'sede'"]),
+    ("n_train: 3\n", ["must hold the line 'profile: mini'"]),
+])  # fmt: skip
+def test_a_wrong_profile_is_one_line(folder, capsys, text, words):
+    (folder / "profiles" / "mini.yaml").write_text(text)
+    assert run.main(["01_fine"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and all(word in error for word in words), error
+
+
+def test_runs_from_another_folder_and_repeats_byte_for_byte(folder, tmp_path, monkeypatch, capsys):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    digests = []
+    for name in ("one", "two"):
+        assert run.main(["01_fine", "--profile", "big", "-p", "seed", "7", "--out", f"{name}/out.ipynb"]) == 0
+        digests.append(hashlib.sha256((elsewhere / name / "out.ipynb").read_bytes()).hexdigest())
+        assert printed(elsewhere / name / "out.ipynb") == f"big 7 500 ['b', 'c'] {folder}\n"
+        assert os.listdir(elsewhere / name) == ["out.ipynb"]
+    assert digests[0] == digests[1]
+    assert capsys.readouterr().out.startswith("01_fine (big): ")
+
+
+def test_a_broken_cell_leaves_the_partial_notebook_and_one_line(folder, tmp_path, capsys):
+    out = tmp_path / "runs" / "02_broken.ipynb"
+    assert run.main(["02_broken", "-p", "seed", "5", "--out", str(out)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("02_broken, cell 4: KeyError: 'no such thing\\nseed 5'") and error.count("\n") == 1, error
+    assert not out.exists()
+    assert out.with_suffix(".failed.ipynb").name in error
+    assert "before" in out.with_suffix(".failed.ipynb").read_text()
+
+
+def test_a_kernel_that_dies_is_named_too_and_a_later_success_removes_the_partial(folder, tmp_path, capsys):
+    out = tmp_path / "out.ipynb"
+    write(folder / "02_broken.ipynb", PARAMETERS, "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    assert run.main(["02_broken", "--out", str(out)]) == 1
+    assert capsys.readouterr().err.startswith("02_broken, cell 3: DeadKernelError: ")
+    write(folder / "02_broken.ipynb", PARAMETERS, "print('fixed')")
+    assert run.main(["02_broken", "--out", str(out)]) == 0
+    assert not out.with_suffix(".failed.ipynb").exists()
+    assert printed(out) == "fixed\n"
+
+
+def test_the_list_shows_names_types_defaults_and_help(folder, capsys):
+    assert run.main(["--list"]) == 0
+    text = capsys.readouterr().out
+    assert "02_broken\n" in text and "    datasets: list[str] = ['x']  # data sets\n" in text
+
+
+def test_plain_papermill_reads_a_profile(folder, tmp_path):
+    profile = {"profile": "big", "n_train": 500, "notebooks": {"01_fine": {"backbones": ["b", "c"]}}}
+    papermill.execute_notebook(folder / "01_fine.ipynb", tmp_path / "out.ipynb", profile, progress_bar=False)
+    assert printed(tmp_path / "out.ipynb").startswith("big 0 500 ['a']")
+
+
+def test_normalize_strips_runs_and_keeps_results(folder):
+    nb = nbformat.read(folder / "01_fine.ipynb", as_version=4)
+    nb.metadata["widgets"], nb.metadata.language_info["version"] = {"state": 1}, "3.11.7"
+    cell = nb.cells[2]
+    cell.metadata.update(execution={"iopub.execute_input": "noon"}, papermill={"duration": 1.0})
+    stream = [nbformat.v4.new_output("stream", name=name, text=text) for name, text in
+              (("stdout", "a"), ("stdout", "b"), ("stderr", "c"))]  # fmt: skip
+    cell.outputs, cell.execution_count = [*stream, nbformat.v4.new_output("execute_result", execution_count=9)], 9
+    clean = run.normalize(nb)
+    nbformat.validate(clean)
+    assert clean.metadata.language_info == {"name": "python"} and set(clean.metadata) == {"kernelspec", "language_info"}
+    assert clean.cells[2].metadata == {} and clean.cells[1].metadata == {"tags": ["parameters"]}
+    assert clean.cells[2].execution_count == clean.cells[2].outputs[-1].execution_count == 1
+    assert [out.get("text") for out in clean.cells[2].outputs] == ["ab", "c", None]
+    assert run.normalize(nbformat.from_dict(clean)) == clean
+
+
+# ---- the real notebooks: slow ones with --slow; nbval runs every one of them in any case
+
+def written_names(slug: str) -> set[str]:
+    """Names that a notebook hands to save_figure and save_table, as literals."""
+    nb = nbformat.read(run.NOTEBOOKS / f"{slug}.ipynb", as_version=4)
+    trees = [ast.parse(cell.source) for cell in nb.cells if cell.cell_type == "code"]
+    calls = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    saves = [c for c in calls if getattr(c.func, "attr", getattr(c.func, "id", "")) in ("save_figure", "save_table")]
+    return {arg.value for call in saves for arg in call.args[1:2] if isinstance(arg, ast.Constant)}
+
+
+def contents(folder: Path, *suffixes: str) -> dict[str, str]:
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and (not suffixes or p.suffix in suffixes))
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def stored() -> dict[str, int]:
+    """Feature files and when they were written; locks come and go."""
+    return {str(p): p.stat().st_mtime_ns for p in paths.store_dir().rglob("*") if p.is_file() and "lock" not in p.name}
+
+
+QUICK = {"02_complementarity"}  # reads all features of the mini profile: the whole path once, in every test run
+
+
+@pytest.mark.contract
+@pytest.mark.parametrize(
+    "slug", [s if s in QUICK else pytest.param(s, marks=pytest.mark.slow) for s in run.notebooks()])
+def test_contract(slug, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    figures = paths.figures_dir() / "mini"
+    run.execute(slug, "mini", out=tmp_path / "first.ipynb")
+    names = written_names(slug)
+    missing = [f"{n}.{s}" for n in names for s in ("png", "pdf", "csv", "json") if not (figures / f"{n}.{s}").is_file()]
+    assert not missing
+    before, drawn = stored(), contents(figures, ".png", ".pdf", ".csv")
+    run.execute(slug, "mini", out=tmp_path / "second.ipynb")
+    assert stored() == before, "the second run wrote features"
+    if slug != "17_throughput":  # measures time
+        assert contents(figures, ".png", ".pdf", ".csv") == drawn, "the second run drew other figures"
+    assert sorted(os.listdir(tmp_path)) == ["first.ipynb", "second.ipynb"], "a notebook wrote into the caller's folder"
