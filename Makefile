@@ -5,7 +5,8 @@ CORES   ?= all
 
 BIN       := .venv/bin
 INSTALLED := .venv/.installed
-SNAKEMAKE  = $(BIN)/snakemake --cores $(CORES) --keep-going --quiet host rules reason
+# Outputs and features are whole or absent, so a killed run leaves nothing to unlock; jobs print their own lines.
+SNAKEMAKE  = $(BIN)/snakemake --cores $(CORES) --keep-going --rerun-incomplete --nolock --quiet all
 SCRATCH   := $(CURDIR)/build/test
 TEST_ENV   = FUNGI_STORE=$(SCRATCH)/store FUNGI_FIGURES=$(SCRATCH)/figures
 
@@ -27,8 +28,9 @@ $(INSTALLED): pyproject.toml requirements.lock
 	@touch $@
 
 reproduce: $(INSTALLED)  ## run every notebook of PROFILE (mini) on CORES (all); figures land in figures/PROFILE
-	@$(SNAKEMAKE) --config profile=$(PROFILE) || { echo "failed; partial notebooks: $$(ls runs/$(PROFILE)/*.failed.ipynb 2>/dev/null)"; exit 1; }
-	@echo "done: figures/$(PROFILE) holds the figures, runs/$(PROFILE) the executed notebooks"
+	@$(SNAKEMAKE) --config profile=$(PROFILE) \
+		|| { echo "failed; where no line above says why, this does: $(BIN)/snakemake -n --config profile=$(PROFILE)" >&2; exit 1; }
+	@echo "done: the figures are in figures/$(PROFILE), the executed notebooks in runs/$(PROFILE)"
 
 lite:  ## the lite profile: make lite DATA=folder of the packed data sets
 	@test -d "$(DATA)" || { echo "make lite DATA=folder: '$(DATA)' is no folder"; exit 1; }

@@ -12,18 +12,24 @@ workdir: workflow.basedir
 PROFILE = config.get("profile", "mini")
 RUNS = f"runs/{PROFILE}"
 SLUGS = run.notebooks()
-PARAMETERS = {slug: run.parameters(slug, PROFILE) for slug in SLUGS}
+try:
+    run.load_profile(PROFILE)  # an unknown one is an error, with or without notebooks
+    PARAMETERS = {slug: run.parameters(slug, PROFILE) for slug in SLUGS}
+except ValueError as error:
+    sys.exit(str(error))  # one line, under --quiet too
 SCOREBOARD = "19_scoreboard"
 ALONE = {"17_throughput"}  # timings: nothing else runs beside these
 
-OBJECTIVES = ["embedding", "kl", "dino", "simclr"]
+FEATURES = ["embedding", "kl", "dino", "simclr"]
 # A job starts Python and torch, which takes seconds: as long as the mini extraction itself. So one job makes all four
 # features of a (backbone, data set, split), but in the paper profile, where each takes hours, each is a job.
-GROUPS = OBJECTIVES if PROFILE == "paper" else ["+".join(OBJECTIVES)]
+GROUPS = FEATURES if PROFILE == "paper" else ["+".join(FEATURES)]
 PRESENT = {row["name"] for row in datasets.table() if row["available"]}  # the rest is "not run" in the notebooks
 
 CODE = sorted(Path("fungi_core").glob("*.py"))
-AFTER_FEATURES = {"evaluate", "figures", "paper", "pca", "plots", "run", "similarity"}  # cannot change a feature
+# Modules that change no feature; a change in any other runs the features jobs again, which then find their rows stored.
+AFTER_FEATURES = {"diagram", "evaluate", "explore", "figures", "grids", "paper", "pca", "plots", "protocol", "run",
+                  "similarity"}
 
 
 def features(slug):
@@ -32,7 +38,7 @@ def features(slug):
     if not {"backbones", "datasets", "n_train", "n_test", "seed"} <= p.keys():
         return []
     return [
-        f"{RUNS}/features/{backbone}/{dataset}/{split}-n{p['n_' + split]}-seed{p['seed']}/{group}.done"
+        f"{RUNS}/features/{backbone}/{dataset}/{split}-{p['n_train']}-{p['n_test']}-seed{p['seed']}/{group}.done"
         for backbone in p["backbones"]
         for dataset in p["datasets"] if dataset in PRESENT
         for split in ("train", "test")
@@ -46,13 +52,13 @@ rule all:
 
 rule features:
     input: [path for path in CODE if path.stem not in AFTER_FEATURES]
-    output: touch(RUNS + "/features/{backbone}/{dataset}/{split}-n{limit}-seed{seed}/{objectives}.done")
-    wildcard_constraints: dataset="[^/]+", split="train|test", limit=r"\d+", seed=r"\d+", objectives="[a-z+]+"
-    params: objectives=lambda wc: wc.objectives.replace("+", " ")
+    output: touch(RUNS + "/features/{backbone}/{dataset}/{split}-{n_train}-{n_test}-seed{seed}/{names}.done")
+    wildcard_constraints: dataset="[^/]+", split="train|test", n_train=r"\d+", n_test=r"\d+", seed=r"\d+", names="[a-z+]+"
+    params: names=lambda wc: wc.names.replace("+", " ")
     threads: workflow.cores or 1
     shell:
-        "{sys.executable} -m fungi_core.extract {wildcards.backbone:q} {wildcards.dataset} {wildcards.split}"
-        " {params.objectives} --limit {wildcards.limit} --seed {wildcards.seed}"
+        "{sys.executable} -m fungi_core.extract {wildcards.backbone:q} {wildcards.dataset} {wildcards.split} {params.names}"
+        " --n-train {wildcards.n_train} --n-test {wildcards.n_test} --seed {wildcards.seed}"
 
 
 rule notebook:

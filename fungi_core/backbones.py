@@ -12,6 +12,7 @@ from functools import cached_property
 import timm
 import torch
 import torch.nn.functional as F
+from huggingface_hub import try_to_load_from_cache
 from safetensors.torch import load_file
 from timm.data import resolve_data_config
 from timm.layers.attention import Attention
@@ -138,7 +139,7 @@ class Backbone:
         attention = torch.empty(len(flat), proj.in_features, device=flat.device)
         residual = torch.empty(len(flat), proj.out_features, device=flat.device)
         tokens = self.model.patch_embed.num_patches + self.model.num_prefix_tokens
-        chunk = max(1, (6400 if self.device == "cpu" else 65536) // tokens)  # views at once: enough to fill the machine
+        chunk = max(1, (3200 if self.device == "cpu" else 65536) // tokens)  # views at once: fill the machine, not its cache
         with torch.inference_mode():
             for i in range(0, len(flat), chunk):
                 attention[i : i + chunk], residual[i : i + chunk] = class_token_trunk(self.model, flat[i : i + chunk])
@@ -189,7 +190,8 @@ def class_token_trunk(model: VisionTransformer, x: torch.Tensor) -> tuple[torch.
     kv = F.linear(h, attn.qkv.weight[attn.attn_dim :], rest)
     q = q.reshape(n, 1, attn.num_heads, attn.head_dim).transpose(1, 2)  # (N, H, 1, d)
     k, v = kv.reshape(n, tokens, 2, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4)  # 2 x (N, H, T, d)
-    out = F.scaled_dot_product_attention(attn.q_norm(q), attn.k_norm(k), v)  # (N, H, 1, d)
+    weights = (attn.q_norm(q) * attn.scale @ attn.k_norm(k).transpose(-2, -1)).softmax(-1)  # (N, H, 1, T)
+    out = weights @ v  # (N, H, 1, d)
     out = attn.norm(out.transpose(1, 2).reshape(n, attn.attn_dim))
     return out, x[:, 0]
 
@@ -213,11 +215,35 @@ def load(name: str | torch.nn.Module, *, layer: str | None = None, device: str =
         spec, title = BACKBONES.get(name), name
         model = _create(name, spec)
     model = model.to(device=device, dtype=resolved).eval().requires_grad_(False)
+    for module in model.modules() if device == "cpu" else ():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False  # plain products are faster on CPUs, forward and (by far) backward
     layer = layer or (spec.layer if spec else last_attention_output(model))
     linear_layer(model, layer)
     size, mean, std, ratio = _input(model, spec)
     tensor = lambda values: torch.tensor(values, device=device, dtype=torch.float32)
     return Backbone(title, model, layer, size, tensor(mean), tensor(std), ratio, spec.pca if spec else None, device, resolved)
+
+
+def unavailable(name: str) -> str | None:
+    """Why ``name`` cannot be loaded on this machine without a download, in one line; None when it can. Unknown names raise."""
+    spec = BACKBONES.get(name)
+    if spec is not None and spec.size == 64:
+        file = paths.backbones_dir() / f"{name}.safetensors"
+        return None if file.is_file() else f"{file.name}, made by: python data/backbones/train.py {name}"
+    if name.startswith("random:") or spec is None:
+        _known(name)
+        return None
+    hub = timm.get_pretrained_cfg(name).hf_hub_id
+    cached = hub and try_to_load_from_cache(hub, "model.safetensors")
+    return None if isinstance(cached, str) else f"its weights from the hub ({spec.licence}): hf download {hub}"
+
+
+def _known(name: str) -> str:
+    architecture = name.removeprefix("random:")
+    if not timm.is_model(architecture.split(".")[0]):
+        raise ValueError(f"unknown backbone {name!r}; the table has {', '.join(BACKBONES)}; any timm name works too")
+    return architecture
 
 
 def _create(name: str, spec: Spec | None) -> torch.nn.Module:
@@ -230,9 +256,7 @@ def _create(name: str, spec: Spec | None) -> torch.nn.Module:
         model = VisionTransformer(**MINI[name.split(".")[0]], num_classes=0)
         model.load_state_dict(state)
         return model
-    architecture = name.removeprefix("random:")
-    if spec is None and not timm.is_model(architecture.split(".")[0]):
-        raise ValueError(f"unknown backbone {name!r}; the table has {', '.join(BACKBONES)}; any timm name works too")
+    architecture = _known(name)
     resize = dict(img_size=224) if spec is not None and "dinov2" in name else {}  # timm's default there is 518 px
     if name != architecture:
         with torch.random.fork_rng(devices=[]):

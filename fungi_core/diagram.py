@@ -38,7 +38,8 @@ def _views(ax, picture: np.ndarray) -> None:
     for i, (top, left) in enumerate([(n // 12, n // 3), (n // 3, n // 2), (n // 2, n // 3)]):
         _tile(ax, picture[top : top + n // 3, left : left + n // 3], 2.02 + 0.1 * i, ROWS["D"] + 0.13 - 0.07 * i, 0.14)
     for i in range(6):
-        _tile(ax, picture[n // 4 : 3 * n // 4, i * n // 12 : n // 2 + i * n // 12], 1.36 + 0.145 * i, ROWS["S"] + 0.06, 0.24)
+        patch = picture[n // 4 : 3 * n // 4, i * n // 12 : n // 2 + i * n // 12]
+        _tile(ax, patch, 1.36 + 0.145 * i, ROWS["S"] + 0.06, 0.24)
     for lane, label in {"K": "KL: the image", "D": "DINO: 12 crops", "S": "SimCLR: 49 patches"}.items():
         ax.text(1.36, ROWS[lane] - 0.115, label, size=6.8, va="top", color=INK)
 
@@ -51,9 +52,10 @@ def _transformer(ax) -> None:
     ax.text(2.85, 1.67, "blocks", size=6.8, color=GREY)
     _box(ax, 3.4, 1.77, 0.87, 1.3, "white", "#777777")
     ax.text(3.88, 1.67, "last block", size=6.8, color=GREY)
-    for x, name, fill, ink in ((3.46, "attention", "#E8E8E8", INK), (3.72, "output projection", "#F0E442", "black"), (3.98, "MLP", "#E8E8E8", INK)):
-        _box(ax, x, 1.83, 0.22, 1.18, fill, "black" if ink == "black" else "#999999")
-        ax.text(x + 0.115, 2.63 if name == "MLP" else 2.42, name, rotation=90, ha="center", va="center", size=7, color=ink)
+    for x, y, name in ((3.46, 2.42, "attention"), (3.72, 2.42, "output projection"), (3.98, 2.63, "MLP")):
+        target = name == "output projection"  # the layer whose gradient is taken
+        _box(ax, x, 1.83, 0.22, 1.18, "#F0E442" if target else "#E8E8E8", "black" if target else "#999999")
+        ax.text(x + 0.115, y, name, rotation=90, ha="center", va="center", size=7, color="black")
 
 
 def _losses(ax) -> None:
@@ -64,7 +66,8 @@ def _losses(ax) -> None:
         _arrow(ax, (4.85, y - 0.08), (3.94, y - 0.08), COLOURS[lane], dashed=True)
         _box(ax, 4.87, y - 0.17, 1.8, 0.34, "white", COLOURS[lane])
         ax.text(5.77, y, losses[lane], ha="center", va="center_baseline", size=7.5, color=INK)
-    ax.text(6.67, 1.52, "dashed: back-propagation,\nonly as far as one layer", ha="right", va="center", size=6.8, color=GREY)
+    note = "dashed: back-propagation,\nonly as far as one layer"
+    ax.text(6.67, 1.52, note, ha="right", va="center", size=6.8, color=GREY)
 
 
 def _features(ax) -> None:
@@ -88,11 +91,12 @@ def _features(ax) -> None:
     _arrow(ax, (2.86, middle), (3.26, middle), INK)
     _step(ax, 6, 3.36, 1.2, "normalise, join")
     for i, lane in enumerate("KDSE"):
-        ax.fill_between([3.36 + 0.38 * i, 3.72 + 0.38 * i], middle - 0.1, middle + 0.1, color=COLOURS[lane], linewidth=0)
-        ax.text(3.54 + 0.38 * i, middle, lane, ha="center", va="center_baseline", color="black" if lane == "K" else "white", weight="bold")
+        x, ink = 3.36 + 0.38 * i, "black" if lane == "K" else "white"
+        ax.fill_between([x, x + 0.36], middle - 0.1, middle + 0.1, color=COLOURS[lane], linewidth=0)
+        ax.text(x + 0.18, middle, lane, ha="center", va="center_baseline", color=ink, weight="bold")
     ax.text(4.12, 0.11, r"$\phi = [g_K,\, g_D,\, g_S,\, e]$", ha="center", size=7.5)
-    ax.plot([4.38, 4.68, 4.68], [1.72, 1.72, 1.0], color=COLOURS["E"], linewidth=1)
-    _arrow(ax, (4.68, 1.0), (4.68, middle + 0.12), COLOURS["E"])
+    ax.plot([4.38, 4.68], [1.72, 1.72], color=COLOURS["E"], linewidth=1)
+    _arrow(ax, (4.68, 1.727), (4.68, middle + 0.12), COLOURS["E"])
     ax.text(4.62, 1.5, "embedding", size=6.8, color=COLOURS["E"], ha="right", va="center")
     _arrow(ax, (4.94, middle), (5.24, middle), INK)
     _step(ax, 7, 5.26, 1.2, "PCA")
@@ -117,19 +121,20 @@ def _step(ax, number: int, x: float, y: float, text: str) -> None:
 
 
 def _box(ax, x: float, y: float, width: float, height: float, fill: str, edge: str) -> None:
-    ax.add_patch(FancyBboxPatch((x, y), width, height, boxstyle="round,pad=0,rounding_size=0.04", facecolor=fill, edgecolor=edge))
+    corners = "round,pad=0,rounding_size=0.04"
+    ax.add_patch(FancyBboxPatch((x, y), width, height, boxstyle=corners, facecolor=fill, edgecolor=edge))
 
 
 def _arrow(ax, start: tuple, end: tuple, ink: str, dashed: bool = False) -> None:
-    style = {"arrowstyle": "-|>,head_length=0.3,head_width=0.15", "color": ink, "linewidth": 1, "shrinkA": 0, "shrinkB": 0}
+    style = {"arrowstyle": "-|>,head_length=0.3,head_width=0.15", "shrinkA": 0, "shrinkB": 0, "color": ink}
     ax.annotate("", end, start, arrowprops=style | ({"linestyle": (0, (3, 2))} if dashed else {}))
 
 
 def _tile(ax, picture: np.ndarray, x: float, y: float, side: float) -> None:
     """A square picture with its left edge at x, centred on height y."""
     ax.imshow(picture, extent=(x, x + side, y - side / 2, y + side / 2), zorder=2)
-    ax.plot(*zip(*[(x + side * i, y - side / 2 + side * j) for i, j in ((0, 0), (1, 0), (1, 1), (0, 1), (0, 0))], strict=True),
-            color="white", linewidth=0.8, zorder=2)  # fmt: skip
+    corners = np.array([[0, 0], [1, 0], [1, 1], [0, 1], [0, 0]]) * side + [x, y - side / 2]
+    ax.plot(*corners.T, color="white", linewidth=0.8, zorder=2)
 
 
 def _cells(ax, values: np.ndarray, x: float, y: float, width: float, height: float, ink: str) -> None:
@@ -149,6 +154,7 @@ def _toadstool(n: int = 192) -> np.ndarray:
     image[(np.abs(x) < 0.17 + 0.08 * (y < -0.4)) & (y < 0.1) & (y > -0.75)] = [245, 235, 215]
     cap = ((x / 0.78) ** 2 + ((y - 0.02) / 0.68) ** 2 < 1) & (y > 0.02)
     image[cap] = [200, 45, 35]
-    for cx, cy, r in ((-0.4, 0.28, 0.11), (0.0, 0.45, 0.13), (0.42, 0.22, 0.1), (0.12, 0.16, 0.07), (-0.12, 0.14, 0.06)):
+    dots = [(-0.4, 0.28, 0.11), (0.0, 0.45, 0.13), (0.42, 0.22, 0.1), (0.12, 0.16, 0.07), (-0.12, 0.14, 0.06)]
+    for cx, cy, r in dots:
         image[((x - cx) ** 2 + (y - cy) ** 2 < r**2) & cap] = [250, 245, 235]
     return image.astype(np.uint8)

@@ -3,13 +3,13 @@
     train, test = features("digits", "vit_micro.sup_tin100", n_train=1000, n_test=500)
     train.blocks["kl"]      # (1000, D) float32, projected gradients, not normalised
 
-From a shell, one job of a larger plan: python -m fungi_core.extract BACKBONE DATASET [OBJECTIVE ...] [--n-train N]
+From a shell, one job of a larger plan: python -m fungi_core.extract BACKBONE DATASET SPLIT FEATURE ... [--n-train N]
 """
 
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 
@@ -56,8 +56,12 @@ def features(
     None or 0 is all of it. ``seed`` draws heads, projection, negatives (from the training rows) and views.
     """
     encoder = backbones.load(backbone) if isinstance(backbone, str) else backbone
-    train, test = (datasets.load(dataset, s, limit=n or None) for s, n in (("train", n_train), ("test", n_test)))
+    train, test = _load(dataset, n_train, n_test)
     return tuple(_split(encoder, data, train, names, seed, layer or encoder.layer) for data in (train, test))
+
+
+def _load(dataset: str, n_train: int | None, n_test: int | None) -> tuple["datasets.Images", "datasets.Images"]:
+    return tuple(datasets.load(dataset, s, limit=n or None) for s, n in (("train", n_train), ("test", n_test)))
 
 
 def fungi_features(train: Rows, test: Rows, letters: str, size: int | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -80,6 +84,8 @@ def fungi_features(train: Rows, test: Rows, letters: str, size: int | None = Non
 
 def _split(encoder, data, train, names, seed, layer) -> Rows:
     wanted = [objectives.by_name(name) if isinstance(name, str) else name for name in names]
+    if len({o.name for o in wanted}) != len(wanted):
+        raise ValueError(f"each objective can be used once a call, got {', '.join(o.name for o in wanted)}")
     whole = [o for o in wanted if o.views == "whole"]
     embedding = store.open_rows(_meta(encoder, data), len(data), encoder.width)
     opened = {o.name: store.open_rows(_meta(encoder, data, train, o, seed, layer), len(data), encoder.width) for o in wanted}
@@ -96,7 +102,7 @@ def _extract(encoder, data, train, objective, targets, embedding, seed, layer) -
     with ExitStack() as locks:
         for target in targets:  # always the embedding first, so that two processes cannot wait for each other
             locks.enter_context(target.lock())
-        gaps = sorted({gap for target in targets for gap in target.missing()})
+        gaps = _union(gap for target in targets for gap in target.missing())
         if not gaps:
             return  # another process was faster
         parts = fungi.draw_parts(encoder, objective, seed, layer)
@@ -110,6 +116,27 @@ def _extract(encoder, data, train, objective, targets, embedding, seed, layer) -
                     for target in targets:
                         target.write(first + start, embeddings if target is embedding else gradients)
                     bar.update(len(gradients))
+
+
+def _union(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Row ranges [start, stop), in order and disjoint: no row is extracted twice for two targets."""
+    out = []
+    for start, stop in sorted(ranges):
+        if out and start <= out[-1][1]:
+            start, stop = out[-1][0], max(out.pop()[1], stop)
+        out.append((start, stop))
+    return out
+
+
+def _union(gaps: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The union of row ranges [start, stop), merged and in order."""
+    out: list[tuple[int, int]] = []
+    for start, stop in sorted(gaps):
+        if out and start <= out[-1][1]:
+            out[-1] = out[-1][0], max(stop, out[-1][1])
+        else:
+            out.append((start, stop))
+    return out
 
 
 def _negatives(encoder, objective, heads, train, seed) -> torch.Tensor:
@@ -150,18 +177,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m fungi_core.extract", description=__doc__.splitlines()[0])
     parser.add_argument("backbone")
     parser.add_argument("dataset")
-    parser.add_argument("objectives", nargs="*", default=ALL, help="default: kl dino simclr; the embedding always comes along")
-    parser.add_argument("--n-train", type=int)
+    parser.add_argument("split", choices=("train", "test"))
+    parser.add_argument("features", nargs="+", choices=("embedding", *ALL))
+    parser.add_argument("--n-train", type=int, help="training rows, also what negatives are drawn from; default: all")
     parser.add_argument("--n-test", type=int)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     try:
-        train, test = features(
-            args.dataset, args.backbone, args.objectives, n_train=args.n_train, n_test=args.n_test, seed=args.seed
-        )
+        encoder = backbones.load(args.backbone)
+        train, test = _load(args.dataset, args.n_train, args.n_test)
+        names = [name for name in args.features if name != "embedding"]
+        rows = _split(encoder, {"train": train, "test": test}[args.split], train, names, args.seed, encoder.layer)
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"extract: {error}")
-    print(f"{args.dataset} {args.backbone}: {len(train.data)} + {len(test.data)} rows of {', '.join(train.blocks)} in the store")
+    print(f"{args.dataset} {args.split} {args.backbone}: {len(rows.data)} rows of {', '.join(rows.blocks)} in the store")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The one plotting style, and how a figure or a table is written: PNG, PDF, its numbers as CSV, its provenance as JSON.
 
-Drawings are in `fungi_core.plots`; no other module imports matplotlib. Writing is atomic (a file is whole or absent), and a
-second run writes the same PNG, PDF and CSV byte for byte; the JSON holds times.
+The drawings are in `plots`, `grids` and `diagram`; no other module imports matplotlib. Writing is atomic (a file is
+whole or absent), and a second run writes the same PNG, PDF and CSV byte for byte; the JSON holds times.
 """
 
 import io
@@ -19,87 +19,111 @@ from pathlib import Path, PurePath
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from fungi_core import paths
 
 COLUMN, WIDE = 3.3, 6.8  # widths in inches: one and two columns of a page
 
-# Okabe and Ito (2008), safe for colour-blind readers. Embedding neutral, each gradient a hue, combinations purple, FUNGI vermillion.
+# After Okabe and Ito (2008), safe for colour-blind readers: embedding neutral, a hue a gradient, FUNGI vermillion.
 COLOURS = {
     "E": "#555555", "K": "#E69F00", "D": "#0072B2", "S": "#009E73",
     "E+K": "#CC79A7", "E+K+D": "#8F4A8C", "E+K+D+S": "#D55E00",
 }  # fmt: skip
 FUNGI = COLOURS["E+K+D+S"]
-VERDICTS = {"agrees": "#0072B2", "disagrees": "#D55E00", "not testable here": "#333333", "not run": "#999999"}
+VERDICTS = {
+    "agrees": "#0072B2", "disagrees": "#D55E00", "undecided": "#E69F00",
+    "not testable here": "#333333", "not run": "#999999",
+}  # fmt: skip
 LETTERS = {"embedding": "E", "kl": "K", "dino": "D", "simclr": "S"}
+NAMES = {"E": "embedding", "K": "KL", "D": "DINO", "S": "SimCLR"}
 
 STYLE = {
-    "font.family": "DejaVu Sans", "mathtext.fontset": "dejavusans", "font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8,
-    "xtick.labelsize": 7.5, "ytick.labelsize": 7.5, "legend.fontsize": 7.5, "legend.frameon": False, "figure.dpi": 110,
-    "savefig.dpi": 200, "pdf.fonttype": 42, "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.7,
-    "axes.titlelocation": "left", "axes.axisbelow": True, "axes.grid": False, "grid.color": "#E3E3E3", "grid.linewidth": 0.6,
+    "font.family": "DejaVu Sans", "mathtext.fontset": "dejavusans", "font.size": 8, "legend.fontsize": 7.5,
+    "axes.titlesize": 8, "axes.labelsize": 8, "xtick.labelsize": 7.5, "ytick.labelsize": 7.5,
+    "figure.dpi": 110, "savefig.dpi": 200, "pdf.fonttype": 42, "figure.facecolor": "white", "legend.frameon": False,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.7, "axes.edgecolor": "#444444",
+    "axes.titlelocation": "left", "axes.axisbelow": True, "grid.color": "#E3E3E3", "grid.linewidth": 0.6,
     "xtick.major.width": 0.7, "ytick.major.width": 0.7, "xtick.major.size": 2.5, "ytick.major.size": 2.5,
-    "lines.linewidth": 1.2, "lines.markersize": 5, "axes.edgecolor": "#444444", "figure.facecolor": "white",
+    "lines.linewidth": 1.2, "lines.markersize": 5,
 }  # fmt: skip
 
 
 def use_style() -> None:
-    """Set matplotlib's rcParams to the project's style. `figure` does so itself: call this for drawings made elsewhere."""
+    """Set matplotlib's rcParams to the project's style; `figure` does so itself."""
     plt.rcParams.update(STYLE)
 
 
-def figure(rows: int = 1, cols: int = 1, *, width: float = WIDE, height: float = 2.4, **subplots) -> tuple[Figure, np.ndarray]:
+def figure(
+    rows: int = 1, cols: int = 1, *, width: float = WIDE, height: float = 2.4, **subplots
+) -> tuple[Figure, np.ndarray]:
     """A styled figure of `width` x `height` inches and its axes, (rows, cols); `subplots` as in `Figure.subplots`."""
     use_style()
     fig = plt.figure(figsize=(width, height), layout="constrained")
-    plt.close(fig)  # pyplot forgets it at once: a notebook shows it once, as its cell's value, and it is freed with its last use
+    plt.close(fig)  # pyplot forgets it: a notebook shows it once, as its cell's value, and its memory is freed with it
     return fig, fig.subplots(rows, cols, squeeze=False, **subplots)
 
 
 def colour(features: str) -> str:
-    """Hex colour of a feature set in letters, such as "E", "K" or "E+K+D"; sets not listed share the colour of their size."""
+    """Hex colour of a feature set in letters ("E", "K", "E+K+D"); sets not listed share the colour of their size."""
     letters = features.split("+")
-    if unknown := [x for x in letters if x not in LETTERS.values()]:
-        raise KeyError(f"no colour for feature {unknown[0]!r} in {features!r}: known letters are {', '.join(LETTERS.values())}")
+    if unknown := [x for x in letters if x not in NAMES]:
+        raise ValueError(f"unknown feature {unknown[0]!r} in {features!r}: known letters are {', '.join(NAMES)}")
     return COLOURS.get(features) or COLOURS["+".join("EKDS"[: len(letters)])]
 
 
+def contrast(fill) -> str:
+    """Black or white, whichever reads better on the colour `fill` (WCAG relative luminance)."""
+    rgb = np.asarray(to_rgb(fill))
+    linear = np.where(rgb <= 0.03928, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    return "black" if linear @ [0.2126, 0.7152, 0.0722] > 0.179 else "white"
+
+
 def provenance(
-    notebook: str, parameters: Mapping, *, seed: int, stores: Iterable = (), datasets: Iterable = (), started: float | None = None
+    notebook: str,
+    parameters: Mapping,
+    *,
+    seed: int,
+    stores: Iterable = (),
+    datasets: Iterable = (),
+    started: float | None = None,
 ) -> dict:
     """Where a figure comes from, as a dict that JSON can hold.
 
-    `stores` are store keys or opened rows (`.key`), `datasets` are `datasets.Images`, `started` is `time.time()` at the
-    notebook's start. "dirty" tells whether the working tree, figures apart, differs from the commit; commit and dirty are
-    None outside a git checkout.
+    `stores` are store keys or opened rows (`.key`), `datasets` are `datasets.Images`, `started` is `time.time()` at
+    the notebook's start. "dirty" tells whether the working tree, figures apart, differs from the commit; commit and
+    dirty are None outside a git checkout.
     """
     import torch  # here, so that plotting alone does not wait for it
 
-    cuda = torch.cuda.is_available()
+    def known(d) -> dict:
+        return {"name": d.name, "split": d.split, "n": len(d), "fingerprint": d.fingerprint, "note": d.note}
+
+    packages = ("torch", "timm", "numpy", "scikit-learn", "matplotlib", "fungi_core")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     record = {
         "notebook": notebook,
         "parameters": dict(parameters),
         "seed": seed,
         "stores": [getattr(s, "key", s) for s in stores],
-        "datasets": [
-            {"name": d.name, "split": d.split, "n": len(d), "fingerprint": d.fingerprint, "note": d.note} for d in datasets
-        ],
+        "datasets": [known(d) for d in datasets],
         **_git(),
-        "versions": {"python": platform.python_version()}
-        | {p: _version(p) for p in ("torch", "timm", "numpy", "scikit-learn", "matplotlib", "fungi_core")},
-        "device": {"cpu": _cpu(), "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-                   "cuda": torch.cuda.get_device_name() if cuda else None},  # fmt: skip
+        "versions": {"python": platform.python_version()} | {p: _version(p) for p in packages},
+        "device": {"cpu": _cpu(), "cores": cores, "cuda": cuda},
         "wall_seconds": None if started is None else round(time.time() - started, 1),
     }
     return json.loads(_json(record))
 
 
-def save_figure(fig: Figure, name: str, data: pd.DataFrame, provenance: Mapping, folder: Path | str | None = None) -> dict[str, Path]:
+def save_figure(
+    fig: Figure, name: str, data: pd.DataFrame, provenance: Mapping, folder: Path | str | None = None
+) -> dict[str, Path]:
     """Write NAME.png, .pdf, .csv (`data`: the numbers drawn) and .json, and return their paths by suffix.
 
-    `folder` defaults to `paths.figures_dir()` / the profile among the provenance's parameters. `name` is lower-case letters,
-    digits and underscores. Everything is rendered before the first file is touched.
+    `folder` defaults to `paths.figures_dir()` / the profile among the provenance's parameters. `name` is lower-case
+    letters, digits and underscores. Everything is rendered before the first file is touched.
     """
     if not re.fullmatch(r"[a-z0-9_]+", name):
         raise ValueError(f"figure name {name!r}: use lower-case letters, digits and underscores only")
@@ -109,7 +133,8 @@ def save_figure(fig: Figure, name: str, data: pd.DataFrame, provenance: Mapping,
     if any(n is not None for n in data.index.names):
         data = data.reset_index()  # a named index carries numbers too
     csv = data.to_csv(index=False, float_format="%.6g", lineterminator="\n")
-    contents = {"png": png.getvalue(), "pdf": pdf.getvalue(), "csv": csv.encode(), "json": (_json(provenance) + "\n").encode()}
+    text = {"csv": csv.encode(), "json": (_json(provenance) + "\n").encode()}
+    contents = {"png": png.getvalue(), "pdf": pdf.getvalue()} | text
     folder = Path(folder) if folder is not None else _profile_folder(name, provenance)
     folder.mkdir(parents=True, exist_ok=True)
     return {suffix: _write(folder / f"{name}.{suffix}", content) for suffix, content in contents.items()}
@@ -120,14 +145,15 @@ def save_table(
 ) -> "pd.io.formats.style.Styler":
     """Write a table as `save_figure` writes a figure; returns it styled, for display. Missing cells read as a dash."""
     save_figure(table_figure(table, decimals=decimals), name, table, provenance, folder)
-    styled = table.style.format(precision=decimals, na_rep="–").set_uuid(name)  # a fixed id: the notebook's bytes repeat
+    styled = table.style.format(precision=decimals, na_rep="–").set_uuid(name)  # a fixed id: the notebook repeats
     return styled if any(table.index.names) else styled.hide(axis="index")
 
 
 def table_figure(table: pd.DataFrame, *, decimals: int = 1) -> Figure:
     """A table drawn as text between three rules, as wide as its contents need; columns named "paper..." are grey."""
     if table.columns.nlevels > 1 or table.empty:
-        raise ValueError(f"a table needs rows and one level of column names; this one is {table.shape}, {table.columns.nlevels} levels")
+        found = f"{len(table)} rows, {table.columns.nlevels} levels"
+        raise ValueError(f"a table needs rows and one level of column names; this one has {found}")
     table = table.reset_index() if any(table.index.names) else table
     cells = table.map(lambda v: _cell(v, decimals)).astype(str)
     heads = [textwrap.fill(str(c), max(cells.iloc[:, j].str.len().max(), 9)) for j, c in enumerate(table.columns)]
@@ -168,7 +194,7 @@ def _cell(value, decimals: int) -> str:
 def _profile_folder(name: str, provenance: Mapping) -> Path:
     profile = provenance.get("parameters", {}).get("profile")
     if not (isinstance(profile, str) and re.fullmatch(r"[a-z0-9_]+", profile)):
-        raise ValueError(f"cannot place {name!r}: provenance parameters hold profile={profile!r}; give a profile's name or a folder")
+        raise ValueError(f"cannot place {name!r}: the parameters hold profile={profile!r}; give its name or a folder")
     return paths.figures_dir() / profile
 
 

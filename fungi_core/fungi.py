@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
@@ -62,6 +62,7 @@ def view_batches(backbone, objective, images: Sequence, seed: int) -> Iterator[t
     count = view_count(backbone, objective)
     pixels = 2**22 if backbone.device == "cpu" else 2**26
     size = max(1, min(256, pixels // (count * backbone.size**2)))
+    size = 1 << size.bit_length() - 1  # a divisor of the store's shards: a resumed run has the same batches, the same bytes
 
     def prepared(i: int) -> np.ndarray:
         return views.prepare(views.to_image(images[i], f"image {i}"), backbone.size, backbone.crop_ratio, objective, seed)
@@ -165,6 +166,7 @@ class Fungi(TransformerMixin, BaseEstimator):
 
     def extract(self, X) -> dict[str, np.ndarray]:
         """The raw blocks before normalisation: {"embedding": (N, D), objective name: (N, d)}, float32."""
+        check_is_fitted(self, "parts_")
         out = {}
         whole = [o for o in self.objectives if o.views == "whole"]
         for objective in [*self.objectives] if whole else [*self.objectives, WHOLE]:
@@ -198,12 +200,13 @@ class Fungi(TransformerMixin, BaseEstimator):
     @classmethod
     def load(cls, file: str | Path) -> "Fungi":
         """The transformer ``save`` wrote. Raises ValueError when the file is another one or the weights have changed."""
-        with safe_open(str(file), framework="numpy") as opened:
-            record = (opened.metadata() or {}).get("fungi")
-            if record is None:
-                raise ValueError(f"{file} was not written by Fungi.save")
-            settings = json.loads(record)
-            arrays = {name: opened.get_tensor(name) for name in opened.keys()}
+        try:
+            with safe_open(str(file), framework="numpy") as opened:
+                record = (opened.metadata() or {})["fungi"]
+                arrays = {name: opened.get_tensor(name) for name in opened.keys()}
+        except (SafetensorError, KeyError) as error:
+            raise ValueError(f"{file} was not written by Fungi.save: {error}") from error
+        settings = json.loads(record)
         n_features, fingerprint = settings.pop("n_features_out"), settings.pop("fingerprint")
         tuples = lambda d: {k: tuple(v) if isinstance(v, list) else v for k, v in d.items()}
         settings["objectives"] = tuple(objectives.by_name(**tuples(o)) for o in settings["objectives"])
@@ -221,6 +224,8 @@ class Fungi(TransformerMixin, BaseEstimator):
         names = [o.name for o in self.objectives]
         if len(set(names)) != len(names):
             raise ValueError(f"each objective can be used once, got {', '.join(names)}")
+        if strangers := sorted({*(self.heads or ()), *(self.negatives or ())} - {*names}):
+            raise ValueError(f"heads or negatives given for {', '.join(strangers)}; the objectives are {', '.join(names)}")
         if self.pca not in ("paper", None) and not (isinstance(self.pca, int) and self.pca > 0):
             raise ValueError(f"pca is 'paper', None or a positive size, got {self.pca!r}")
         self.backbone_ = backbones.load(self.backbone, layer=self.layer, device=self.device, dtype=self.dtype)

@@ -81,7 +81,6 @@ def tapped_factors(
     embeddings (B, V, D) float32 to (B,) losses. Returns embeddings (B, V, D) and one ``Factors`` a path.
     """
     batch, count = views.shape[:2]
-    # The fused attention kernels' backward is slow on CPUs and missing under some transforms: the tail uses plain products.
     with tap(model, paths) as taps, torch.no_grad():
         embeddings = embed(views.flatten(0, 1))  # (B * V, D)
         for one in taps:

@@ -55,6 +55,8 @@ def info_nce(positives: torch.Tensor, negatives: torch.Tensor, temperature: floa
     if views < 2:
         raise ValueError(f"SimCLR needs at least 2 positive views a sample, got {views}")
     z, n = F.normalize(positives, dim=-1), F.normalize(negatives, dim=-1)
+    if temperature < 1 / 40:
+        raise ValueError(f"InfoNCE temperature {temperature} is too low for float32; the lowest is {1 / 40}")
     same = torch.eye(views, dtype=torch.bool, device=z.device)
     among = z @ z.transpose(1, 2)  # (B, V, V)
     scale = {"eq5": 1 / temperature, "published": 1.0}.get(denominator)

@@ -10,10 +10,11 @@ exist only where the table needs them.
 
 import pandas as pd
 
-from fungi_core.paths import paper_dir
+from fungi_core.paths import figures_dir, paper_dir
 
 COLUMNS = ["table", "row", "column", "setting", "metric", "value", "delta"]
 EXTRA = ["backbone", "spread"]
+MEASURED = ["id", "value", "low", "high", "on"]
 CLAIM_COLUMNS = ["id", "item", "claim", "notebook", "paper_number", "paper_delta", "expected"]
 TEXT = {"row", "column", "setting", "metric", "backbone", "id", "item", "claim", "notebook", "paper_number", "expected"}
 
@@ -79,6 +80,43 @@ def beside(ours: pd.DataFrame, table: int, on: list[str]) -> pd.DataFrame:
     both = both.sort_values("order", kind="stable", ignore_index=True).drop(columns="order")
     rest = [column for column in both.columns if column not in {*on, "ours", "paper"}]
     return both[[*on, "ours", "paper", *rest]]
+
+
+def save_measured(measured: pd.DataFrame, notebook: str, profile: str) -> pd.DataFrame:
+    """Write what a notebook measured for its claims, figures/PROFILE/claims_NOTEBOOK.csv, for the scoreboard.
+
+    ``measured``: id, value, low, high (NaN bounds: no interval), on (data and backbones). An id that is not a claim of
+    this notebook raises ValueError.
+    """
+    known = claims().query("notebook == @notebook")["id"]
+    if wrong := sorted(set(measured["id"]) - set(known)):
+        raise ValueError(f"{notebook} has no claim {wrong[0]!r}; its claims are {', '.join(known)}")
+    folder = figures_dir() / profile
+    folder.mkdir(parents=True, exist_ok=True)
+    measured[MEASURED].to_csv(folder / f"claims_{notebook}.csv", index=False, float_format="%.4g", lineterminator="\n")
+    return measured
+
+
+def scoreboard(profile: str) -> pd.DataFrame:
+    """Every claim with ours (value, low, high, on) and a verdict, in the paper's order; what was not run says so."""
+    files = sorted((figures_dir() / profile).glob("claims_*.csv"))
+    ours = pd.concat([pd.DataFrame(columns=MEASURED), *map(pd.read_csv, files)]).drop_duplicates("id", keep="last")
+    board = claims().merge(ours, on="id", how="left")
+    board[["value", "low", "high"]] = board[["value", "low", "high"]].astype(float)
+    board["verdict"] = [verdict(*row) for row in board[["expected", "value", "low", "high", "on"]].itertuples(index=False)]
+    return board
+
+
+def verdict(expected: str, value: float, low: float, high: float, on: object) -> str:
+    """Agrees or disagrees only where the whole interval does; "undecided" where it holds zero or the claim has no sign."""
+    if not isinstance(on, str):
+        return "not run"
+    if pd.isna(value):
+        return "not testable here"
+    low, high = (value, value) if pd.isna(low) else (low, high)
+    if not expected or low <= 0 <= high:
+        return "undecided"
+    return "agrees" if (low > 0) == (expected == "+") else "disagrees"
 
 
 def _read(name: str, columns: list[str], extra: list[str] | None = None) -> pd.DataFrame:

@@ -1,27 +1,24 @@
 """The paper's figures as functions: tidy numbers in, a `Figure` out; nothing is read or written here.
 
 Tidy frames have one row per mark, with these columns (accuracies in percent, differences in percentage points):
-`dataset`, `backbone`, `setting` ("full", "5-shot"): the condition, each optional; `features`: letters, "E", "K", "E+K+D+S";
+`dataset`, `backbone`, `setting` ("full", "5-shot"): the condition, each optional; `features`: "E", "K", "E+K+D+S";
 `value`, `low`, `high`: ours with its 95 % interval (NaN: not run); `paper`: the published number (NaN: none).
 Ours are filled marks, the paper's open ones.
 """
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
-from matplotlib.colors import Normalize, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-from fungi_core.figures import COLOURS, COLUMN, FUNGI, VERDICTS, WIDE, colour, figure
+from fungi_core.figures import COLOURS, COLUMN, FUNGI, NAMES, VERDICTS, WIDE, colour, contrast, figure
 
 INK, PALE = "#333333", "#888888"
 OPEN = {"marker": "D", "markerfacecolor": "white", "linestyle": "none", "markersize": 4.5, "markeredgewidth": 1.1}
-NAMES = {"E": "embedding", "K": "KL", "D": "DINO", "S": "SimCLR"}
 
 
 def _need(df: pd.DataFrame, *columns: str) -> pd.DataFrame:
@@ -38,82 +35,21 @@ def _join(df: pd.DataFrame, *columns: str, by: str = "\n") -> pd.Series:
     return have[0].str.cat(have[1:], sep=by) if have else pd.Series("", df.index)
 
 
-def _triangles(panels: Mapping[str, tuple[Sequence[str], np.ndarray]], shade: Mapping[str, np.ndarray], norm, cmap: str, fmt: str,
-               label: str) -> tuple[Figure, list]:  # fmt: skip
-    """Annotated heat maps in a grid, coloured by `shade` where it is not NaN, with one colour bar."""
-    cols = min(len(panels), min((4, 3), key=lambda c: (-len(panels) % c, -c)))
-    rows = -(-len(panels) // cols)
-    side, tall = min(2.0, (WIDE - 0.6) / cols), 1 + max(t.count("\n") for t in panels)
-    fig, axes = figure(rows, cols, width=side * cols + 0.6, height=rows * (side + 0.13 * tall))
-    for ax in axes.flat[len(panels) :]:
-        ax.axis("off")
-    for ax, (title, (labels, numbers)) in zip(axes.flat, panels.items(), strict=False):
-        n = len(labels)
-        mesh = ax.pcolormesh(np.ma.masked_invalid(shade[title]), norm=norm, cmap=cmap, edgecolors="white", linewidth=1)
-        for i, j in zip(*np.nonzero(~np.isnan(shade[title])), strict=True):
-            ink = _contrast(mesh.to_rgba(shade[title][i, j]))
-            ax.text(j + 0.5, i + 0.5, format(numbers[i][j], fmt), ha="center", va="center_baseline", size=7.5, color=ink)
-        ax.set(xticks=np.arange(n) + 0.5, yticks=np.arange(n) + 0.5, xticklabels=labels, yticklabels=labels, ylim=(n, 0), aspect="equal")
-        ax.spines[:].set_visible(False)
-        ax.tick_params(length=0)
-        ax.set_title(title)
-    bar = fig.colorbar(mesh, ax=axes, shrink=0.8, aspect=18, pad=0.02, label=label)
-    bar.outline.set_visible(False)
-    return fig, list(axes.flat[: len(panels)])
-
-
-def _contrast(fill) -> str:
-    """Black or white, whichever reads better on the colour `fill` (WCAG relative luminance)."""
-    rgb = np.asarray(to_rgb(fill[:3] if not isinstance(fill, str) else fill))
-    linear = np.where(rgb <= 0.03928, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
-    return "black" if linear @ [0.2126, 0.7152, 0.0722] > 0.179 else "white"
-
-
-def _interval(ax, x, y, row, ink, *, horizontal: bool, **mark):
+def _interval(ax, x, y, row, ink: str, *, horizontal: bool, **mark) -> None:
     """A filled mark at the value with its interval as a line; nothing where the value is NaN."""
     if np.isnan(row["value"]):
         return
     if not np.isnan(row["low"]):
         ends = [row["low"], row["high"]]
-        ax.plot(*((ends, [y, y]) if horizontal else ([x, x], ends)), color=ink, linewidth=1.4, solid_capstyle="butt", alpha=0.75)
+        xy = (ends, [y, y]) if horizontal else ([x, x], ends)
+        ax.plot(*xy, color=ink, linewidth=1.4, solid_capstyle="butt", alpha=0.75)
     ax.plot(x, y, marker="o", color=ink, linestyle="none", **mark)
-
-
-def cka_heatmaps(matrices: Mapping[str, tuple[Sequence[str], np.ndarray]]) -> Figure:
-    """Fig. 2, top: linear CKA of each pair of features; `matrices` maps a title to (labels, (n, n) array)."""
-    shade = {title: np.where(np.tri(len(m), dtype=bool), m, np.nan) for title, (_, m) in matrices.items()}
-    return _triangles(matrices, shade, Normalize(0, 1), "Blues", ".2f", "linear CKA")[0]
-
-
-def pair_matrix(
-    acc: Mapping[str, tuple[Sequence[str], np.ndarray]], combined: Mapping[str, float] | None = None, reference: str = "E"
-) -> Figure:
-    """Fig. 2, bottom: kNN accuracy of each feature (diagonal) and pair; `acc` maps a title to (labels, (n, n) percent).
-
-    Colour is the difference from the `reference` feature alone; `combined` gives, for each title, the accuracy of all
-    features together, drawn as the framed cell in the empty corner.
-    """
-    numbers, shade = {}, {}
-    for title, (labels, matrix) in acc.items():
-        full = np.where(np.tri(len(labels), dtype=bool), matrix, np.nan)
-        full[0, -1] = (combined or {}).get(title, np.nan)
-        at = list(labels).index(reference)
-        numbers[title], shade[title] = (labels, full), full - full[at, at]
-    reach = max(0.1, *(np.nanmax(np.abs(s)) for s in shade.values()))
-    label = f"points above {NAMES.get(reference, reference)} alone"
-    fig, axes = _triangles(numbers, shade, Normalize(-reach, reach), "RdBu", ".1f", label)
-    for ax, (labels, full) in zip(axes, numbers.values(), strict=True):
-        if not np.isnan(full[0, -1]):
-            n = len(labels)
-            ax.add_patch(Rectangle((n - 1, 0), 1, 1, facecolor="none", edgecolor=INK, linewidth=1.2, clip_on=False))
-            ax.text(n - 1.12, 0.5, "all", ha="right", va="center_baseline", size=7.5)
-    return fig
 
 
 def class_deltas(df: pd.DataFrame) -> Figure:
     """Fig. 3: accuracy of each class with one gradient minus that with the embedding, sorted.
 
-    `df`: features ("K", "D", "S"), class, value (points). A row of panels, which share their y axis, for each condition.
+    `df`: features ("K", "D", "S"), class, value (points). Each condition is a row of panels, which share their y axis.
     """
     df = _need(df, "features", "class", "value")
     df = df.assign(row=_join(df, "dataset", "backbone", "setting"))
@@ -143,9 +79,11 @@ def accuracy_by_features(df: pd.DataFrame) -> Figure:
     """
     df = _need(df, "features", "value")
     df = df.assign(row=_join(df, "backbone", "setting"), col=_join(df, "dataset"))
+    df = df.assign(title=_join(df, "dataset", "setting", by=", "))
     rows, cols, kinds = (list(df[c].unique()) for c in ("row", "col", "features"))
-    tall = 1 + max(r.count("\n") for r in rows)
-    fig, axes = figure(len(rows), len(cols), width=min(WIDE, COLUMN * len(cols)), height=0.45 + (1.25 + 0.14 * tall) * len(rows), sharex=True)
+    ticks = ["+ " + k.removeprefix(f"{a}+") if k.startswith(f"{a}+") else k for a, k in zip(["", *kinds], kinds)]
+    width, height = min(WIDE, COLUMN * len(cols)), 0.5 + 1.5 * len(rows)
+    fig, axes = figure(len(rows), len(cols), width=width, height=height, sharex=True)
     for (i, row), (j, col) in ((a, b) for a in enumerate(rows) for b in enumerate(cols)):
         ax, here = axes[i, j], df[(df["row"] == row) & (df["col"] == col)]
         base = here.loc[here["features"] == "E", "value"].mean()  # NaN where the embedding was not run
@@ -159,21 +97,20 @@ def accuracy_by_features(df: pd.DataFrame) -> Figure:
         if here["value"].isna().all():
             ax.text(0.5, 0.5, "not run", transform=ax.transAxes, ha="center", va="center", color=PALE)
             ax.set_yticks([])
-        ax.set(xlim=(-0.5, len(kinds) - 0.4), xticks=range(len(kinds)))
-        ax.set_xticklabels([k if k == "E" else "+ " + k.rsplit("+", 1)[-1] for k in kinds])
+        ax.set_xlim(-0.5, len(kinds) - 0.4)
+        ax.set_xticks(range(len(kinds)), ticks)
         ax.margins(y=0.12)
-        ax.set_title("\n".join(filter(None, [col, row])))
+        ax.set_title(_join(here, "title", *["backbone"] * ("backbone" in df)).iloc[0] if len(here) else f"{col}\n{row}")
     for ax in axes[:, 0]:
         ax.set_ylabel("accuracy (%)")
-    keys = {"ours, 95 % interval": {"marker": "o", "color": INK}}
-    _legend(fig, keys | ({"our embedding + the paper's gain": {"color": INK} | OPEN} if df["paper"].notna().any() else {}))
+    _legend(fig, {"ours, 95 % interval": {}}, "our embedding + the paper's gain" if df["paper"].notna().any() else None)
     return fig
 
 
 def backbone_bars(df: pd.DataFrame) -> Figure:
     """Figs 5 and 11: embedding ("E") against FUNGI (any other `features`) for each backbone, a column for each setting.
 
-    Rows with `paper` instead of, or beside, `value` fill the lower panels with the published numbers of their backbones.
+    Rows with `paper` instead of, or beside, `value` fill the lower panels: the published numbers of their backbones.
     """
     df = _need(df, "backbone", "features", "value")
     settings = list(df["setting"].unique()) if "setting" in df else [""]
@@ -193,7 +130,8 @@ def backbone_bars(df: pd.DataFrame) -> Figure:
             for _, r in rows.iterrows():
                 ink = COLOURS["E"] if r["features"] == "E" else FUNGI
                 if ours:
-                    _interval(ax, r["value"], y + (0.13 if r["features"] == "E" else -0.13), r, ink, horizontal=True, zorder=3)
+                    shift = 0.13 if r["features"] == "E" else -0.13  # so that neither interval hides the other
+                    _interval(ax, r["value"], y + shift, r, ink, horizontal=True, zorder=3)
                 else:
                     ax.plot(r["paper"], y, color=ink, zorder=3, **OPEN)
         ax.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.4, -0.6))
@@ -202,8 +140,8 @@ def backbone_bars(df: pd.DataFrame) -> Figure:
         ax.set_title(f"{'ours' if ours else 'paper'}{', ' if setting else ''}{setting}")
     for ax in axes[-1]:
         ax.set_xlabel("accuracy (%)")
-    _legend(fig, {"embedding": {"marker": "o", "color": COLOURS["E"]}, "FUNGI": {"marker": "o", "color": FUNGI}}
-            | ({"the paper's": {"color": INK} | OPEN} if len(parts) > 1 or parts[0][0] == "paper" else {}))  # fmt: skip
+    keys = {"embedding": {"color": COLOURS["E"]}, "FUNGI": {"color": FUNGI}}
+    _legend(fig, keys, "the paper's" if parts[-1][0] == "paper" else None)
     return fig
 
 
@@ -223,8 +161,9 @@ def throughput(df: pd.DataFrame) -> Figure:
         speed.plot(r["paper"], y, color=ink, **OPEN)
         share.barh(y, r["value"] / r["floor"], height=0.5, color=ink)
         share.plot(r["paper"] / r["paper_floor"], y, color=INK, **OPEN)
-        ratio = "not run" if np.isnan(r["value"]) else f"{r['value'] / r['floor']:.2f}"
-        share.annotate(ratio, (0, y), (4, 0), textcoords="offset points", va="center_baseline", color=_contrast(ink) if ratio != "not run" else PALE)
+        absent = np.isnan(r["value"])
+        text = {"color": PALE if absent else contrast(ink), "va": "center_baseline", "textcoords": "offset points"}
+        share.annotate("not run" if absent else f"{r['value'] / r['floor']:.2f}", (0, y), (4, 0), **text)
     names = df["features"].map(lambda f: "embedding" if f == "E" else f"{NAMES.get(f, f)} gradient")
     if "backbone" in df and df["backbone"].nunique() > 1:
         names = names + ", " + df["backbone"]
@@ -237,15 +176,15 @@ def throughput(df: pd.DataFrame) -> Figure:
     share.axvline(1, color=INK, linewidth=0.7, linestyle=(0, (4, 3)))
     share.set(xlabel="fraction of the floor (stock forward pass / views)", xlim=(0, None))
     share.tick_params(axis="y", length=0)
-    keys = {"ours": {"marker": "o", "color": INK}, "floor": {"marker": "|", "color": INK, "markersize": 9}}
-    _legend(fig, keys | ({"the paper's (A100, ViT-B/16)": {"color": INK} | OPEN} if df["paper"].notna().any() else {}))
+    keys = {"ours": {}, "floor": {"marker": "|", "markersize": 9}}
+    _legend(fig, keys, "the paper's (A100, ViT-B/16)" if df["paper"].notna().any() else None)
     return fig
 
 
 def scoreboard(df: pd.DataFrame) -> Figure:
     """Every claim in a row: the paper's gain (open) against ours (filled, with interval), coloured by verdict.
 
-    `df`: item ("Table 2"), claim (a few words), paper, value, low, high (points), verdict (a key of `figures.VERDICTS`).
+    `df`: item ("Table 2"), claim (a few words), paper, value, low, high (points), verdict (of `figures.VERDICTS`).
     """
     df = _need(df, "item", "claim", "paper", "value", "verdict")
     if unknown := set(df["verdict"]) - set(VERDICTS):
@@ -258,8 +197,8 @@ def scoreboard(df: pd.DataFrame) -> Figure:
     fig, [[ax]] = figure(height=bottom + 0.75)
     for y, head, (_, r) in zip(ys - heights / 2 - 0.11, starts, df.iterrows(), strict=True):
         if head:
-            ax.annotate(r["item"], (0, y), (-4, 0), xycoords=ax.get_yaxis_transform(), textcoords="offset points", ha="right",
-                        va="center", weight="bold", annotation_clip=False)  # fmt: skip
+            left = {"xycoords": ax.get_yaxis_transform(), "textcoords": "offset points", "annotation_clip": False}
+            ax.annotate(r["item"], (0, y), (-4, 0), ha="right", va="center", weight="bold", **left)
     for y, (_, r) in zip(ys, df.iterrows(), strict=True):
         ink = VERDICTS[r["verdict"]]
         ax.plot([r["paper"], r["value"]], [y, y], color="#DDDDDD", linewidth=1, zorder=1)
@@ -271,32 +210,15 @@ def scoreboard(df: pd.DataFrame) -> Figure:
     ax.grid(axis="x")
     ax.spines["left"].set_visible(False)
     counts = df["verdict"].value_counts()
-    keys = {f"{v} ({counts[v]})": {"marker": "o", "color": ink} for v, ink in VERDICTS.items() if v in counts}
-    _legend(fig, keys | {"the paper's": {"color": INK} | OPEN})
+    _legend(fig, {f"{v} ({counts[v]})": {"color": ink} for v, ink in VERDICTS.items() if v in counts}, "the paper's")
     return fig
 
 
-def image_grid(images: Sequence, titles: Sequence[str] | None = None, ncols: int = 8, frames: Sequence[bool | None] | None = None) -> Figure:
-    """Images (PIL, or arrays (H, W) or (H, W, 3)) in rows of `ncols`; `frames`: True right (blue), False wrong (orange), None no frame."""
-    if not len(images):
-        raise ValueError("nothing to show: no images")
-    ncols = min(ncols, len(images))
-    rows, side = -(-len(images) // ncols), min(1.1, WIDE / ncols)
-    lines = 1 + max(t.count("\n") for t in titles) if titles else 0
-    fig, axes = figure(rows, ncols, width=side * ncols, height=rows * (side + 0.13 * lines))
-    for ax in axes.flat:
-        ax.set(xticks=[], yticks=[])
-        ax.spines[:].set_visible(False)
-    for i, (ax, image) in enumerate(zip(axes.flat, images, strict=False)):
-        pixels = np.asarray(image)
-        ax.imshow(pixels, cmap="gray" if pixels.ndim == 2 else None, interpolation="nearest")
-        if titles:
-            ax.set_title(titles[i], loc="center", size=7, pad=3)
-        if frames and frames[i] is not None:
-            ax.spines[:].set(visible=True, linewidth=2.5, color=VERDICTS["agrees" if frames[i] else "disagrees"])
-    return fig
-
-
-def _legend(fig: Figure, keys: Mapping[str, Mapping]) -> None:
-    handles = [Line2D([], [], **({"linestyle": "none"} | dict(mark)), label=label) for label, mark in keys.items()]
-    fig.legend(handles=handles, loc="outside upper left", ncols=len(handles), handletextpad=0.2, columnspacing=1.4, borderpad=0.1)
+def _legend(fig: Figure, keys: Mapping[str, Mapping], paper: str | None) -> None:
+    """Key of the marks above the panels: label -> what differs from a filled dark dot, and the paper's open mark."""
+    dot = {"linestyle": "none", "marker": "o", "color": INK}
+    handles = [Line2D([], [], **(dot | dict(mark)), label=label) for label, mark in keys.items()]
+    if paper:
+        handles.append(Line2D([], [], color=INK, label=paper, **OPEN))
+    style = {"handletextpad": 0.2, "columnspacing": 1.4, "borderpad": 0.1}
+    fig.legend(handles=handles, loc="outside upper left", ncols=len(handles) if fig.get_figwidth() > 5 else 1, **style)

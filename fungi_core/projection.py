@@ -1,8 +1,8 @@
 """The seeded +-1 random projection of per-sample gradients (eq. 1), applied to their factors.
 
 R has one row per output unit and one column per gradient entry, ``vec([W-grad | b-grad])`` row-major. It is kept as
-bits: entry (i, c) is bit c of the Philox stream keyed by (seed, layer) with counter block i, the same on every device.
-Rows can be generated alone, so R is never needed whole.
+bits of a Philox stream keyed by (seed, layer), row after row, the same on every device and platform; blocks of rows are
+unpacked as they are needed, so R is never needed whole in floating point.
 """
 
 import numpy as np

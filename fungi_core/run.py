@@ -151,7 +151,7 @@ def execute(slug: str, profile: str, overrides: dict | None = None, out: Path | 
     try:
         nb = papermill.execute_notebook(
             NOTEBOOKS / f"{slug}.ipynb", partial, parameters=values, cwd=NOTEBOOKS, progress_bar=bar,
-            extra_arguments=["--log-level=ERROR"])  # no line on unencrypted loopback ports for each kernel
+            extra_arguments=["--log-level=CRITICAL"])  # nothing about loopback ports or shutting down
     except (papermill.PapermillExecutionError, DeadKernelError, CellTimeoutError) as e:
         kind, text = getattr(e, "ename", type(e).__name__), " ".join(str(getattr(e, "evalue", e)).split())
         cell = _last_cell(nbformat.read(partial, as_version=4))

@@ -1,8 +1,8 @@
 """Features on disk: content-addressed, row-resumable, locked, checksummed; ``.npy`` and JSON only, no pickle.
 
-``<key>/<first row>-<checksum>.npy`` holds SHARD rows (the last one fewer) and appears by a rename: rows are complete or
-absent, and the directory listing is the index. ``<key>/meta.json`` says what they are; ``meta`` holds all that changes a
-feature and nothing that does not (batch size, workers). ``<key>.lock`` stays: removing a lock file is a race on NFS.
+``<key>/<first row>-<checksum>.npy`` holds SHARD rows (the last one fewer) and appears by a rename: rows are complete
+or absent, the directory listing is the index. ``<key>/meta.json`` says what they are; ``meta`` is all that changes a
+feature and nothing else (no batch size, no workers). ``<key>.lock`` stays: removing a lock file is a race on NFS.
 """
 
 import fcntl
@@ -107,10 +107,9 @@ class Rows:
 
     def read(self) -> np.ndarray:
         """All rows, ``(n, width)`` float32, no lock needed; StoreCorrupt names a bad file, LookupError counts gaps."""
-        shards = self._shards()
         if absent := sum(stop - start for start, stop in self.missing()):
             raise LookupError(f"{self.path}: {absent} of {self.n} rows are missing; run their extraction to its end")
-        out = np.empty((self.n, self.width), np.float32)
+        shards, out = self._shards(), np.empty((self.n, self.width), np.float32)
         for start in range(0, self.n, SHARD):
             data = (self.path / shards[start]).read_bytes()
             if self._name(start, data) != shards[start]:
@@ -137,8 +136,7 @@ class Rows:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                holder = Path(file.name).read_text()
-                logging.getLogger(__name__).warning("waiting for %s, which is writing %s", holder, self.path)
+                logging.getLogger(__name__).warning("%s: waiting for %s to end", self.path, Path(file.name).read_text())
                 fcntl.flock(file, fcntl.LOCK_EX)
             with suppress(OSError):  # naming the holder is a courtesy: a full disk must not forbid drop_corrupt
                 file.truncate(0)

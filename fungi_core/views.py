@@ -28,13 +28,14 @@ def sample_id(image: Image.Image) -> str:
 
 
 def whole(image: Image.Image, size: int, crop_ratio: float = 1.0) -> np.ndarray:
-    """The backbone's own evaluation transform: shorter side to size / crop_ratio (bicubic), centre crop. (1, s, s, 3) uint8."""
-    short = round(size / crop_ratio)
-    width, height = image.size
-    scale = short / min(width, height)
-    resized = (short, max(short, round(height * scale))) if width <= height else (max(short, round(width * scale)), short)
+    """The backbone's own evaluation transform: shorter side to size / crop_ratio (bicubic), centre crop. (1, s, s, 3) uint8.
+
+    Rounded as timm and torchvision round, so that the pixels are theirs.
+    """
+    short = math.floor(size / crop_ratio)
+    resized = tuple(int(short * side / min(image.size)) for side in image.size)
     image = image.resize(resized, Image.BICUBIC) if resized != image.size else image
-    left, top = (resized[0] - size) // 2, (resized[1] - size) // 2
+    left, top = (round((side - size) / 2) for side in resized)
     return np.asarray(image.crop((left, top, left + size, top + size)))[None]
 
 
@@ -71,7 +72,8 @@ def crops(image: Image.Image, size: int, objective, rng: np.random.Generator) ->
     """DINO's global, then local crops, each resized to size x size (bicubic), no colour change. (V, s, s, 3) uint8."""
     scales = [objective.global_scale] * objective.global_crops + [objective.local_scale] * objective.local_crops
     boxes = crop_boxes(*image.size, np.array(scales), rng)
-    return np.stack([np.asarray(image.resize((size, size), Image.BICUBIC, box=tuple(map(int, box)))) for box in boxes])
+    cut = (image.crop(tuple(map(int, box))) for box in boxes)  # resize(box=...) would look at pixels outside the box
+    return np.stack([np.asarray(crop.resize((size, size), Image.BICUBIC)) for crop in cut])
 
 
 @lru_cache(maxsize=16)
@@ -133,19 +135,26 @@ def to_image(item, name: str = "image") -> Image.Image:
 
     Raises ValueError naming the image (its path, where it has one) when it cannot be read.
     """
-    if isinstance(item, (str, Path)):
+    if isinstance(item, (str, Path, Image.Image)):
         try:
+            if isinstance(item, Image.Image):
+                return _rgb(item)
             with Image.open(item) as opened:
-                return ImageOps.exif_transpose(opened).convert("RGB")
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
-            raise ValueError(f"cannot read the image {item}: {error}") from error
-    if isinstance(item, Image.Image):
-        return item.convert("RGB")
+                return _rgb(ImageOps.exif_transpose(opened))
+        except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error ... for a broken file
+            raise ValueError(f"cannot read the image {name if isinstance(item, Image.Image) else item}: {error}") from error
     if isinstance(item, torch.Tensor):
         array = item.detach().cpu()
-        array = array.numpy() if array.dtype == torch.uint8 else (array.float().clamp(0, 1) * 255).round().byte().numpy()
-        item = array.transpose(1, 2, 0) if array.ndim == 3 and array.shape[0] == 3 else array
-    if isinstance(item, np.ndarray) and item.dtype == np.uint8 and (item.ndim == 2 or item.ndim == 3 and item.shape[2] == 3):
+        array = (array.float().clamp(0, 1) * 255).round().byte() if array.is_floating_point() else array
+        item = (array.permute(1, 2, 0) if array.ndim == 3 and array.shape[0] == 3 else array).numpy()
+    shaped = isinstance(item, np.ndarray) and (item.ndim == 2 or item.ndim == 3 and item.shape[2] == 3)
+    if shaped and item.dtype == np.uint8 and item.size:
         return Image.fromarray(item).convert("RGB")
     got = f"{item.dtype} array of shape {item.shape}" if isinstance(item, np.ndarray) else type(item).__name__
     raise ValueError(f"{name} is a {got}; accepted: a path, a PIL image, uint8 (H, W[, 3]), a tensor (3, H, W)")
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):  # Pillow would cut every value above 255 to white
+        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+    return image.convert("RGB")

@@ -16,7 +16,8 @@ from fungi_core import paths, run
 IMPORTS = {"fungi_core", "numpy", "pandas", "torch", "timm", "PIL", "sklearn", "IPython", "ipywidgets"}
 IMPORTS |= sys.stdlib_module_names
 ABSOLUTE = re.compile(r"""(?<![\w.<])/(?:home|root|work|tmp|usr|opt|mnt|data|var|Users)/|\b[A-Z]:\\""")
-STRIPPED = "metadata.papermill cell.metadata.papermill cell.metadata.execution metadata.widgets metadata.language_info.version"
+STRIPPED = """metadata.papermill cell.metadata.papermill cell.metadata.execution metadata.widgets
+    metadata.language_info.version"""
 
 
 def code_cells(nb) -> list:
@@ -66,6 +67,7 @@ def parameter_faults(cell, declared: dict) -> list[str]:
 
 def faults(path: Path) -> list[str]:
     """Every rule that a notebook breaks, one line each; empty for a clean one."""
+    raw = json.loads(path.read_text(encoding="utf-8"))  # nbformat repairs double ids as it reads
     nb = nbformat.read(path, as_version=nbformat.NO_CONVERT)
     nbformat.validate(nb)
     cells, text, found = code_cells(nb), shown_text(nb), []
@@ -76,6 +78,7 @@ def faults(path: Path) -> list[str]:
 
     rule(re.fullmatch(r"\d\d_[a-z0-9_]+", path.stem), "name: NN_slug, lower case")
     rule((nb.nbformat, nb.nbformat_minor) >= (4, 5), "format: 4.5 or newer, with cell ids")
+    rule(len({cell.get("id") for cell in raw["cells"]}) == len(raw["cells"]), "cell ids are not unique")
     rule(10 <= len(nb.cells) <= 18, f"{len(nb.cells)} cells; 10 to 18")
     for i, cell in enumerate(nb.cells, 1):
         rule(cell.cell_type != "code" or len(lines(cell)) <= 15, f"cell {i}: {len(lines(cell))} lines; at most 15")
@@ -86,7 +89,10 @@ def faults(path: Path) -> list[str]:
     tagged = [cell for cell in nb.cells if "parameters" in cell.metadata.get("tags", [])]
     rule(len(tagged) == 1, f"{len(tagged)} cells tagged 'parameters'; one")
     if len(tagged) == 1:
-        found += parameter_faults(tagged[0], run.declared(path.stem))
+        try:
+            found += parameter_faults(tagged[0], run.declared(path.stem))
+        except ValueError as error:
+            found.append(f"parameters: {error}")
     for i, cell in enumerate(nb.cells, 1):
         if cell.cell_type == "code":
             try:
@@ -94,7 +100,8 @@ def faults(path: Path) -> list[str]:
                 rule(not extra, f"cell {i} imports {', '.join(sorted(extra))}; allowed are fungi_core and basics")
             except SyntaxError as error:
                 found.append(f"cell {i}: no plain Python ({error.msg})")
-    rule(any(cell.source.startswith("# NBVAL_CHECK_OUTPUT") for cell in cells), "no cell starts with # NBVAL_CHECK_OUTPUT")
+    checked = any(cell.source.startswith("# NBVAL_CHECK_OUTPUT") for cell in cells)
+    rule(checked, "no cell starts with # NBVAL_CHECK_OUTPUT")
     rule(not ABSOLUTE.search(text) and str(paths.ROOT) not in text, "an absolute path")
     rule("../" not in text, "a path with ../")
     rule("pip install" not in text, "pip install")
@@ -159,11 +166,14 @@ def set_source(nb, text, cell=-1):
 BREAKS = {
     "at most 15": lambda nb: set_source(nb, "x = 1\n" * 15 + "provenance = {}"),
     "10 to 18": lambda nb: nb.cells.pop(3),
-    "at most 120": lambda nb: nb.cells.__setitem__(slice(2, 2), [new_code_cell("x = 1\n" * 15, execution_count=1)] * 8),
+    "at most 120": lambda nb: nb.cells.__setitem__(slice(2, 2), [
+        new_code_cell("x = 1\n" * 15, execution_count=1) for _ in range(8)]),
+    "not unique": lambda nb: nb.cells[1].update(id=nb.cells[2].id),
     "first cell": lambda nb: nb.cells.insert(0, new_markdown_cell("no title")),
     "last cell": lambda nb: set_source(nb, "x = 1"),
     "0 cells tagged": lambda nb: code_cells(nb)[0].metadata.clear(),
-    "no annotated literal": lambda nb: set_source(nb, code_cells(nb)[0].source + "\nn: int = 2 * 3  # six", 0),
+    "is no literal": lambda nb: set_source(nb, code_cells(nb)[0].source + "\nn: int = 2 * 3  # six", 0),
+    "no annotated literal": lambda nb: set_source(nb, "print(1)\n" + code_cells(nb)[0].source, 0),
     "'n' has no trailing comment": lambda nb: set_source(nb, code_cells(nb)[0].source + "\nn: int = 2", 0),
     "'n' is no int": lambda nb: set_source(nb, code_cells(nb)[0].source + "\nn: int = 2.5  # six", 0),
     "seed missing": lambda nb: set_source(nb, 'profile: str = "mini"  # which', 0),
@@ -185,7 +195,7 @@ BREAKS = {
 
 def lint(nb, tmp_path, monkeypatch, name="05_made_up"):
     monkeypatch.setattr(run, "NOTEBOOKS", tmp_path)
-    nbformat.write(nb, tmp_path / f"{name}.ipynb")
+    (tmp_path / f"{name}.ipynb").write_text(json.dumps(nb), encoding="utf-8")
     return faults(tmp_path / f"{name}.ipynb")
 
 

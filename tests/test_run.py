@@ -1,4 +1,4 @@
-"""The notebook runner: parameters are checked before a kernel starts, output is whole or absent, failure is one line."""
+"""The notebook runner: parameters checked before a kernel starts, output whole or absent, failure one line."""
 
 import ast
 import hashlib
@@ -54,7 +54,8 @@ def printed(path: Path) -> str:
 def test_parameters_are_defaults_then_profile_then_overrides(folder):
     assert run.parameters("01_fine")["n_train"] == 10
     big = run.parameters("01_fine", "big", {"seed": 3})
-    assert (big["profile"], big["n_train"], big["backbones"], big["seed"], big["ratio"]) == ("big", 500, ["b", "c"], 3, 0.5)
+    expected = {"profile": "big", "n_train": 500, "backbones": ["b", "c"], "seed": 3, "ratio": 0.5}
+    assert {name: big[name] for name in expected} == expected
     assert run.parameters("02_broken", "big") == {"profile": "big", "seed": 0}  # n_train is not its own
 
 

@@ -1,0 +1,98 @@
+"""Heat maps of pairs of features and grids of images: arrays in, a `Figure` out; nothing is read or written here."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from fungi_core.figures import NAMES, VERDICTS, WIDE, contrast, figure
+
+
+def cka_heatmaps(matrices: Mapping[str, tuple[Sequence[str], np.ndarray]]) -> Figure:
+    """Fig. 2, top: linear CKA of each pair of features; `matrices` maps a title to (labels, (n, n) array)."""
+    shade = {title: np.where(np.tri(len(m), dtype=bool), m, np.nan) for title, (_, m) in matrices.items()}
+    return _triangles(matrices, shade, Normalize(0, 1), "Blues", ".2f", "linear CKA")[0]
+
+
+def pair_matrix(
+    acc: Mapping[str, tuple[Sequence[str], np.ndarray]],
+    combined: Mapping[str, float] | None = None,
+    reference: str = "E",
+) -> Figure:
+    """Fig. 2, bottom: kNN accuracy of each feature (diagonal) and pair; `acc` maps a title to (labels, (n, n)).
+
+    Colour is the difference from the `reference` feature alone; `combined` gives, for each title, the accuracy of all
+    features together, drawn as the framed cell in the empty corner.
+    """
+    numbers, shade = {}, {}
+    for title, (labels, matrix) in acc.items():
+        full = np.where(np.tri(len(labels), dtype=bool), matrix, np.nan)
+        full[0, -1] = (combined or {}).get(title, np.nan)
+        at = list(labels).index(reference)
+        numbers[title], shade[title] = (labels, full), full - full[at, at]
+    reach = max([0.1, *(np.nan_to_num(np.abs(s)).max() for s in shade.values())])
+    label = f"points above {NAMES.get(reference, reference)} alone"
+    fig, axes = _triangles(numbers, shade, Normalize(-reach, reach), "RdBu", ".1f", label)
+    for ax, (labels, full) in zip(axes, numbers.values(), strict=True):
+        if not np.isnan(full[0, -1]):
+            n = len(labels)
+            ax.add_patch(Rectangle((n - 1, 0), 1, 1, facecolor="none", edgecolor="black", linewidth=1.2, clip_on=False))
+            ax.text(n - 1.12, 0.5, "all", ha="right", va="center_baseline", size=7.5)
+    return fig
+
+
+def image_grid(
+    images: Sequence, titles: Sequence[str] | None = None, ncols: int = 8, frames: Sequence[bool | None] | None = None
+) -> Figure:
+    """Images (PIL, or arrays (H, W) or (H, W, 3)) in rows of `ncols`.
+
+    `frames`: True for right (blue), False for wrong (vermillion), None for no frame.
+    """
+    if not len(images):
+        raise ValueError("nothing to show: no images")
+    ncols = min(ncols, len(images))
+    rows, side = -(-len(images) // ncols), min(1.1, WIDE / ncols)
+    lines = 1 + max(t.count("\n") for t in titles) if titles else 0
+    fig, axes = figure(rows, ncols, width=side * ncols, height=rows * (side + 0.13 * lines))
+    for ax in axes.flat:
+        ax.set(xticks=[], yticks=[])
+        ax.spines[:].set_visible(False)
+    for i, (ax, image) in enumerate(zip(axes.flat, images, strict=False)):
+        pixels = np.asarray(image)
+        ax.imshow(pixels, cmap="gray" if pixels.ndim == 2 else None, interpolation="nearest")
+        if titles:
+            ax.set_title(titles[i], loc="center", size=7, pad=3)
+        if frames and frames[i] is not None:
+            ax.spines[:].set(visible=True, linewidth=2.5, color=VERDICTS["agrees" if frames[i] else "disagrees"])
+    return fig
+
+
+def _triangles(
+    panels: Mapping[str, tuple[Sequence[str], np.ndarray]], shade: Mapping, norm, cmap: str, fmt: str, label: str
+) -> tuple[Figure, list]:
+    """Annotated heat maps in a grid, coloured by `shade` where it is not NaN, with one colour bar."""
+    if not panels:
+        raise ValueError("nothing to plot: no matrices")
+    cols = min(len(panels), min((4, 3), key=lambda c: (-len(panels) % c, -c)))
+    rows = -(-len(panels) // cols)
+    side, tall = min(2.0, (WIDE - 0.6) / cols), 1 + max(t.count("\n") for t in panels)
+    fig, axes = figure(rows, cols, width=side * cols + 0.6, height=rows * (side + 0.13 * tall))
+    for ax in axes.flat[len(panels) :]:
+        ax.axis("off")
+    for ax, (title, (labels, numbers)) in zip(axes.flat, panels.items(), strict=False):
+        n = len(labels)
+        mesh = ax.pcolormesh(np.ma.masked_invalid(shade[title]), norm=norm, cmap=cmap, edgecolors="white", linewidth=1)
+        for i, j in zip(*np.nonzero(~np.isnan(shade[title])), strict=True):
+            ink, text = contrast(mesh.to_rgba(shade[title][i, j])), format(numbers[i][j], fmt)
+            ax.text(j + 0.5, i + 0.5, text, ha="center", va="center_baseline", size=7.5, color=ink)
+        ax.set(ylim=(n, 0), aspect="equal")
+        ax.set_xticks(np.arange(n) + 0.5, labels)
+        ax.set_yticks(np.arange(n) + 0.5, labels)
+        ax.spines[:].set_visible(False)
+        ax.tick_params(length=0)
+        ax.set_title(title)
+    bar = fig.colorbar(mesh, ax=axes, shrink=0.8, aspect=18, pad=0.02, label=label)
+    bar.outline.set_visible(False)
+    return fig, list(axes.flat[: len(panels)])

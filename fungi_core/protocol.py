@@ -1,0 +1,130 @@
+"""The paper's evaluation protocol over a grid of backbones and data sets: kNN, full and few-shot, with intervals.
+
+Chosen before any result was seen: k = 20 and the first 5 training images of each class (section 5.1); PCA fitted on the
+training rows that are used; 95 % percentile bootstrap over test images; gains as paired differences on the same images.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import combinations_with_replacement
+
+import numpy as np
+import pandas as pd
+
+from . import backbones, datasets, evaluate, extract, figures, similarity, views
+
+QUANTITIES = ["value", "low", "high", "gain", "gain_low", "gain_high", "step", "step_low", "step_high"]
+COMBINATIONS = ("E", "E+K", "E+K+D", "E+K+D+S")  # Table 2's rows
+
+
+def grid(
+    encoders: Sequence[str], sets: Sequence[str], names: Sequence = extract.ALL, *, n_train: int, n_test: int, seed: int
+) -> Iterator[tuple[str, str, extract.Rows, extract.Rows]]:
+    """(backbone, data set, train, test) for every pair that can be run here; see `missing` for the others."""
+    absent = set(missing(encoders, sets)["name"])
+    for backbone in (name for name in encoders if name not in absent):
+        encoder = backbones.load(backbone)
+        for dataset in (name for name in sets if name not in absent):
+            yield backbone, dataset, *extract.features(dataset, encoder, names, n_train=n_train, n_test=n_test, seed=seed)
+
+
+def provenance(notebook: str, started: float, runs: Sequence, **parameters) -> dict:
+    """`figures.provenance` of a notebook that evaluated ``runs`` (what `grid` gave), all its parameters by name."""
+    rows = [split for *_, train, test in runs for split in (train, test)]
+    stores = [key for split in rows for key in split.store_keys]
+    data = [split.data for split in rows]
+    return figures.provenance(notebook, parameters, seed=parameters["seed"], stores=stores, datasets=data, started=started)
+
+
+def on(runs: Sequence) -> str:
+    """What a claim was measured on, for the scoreboard: data sets; backbones."""
+    names = lambda i: ", ".join(dict.fromkeys(run[i] for run in runs))
+    return f"{names(1)}; {names(0)}"
+
+
+def missing(encoders: Sequence[str], sets: Sequence[str]) -> pd.DataFrame:
+    """What the grid needs and this machine has not: name and one line (size, licence, how to get it). Unknown names raise."""
+    known = {row["name"]: row for row in datasets.table()}
+    unknown = [name for name in sets if name not in known]
+    if unknown:
+        raise ValueError(f"unknown data set {unknown[0]!r}; there are {', '.join(known)}")
+    lines = [(name, known[name]["reason"]) for name in sets if not known[name]["available"]]
+    lines += [(name, reason) for name in encoders if (reason := backbones.unavailable(name))]
+    return pd.DataFrame(lines, columns=["name", "not run: needs"])
+
+
+def knn(train: extract.Rows, test: extract.Rows, letters: Sequence[str] = COMBINATIONS, *, k: int = 20,
+        shots: int | None = None, pca: int | None = None, seed: int = 0) -> pd.DataFrame:  # fmt: skip
+    """Accuracy of each feature set in percent: features, setting, value, low, high; the gain over "E" and the step from the
+    set before it in ``letters``, in points, each with its interval.
+
+    ``shots``: only the first so many training images of each class. ``pca``: size for combined features (None: none).
+    The metric is the data set's (accuracy or mean per class).
+    """
+    if shots:
+        train = train.take(evaluate.few_shot_indices(train.labels, shots))
+    per_class = test.labels if test.data.metric == "mean-per-class" else None
+    correct = {name: _correct(train, test, name, k, pca) for name in dict.fromkeys(("E", *letters))}
+    def interval(name, other=None):  # a generator each: adding a feature set does not move another one's interval
+        against = None if other is None else correct[other]
+        return evaluate.bootstrap(correct[name], against, generator=views.generator("bootstrap", seed, name, other), labels=per_class)
+
+    setting, before = f"{shots}-shot" if shots else "full", [letters[0], *letters[:-1]]
+    rows = [(x, setting, *interval(x), *interval(x, "E"), *interval(x, last)) for x, last in zip(letters, before, strict=True)]
+    return pd.DataFrame(rows, columns=["features", "setting", *QUANTITIES])
+
+
+def _correct(train, test, letters, k, size) -> np.ndarray:
+    a, b = extract.fungi_features(train, test, letters, size)
+    return evaluate.knn_predict(a, train.labels, b, k=k) == test.labels
+
+
+def class_gains(train: extract.Rows, test: extract.Rows, letters: Sequence[str] = ("K", "D", "S"), *, k: int = 20) -> pd.DataFrame:
+    """Fig. 3: per-class accuracy of each feature alone minus the embedding's, in points: features, class, value."""
+    classes = len(test.data.classes)
+    by_class = {
+        name: evaluate.per_class_accuracy(evaluate.knn_predict(a, train.labels, b, k=k), test.labels, classes)
+        for name in ("E", *letters)
+        for a, b in [extract.fungi_features(train, test, name)]
+    }
+    frames = [pd.DataFrame({"features": n, "class": test.data.classes, "value": by_class[n] - by_class["E"]}) for n in letters]
+    return pd.concat(frames, ignore_index=True).dropna(subset="value")
+
+
+def pairs(train: extract.Rows, test: extract.Rows, *, k: int = 20, pca: int | None = None, seed: int = 0) -> pd.DataFrame:
+    """Fig. 2 for every pair of features: a, b, cka (unbiased, on the test rows), value, gain over the better one alone."""
+    names = [extract.LETTERS[name] for name in test.blocks]
+    normalized = {extract.LETTERS[name]: evaluate.normalize(block) for name, block in test.blocks.items()}
+    cka = similarity.cka_matrix(normalized)
+    correct = {x: _correct(train, test, x, k, None) for x in names}
+    rows = []
+    for i, j in combinations_with_replacement(range(len(names)), 2):
+        a, b = names[i], names[j]
+        both = correct[a] if i == j else _correct(train, test, f"{a}+{b}", k, pca)
+        better = max((correct[a], correct[b]), key=np.mean)
+        gain = evaluate.bootstrap(both, better, generator=views.generator("bootstrap", seed, "pair", a, b))
+        rows.append((a, b, cka[i, j], 100 * both.mean(), *gain))
+    return pd.DataFrame(rows, columns=["a", "b", "cka", "value", "gain", "gain_low", "gain_high"])
+
+
+def square(frame: pd.DataFrame, column: str) -> tuple[list[str], np.ndarray]:
+    """A column of `pairs` as labels and a symmetric matrix, for the heat maps."""
+    names = list(frame["a"].unique())
+    wide = frame.pivot(index="b", columns="a", values=column).reindex(index=names, columns=names).to_numpy(dtype=float)
+    return names, np.where(np.isnan(wide), wide.T, wide)
+
+
+def mean_over(frame: pd.DataFrame, keys: Sequence[str] = ("backbone", "setting", "features"), *, shared: bool = False) -> pd.DataFrame:
+    """Means of every quantity over the rows of each group of ``keys``, with their intervals.
+
+    Rows of different test images err independently: half-widths add in squares. ``shared=True``: the rows saw the same
+    images (several backbones on one data set), so half-widths add as they are, which is the cautious bound.
+    """
+    def combine(part: pd.DataFrame) -> pd.Series:
+        out = {"rows": len(part)}
+        for name, low, high in (("value", "low", "high"), *((q, f"{q}_low", f"{q}_high") for q in ("gain", "step"))):
+            half = ((part[high] - part[low]) / 2).to_numpy()
+            spread = half.mean() if shared else np.sqrt((half**2).sum()) / len(half)
+            out |= {name: part[name].mean(), low: part[name].mean() - spread, high: part[name].mean() + spread}
+        return pd.Series(out)
+
+    return frame.groupby(list(keys), sort=False)[QUANTITIES].apply(combine).reset_index()

@@ -1,0 +1,68 @@
+"""Images per second of features against the stock forward pass, as ratios within one run on one machine (Table 22)."""
+
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pandas as pd
+import timm
+import torch
+
+from . import backbones, fungi, objectives, views
+from .extract import LETTERS
+
+
+def stock(backbone: backbones.Backbone) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The same architecture and weights as timm runs them, untouched: the floor's yardstick, in the backbone's dtype."""
+    fused = timm.layers.use_fused_attn()
+    model = backbones.load(backbone.name, device=backbone.device, dtype=str(backbone.dtype).removeprefix("torch.")).model
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = bool(fused)
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode():
+            return model(x)
+
+    return forward
+
+
+def measure(backbone: backbones.Backbone, names: Sequence = ("kl", "dino", "simclr"), *, views_a_call: int = 64,
+            repeats: int = 5, seed: int = 0) -> pd.DataFrame:  # fmt: skip
+    """Features, value and floor (images/s), ratio with its lowest and highest, views.
+
+    Every repeat times the stock forward pass on ``views_a_call`` views and then the feature on images that make as many
+    views or more, so that drift of the machine hits both; medians are reported. Ours starts from decoded uint8 images
+    on the device (normalisation, patches, loss, backward, projection included); the floor is the stock pass over the
+    same number of views. ``K`` is embedding and KL gradient together.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    size, device = backbone.size, backbone.device
+    plain = stock(backbone)
+    x = torch.randn(views_a_call, 3, size, size, generator=generator).to(device, backbone.dtype)
+    rows = []
+    for name in names:
+        objective = objectives.by_name(name) if isinstance(name, str) else name
+        count = fungi.view_count(backbone, objective)
+        images = max(1, round(views_a_call / count))
+        shape = (images, 1 if objective.views == "patches" else count, size, size, 3)
+        batch = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+        parts = fungi.draw_parts(backbone, objective, seed)
+        if objective.negatives:  # the latents' values do not change the time
+            parts.negatives = torch.randn(objective.negatives * count, objective.dim, generator=generator).to(device)
+        ours = lambda b=batch, o=objective, p=parts: fungi.project_gradients(
+            backbone, o, p, views.finish(b.to(device), o, backbone.mean, backbone.std, backbone.dtype))
+        times = np.array([(_seconds(lambda: plain(x), device), _seconds(ours, device)) for _ in range(repeats + 1)][1:])
+        floor, speed = views_a_call / times[:, 0] / count, images / times[:, 1]
+        ratio = speed / floor
+        rows.append((LETTERS[objective.name], count, np.median(speed), np.median(floor), np.median(ratio), ratio.min(), ratio.max()))
+    return pd.DataFrame(rows, columns=["features", "views", "value", "floor", "ratio", "ratio_low", "ratio_high"])
+
+
+def _seconds(call: Callable[[], object], device: str) -> float:
+    if device != "cpu":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start

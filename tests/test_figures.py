@@ -1,0 +1,295 @@
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from fungi_core import diagram, figures, grids, paths, plots
+
+LETTERS = ["E", "K", "D", "S"]
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def small_figure():
+    fig, [[ax]] = figures.figure(width=figures.COLUMN, height=1.5)
+    ax.plot([0, 1], [0.1, 0.3], color=figures.colour("K"))
+    ax.set(xlabel="shots", ylabel="accuracy (%)")
+    return fig
+
+
+@pytest.fixture
+def record():
+    return figures.provenance("02_complementarity", {"profile": "mini", "k": 20}, seed=0)
+
+
+def labels(fig) -> set[str]:
+    return {t.get_text() for t in fig.findobj(lambda a: hasattr(a, "get_text"))}
+
+
+def filled(ax) -> list:
+    """Our marks: filled dots."""
+    return [line for line in ax.lines if line.get_marker() == "o"]
+
+
+def opened(ax) -> list:
+    """The paper's marks: open diamonds with a number under them."""
+    diamonds = [line for line in ax.lines if line.get_marker() == "D"]
+    return [line for line in diamonds if np.isfinite(np.asarray(line.get_xydata(), float)).all()]
+
+
+def test_only_the_drawing_modules_import_matplotlib():
+    sources = {p.stem: p.read_text() for p in (ROOT / "fungi_core").glob("*.py")}
+    words = ("import matplotlib", "from matplotlib", "seaborn")
+    importers = {name for name, text in sources.items() if any(w in text for w in words)}
+    assert importers == {"figures", "plots", "grids", "diagram"}
+
+
+def test_a_second_run_writes_the_same_bytes(tmp_path, record):
+    numbers = pd.DataFrame({"features": ["E", "K"], "value": [1 / 3, np.nan]})
+    runs = [figures.save_figure(small_figure(), "two_lines", numbers, record, tmp_path / str(i)) for i in range(2)]
+    for suffix in ("png", "pdf", "csv"):
+        assert runs[0][suffix].read_bytes() == runs[1][suffix].read_bytes(), suffix
+    assert runs[0]["csv"].read_bytes() == b"features,value\nE,0.333333\nK,\n"
+    assert runs[0]["png"].read_bytes().startswith(b"\x89PNG") and b"Software" not in runs[0]["png"].read_bytes()
+    assert runs[0]["pdf"].read_bytes().startswith(b"%PDF") and b"CreationDate" not in runs[0]["pdf"].read_bytes()
+    assert json.loads(runs[0]["json"].read_text()) == record
+
+
+def test_another_process_writes_the_same_bytes(tmp_path):
+    """String hashes differ between processes: nothing drawn may hang on the order of a set."""
+    code = (
+        "import sys, pandas as pd; from fungi_core import figures; t = pd.DataFrame({'data': ['x'], 'ours': [1.25]});"
+        "figures.save_figure(figures.table_figure(t), 'table', t, {}, sys.argv[1])"
+    )
+    for seed in ("1", "2"):
+        env = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT)}
+        subprocess.run([sys.executable, "-c", code, str(tmp_path / seed)], env=env, check=True, cwd=tmp_path)
+    for suffix in ("png", "pdf", "csv"):
+        assert (tmp_path / "1" / f"table.{suffix}").read_bytes() == (tmp_path / "2" / f"table.{suffix}").read_bytes()
+
+
+def test_figures_go_to_their_profile_and_leave_nothing_else(tmp_path, record, monkeypatch):
+    monkeypatch.setenv("FUNGI_FIGURES", str(tmp_path))
+    written = figures.save_figure(small_figure(), "fig_2", pd.DataFrame({"value": [1.0]}), record)
+    assert {p.name for p in (tmp_path / "mini").iterdir()} == {"fig_2.csv", "fig_2.json", "fig_2.pdf", "fig_2.png"}
+    assert set(written.values()) == set((tmp_path / "mini").iterdir())
+    with pytest.raises(ValueError, match="profile=None"):
+        figures.save_figure(small_figure(), "fig_2", pd.DataFrame({"value": [1.0]}), {"parameters": {}})
+
+
+def test_a_named_index_is_written_with_the_numbers(tmp_path):
+    numbers = pd.DataFrame({"value": [1.0]}, index=pd.Index(["dtd"], name="dataset"))
+    written = figures.save_figure(small_figure(), "x", numbers, {}, tmp_path)
+    assert written["csv"].read_text() == "dataset,value\ndtd,1\n"
+
+
+@pytest.mark.parametrize("name", ["", "Fig2", "a b", "../x", "fig-2", "x\n"])
+def test_bad_names_are_refused_before_anything_is_written(tmp_path, name):
+    with pytest.raises(ValueError, match="lower-case letters, digits and underscores"):
+        figures.save_figure(small_figure(), name, pd.DataFrame({"value": [1.0]}), {}, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failing_write_leaves_the_old_file_and_no_part(tmp_path, monkeypatch):
+    old = figures.save_figure(small_figure(), "x", pd.DataFrame({"value": [1.0]}), {}, tmp_path)["csv"].read_bytes()
+
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(figures.os, "replace", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        figures.save_figure(small_figure(), "x", pd.DataFrame({"value": [2.0]}), {}, tmp_path)
+    assert (tmp_path / "x.csv").read_bytes() == old
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_provenance_records_what_a_reader_needs_and_is_json():
+    class Digits:
+        name, split, fingerprint, note = "digits", "test", "ab12", "all rows"
+
+        def __len__(self):
+            return 797
+
+    parameters = {"profile": "mini", "k": np.int64(20), "folder": Path("a") / "b"}
+    stores = ["k1", SimpleNamespace(key="k2")]
+    found = figures.provenance("03", parameters, seed=7, stores=stores, datasets=[Digits()], started=time.time() - 5)
+    assert found == json.loads(json.dumps(found))
+    assert found["parameters"] == {"profile": "mini", "k": 20, "folder": "a/b"}
+    assert found["seed"] == 7 and found["stores"] == ["k1", "k2"]
+    digits = {"name": "digits", "split": "test", "n": 797, "fingerprint": "ab12", "note": "all rows"}
+    assert found["datasets"] == [digits]
+    assert 5 <= found["wall_seconds"] < 60
+    assert {"python", "torch", "timm", "numpy", "scikit-learn", "fungi_core"} <= set(found["versions"])
+    assert found["device"]["cores"] >= 1 and found["device"]["cpu"]
+    with pytest.raises(TypeError, match="object"):
+        figures.provenance("03", {"model": object()}, seed=0)
+
+
+def test_git_state(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "ROOT", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    nothing = {"commit": None, "dirty": None}
+
+    def state():
+        found = figures.provenance("x", {}, seed=0)
+        return {k: found[k] for k in nothing}
+
+    assert state() == nothing  # no checkout
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", "")
+        assert state() == nothing  # no git
+
+    def git(*words):
+        who = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+        done = subprocess.run(["git", *who, *words], cwd=tmp_path, check=True, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    git("init", "-q")
+    (tmp_path / "code.py").write_text("1")
+    git("add", ".")
+    git("commit", "-qm", "first")
+    assert state() == {"commit": git("rev-parse", "HEAD"), "dirty": False}
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "x.csv").write_text("1")
+    assert state()["dirty"] is False  # what a run writes does not make its own source dirty
+    (tmp_path / "code.py").write_text("2")
+    assert state()["dirty"] is True
+
+
+def test_a_table_is_drawn_written_and_shown(tmp_path, record):
+    table = pd.DataFrame({"data": ["dtd", "cifar"], "ours": [50.96, -0.04], "paper": [np.nan, 4.8], "n": [400, 1000]})
+    shown = figures.save_table(table, "table_1", record, tmp_path)
+    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".csv", ".json", ".pdf", ".png"]
+    assert labels(figures.table_figure(table)) >= {"data", "ours", "paper", "dtd", "51.0", "−0.0", "–", "4.8", "400"}
+    html = shown.to_html()
+    assert "51.0" in html and "–" in html and html == figures.save_table(table, "table_1", record, tmp_path).to_html()
+    with pytest.raises(ValueError, match="0 rows"):
+        figures.table_figure(table[:0])
+
+
+def test_colours_are_fixed_and_far_apart():
+    def lab(ink):
+        from skimage.color import rgb2lab
+
+        return rgb2lab([[figures.to_rgb(ink)]])[0, 0]
+
+    inks = list(figures.COLOURS.values())
+    for i, a in enumerate(inks):
+        for b in inks[:i]:
+            assert np.linalg.norm(lab(a) - lab(b)) > 20, (a, b)
+    assert figures.colour("E+S") == figures.COLOURS["E+K"]
+    with pytest.raises(ValueError, match="known letters are E, K, D, S"):
+        figures.colour("E+X")
+    assert figures.contrast("#FFFFFF") == "black" and figures.contrast("#0072B2") == "white"
+
+
+def test_figures_are_forgotten_by_pyplot_and_have_the_page_width():
+    before = figures.plt.get_fignums()
+    fig = diagram.method_diagram()
+    assert figures.plt.get_fignums() == before
+    assert fig.get_figwidth() == figures.WIDE
+    assert {"output projection", "SimCLR: 49 patches", "PCA", "kNN"} <= labels(fig)
+
+
+def test_cka_heatmaps():
+    matrix = np.array([[1, 0.25, 0.5], [0.25, 1, 0.75], [0.5, 0.75, 1.0]])
+    fig = grids.cka_heatmaps({"dtd": (LETTERS[:3], matrix), "cifar10": (LETTERS[:3], matrix)})
+    assert len(fig.axes) == 3  # two panels, one colour bar
+    assert [t.get_text() for t in fig.axes[0].texts] == ["1.00", "0.25", "1.00", "0.50", "0.75", "1.00"]
+    with pytest.raises(ValueError, match="no matrices"):
+        grids.cka_heatmaps({})
+
+
+def test_pair_matrix_shades_by_the_difference_from_the_embedding():
+    matrix = np.array([[50.0, 52.0], [52.0, 45.0]])
+    fig = grids.pair_matrix({"dtd": (["E", "K"], matrix)}, {"dtd": 53.5})
+    mesh = fig.axes[0].collections[0]
+    assert np.allclose(np.ma.filled(mesh.get_array(), 99), [[0, 3.5], [2, -5]])
+    assert mesh.norm.vmin == -5 and mesh.norm.vmax == 5
+    assert {"50.0", "53.5", "52.0", "45.0", "all"} == {t.get_text() for t in fig.axes[0].texts}
+    assert "53.5" not in labels(grids.pair_matrix({"dtd": (["E", "K"], matrix)}))
+
+
+def test_class_deltas_sorts_and_counts():
+    rows = [("dtd", k, c, v) for k in "KD" for c, v in zip("abcd", [1.0, -2.0, 0.0, 5.0], strict=True)]
+    fig = plots.class_deltas(pd.DataFrame(rows, columns=["dataset", "features", "class", "value"]))
+    assert len(fig.axes) == 2
+    assert [bar.get_height() for bar in fig.axes[0].patches] == [5, 1, 0, -2]
+    assert "2 better\n1 worse" in labels(fig)
+    with pytest.raises(ValueError, match="needs column 'class'"):
+        plots.class_deltas(pd.DataFrame({"features": ["K"], "value": [1.0]}))
+
+
+def accuracies(**columns):
+    base = {"features": ["E", "E+K", "E+K+D+S"], "value": [40.0, 41.0, np.nan], "low": [39.0, 40.0, np.nan],
+            "high": [41.0, 42.0, np.nan], "paper": [np.nan, 0.5, 3.0]}  # fmt: skip
+    return pd.DataFrame(base).assign(**columns)
+
+
+def test_accuracy_by_features_places_the_papers_gain_on_our_embedding():
+    cells = [(d, s) for d in ("dtd", "cifar10") for s in ("full", "5-shot")]
+    frame = pd.concat([accuracies(dataset=d, backbone="vit_mini", setting=s) for d, s in cells])
+    fig = plots.accuracy_by_features(frame)
+    assert len(fig.axes) == 4
+    for ax in fig.axes:
+        assert [line.get_ydata()[0] for line in filled(ax)] == [40, 41]  # the third was not run: no mark
+        assert [line.get_ydata()[0] for line in opened(ax)] == [40.5, 43]
+    assert {"dtd, full\nvit_mini", "E", "+ K", "+ D+S", "our embedding + the paper's gain"} <= labels(fig)
+
+
+def test_backbone_bars_puts_the_papers_backbones_in_their_own_panels():
+    ours = accuracies(backbone="vit_mini", setting="full", paper=np.nan)[:2]
+    paper = ours.assign(backbone="DINO ViT-B/16", value=np.nan, paper=[69.0, 70.9])
+    fig = plots.backbone_bars(pd.concat([ours, paper]))
+    assert len(fig.axes) == 2
+    assert [line.get_xdata()[0] for line in filled(fig.axes[0])] == [40, 41] and not opened(fig.axes[0])
+    assert [line.get_xdata()[0] for line in opened(fig.axes[1])] == [69, 70.9] and not filled(fig.axes[1])
+    assert len(plots.backbone_bars(ours).axes) == 1
+
+
+def test_throughput_shows_the_fraction_of_the_floor():
+    ours = {"features": ["E", "D"], "value": [400.0, np.nan], "floor": [500.0, 40.0]}
+    frame = pd.DataFrame(ours | {"paper": [479, 32.0], "paper_floor": [479, 479 / 12]})
+    speed, share = plots.throughput(frame).axes
+    assert speed.get_xscale() == "log" and share.patches[0].get_width() == 0.8
+    assert {t.get_text() for t in share.texts} == {"0.80", "not run"}
+    assert [round(line.get_xdata()[0], 3) for line in opened(share)] == [1, 0.802]
+    assert len(plots.throughput(frame[["features", "value", "floor"]]).axes) == 2
+
+
+def test_scoreboard_groups_rows_and_colours_verdicts():
+    frame = pd.DataFrame({"item": ["Table 1", "Table 1", "Fig. 3"], "claim": ["a", "b", "c"], "paper": [4.4, 2.8, 7.0],
+                          "value": [1.0, -1.0, np.nan], "verdict": ["agrees", "disagrees", "not run"]})  # fmt: skip
+    fig = plots.scoreboard(frame)
+    [ax] = fig.axes
+    assert [line.get_color() for line in filled(ax)] == [figures.VERDICTS["agrees"], figures.VERDICTS["disagrees"]]
+    assert len(opened(ax)) == 3
+    assert [t.get_text() for t in ax.texts] == ["Table 1", "Fig. 3"]
+    assert {"agrees (1)", "not run (1)"} <= {t.get_text() for t in fig.legends[0].get_texts()}
+    with pytest.raises(ValueError, match="unknown verdict 'maybe': use one of agrees"):
+        plots.scoreboard(frame.assign(verdict="maybe"))
+
+
+def test_image_grid_frames_right_and_wrong():
+    images = [np.zeros((4, 4, 3), np.uint8)] * 4 + [np.zeros((4, 4), np.uint8)]
+    fig = grids.image_grid(images, titles=list("abcde"), ncols=3, frames=[True, False, None, None, None])
+    assert len(fig.axes) == 6 and sum(len(ax.images) for ax in fig.axes) == 5
+    edges = [ax.spines["top"].get_edgecolor()[:3] for ax in fig.axes[:2]]
+    assert np.allclose(edges, [figures.to_rgb(figures.VERDICTS[v]) for v in ("agrees", "disagrees")])
+    assert not fig.axes[2].spines["top"].get_visible()
+    with pytest.raises(ValueError, match="no images"):
+        grids.image_grid([])
+
+
+def test_every_plot_draws_without_a_warning(recwarn):
+    """Rendering is where missing glyphs, clipped layouts and NaN limits show."""
+    frame = accuracies(backbone="vit_mini", setting="full")
+    for fig in (plots.accuracy_by_features(frame), plots.backbone_bars(frame), diagram.method_diagram()):
+        fig.canvas.draw()
+    assert not [str(w.message) for w in recwarn]

@@ -1,0 +1,327 @@
+"""Views against torchvision, timm and naive slices; they depend on seed, content and objective alone."""
+
+import io
+import warnings
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from timm.data import create_transform
+from torchvision.transforms import v2
+
+from fungi_core import backbones, objectives as O, views
+
+BICUBIC = v2.InterpolationMode.BICUBIC
+
+
+def picture(width=90, height=70, seed=0):
+    """Smooth random colours: as a photograph, unlike noise, compresses and resizes without surprises."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.BICUBIC)
+
+
+def noise(width, height, seed=0):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+# --- random resized crops
+
+
+def torchvision_boxes(width, height, scale, n):
+    """The oracle draws from torch's global generator, which is put back as it was."""
+    image = torch.zeros(1, height, width)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        drawn = [v2.RandomResizedCrop(8, scale=scale).make_params([image]) for _ in range(n)]
+    return np.array([(p["left"], p["top"], p["left"] + p["width"], p["top"] + p["height"]) for p in drawn])
+
+
+def ours(width, height, scale, n, seed=0):
+    return views.crop_boxes(width, height, np.array([scale] * n), np.random.default_rng(seed))
+
+
+@pytest.mark.parametrize("scale", [(0.25, 1.0), (0.05, 0.25)], ids=["global", "local"])
+@pytest.mark.parametrize(("width", "height"), [(64, 64), (500, 375), (120, 300)])
+def test_crop_boxes_have_the_share_ratio_and_place_that_torchvision_draws(width, height, scale):
+    boxes = ours(width, height, scale, 4000)
+    left, top, right, bottom = boxes.T
+    w, h = right - left, bottom - top
+    assert (left >= 0).all() and (top >= 0).all() and (right <= width).all() and (bottom <= height).all()
+    slack_area, slack_ratio = (w + h) / 2 + 1, 0.5 / h + 0.5 * w / h**2 + 0.01  # half a pixel of rounding a side
+    assert (w * h >= scale[0] * width * height - slack_area).all()
+    assert (w * h <= scale[1] * width * height + slack_area).all()
+    assert (w / h >= 3 / 4 - slack_ratio).all() and (w / h <= 4 / 3 + slack_ratio).all()
+    theirs = torchvision_boxes(width, height, scale, 2000)
+    for mine, their in zip(marginals(boxes, width, height), marginals(theirs, width, height), strict=True):
+        assert kolmogorov(mine, their) < 0.06  # 0.054 is the 0.1 % point for 4000 and 2000 draws
+
+
+def marginals(boxes, width, height):
+    w, h = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
+    free = lambda corner, size, side: corner / np.maximum(side - size, 1)
+    return w * h, w / h, free(boxes[:, 0], w, width), free(boxes[:, 1], h, height)
+
+
+def kolmogorov(a, b):
+    """Largest distance of two empirical distribution functions."""
+    at = np.sort(np.concatenate([a, b]))
+    return np.abs(np.searchsorted(np.sort(a), at, "right") / len(a) - np.searchsorted(np.sort(b), at, "right") / len(b)).max()
+
+
+@pytest.mark.parametrize(("width", "height"), [(1, 500), (500, 1), (2, 90), (90, 3)])
+def test_extreme_shapes_fall_back_as_torchvision_does(width, height):
+    mine, theirs = ours(width, height, (0.9, 1.0), 50), torchvision_boxes(width, height, (0.9, 1.0), 50)
+    assert (mine == mine[0]).all() and (mine == theirs).all()  # only the central crop is left
+
+
+def test_a_fallback_touches_its_own_view_alone():
+    scales = np.array([(0.9, 1.0), (0.01, 0.05), (0.9, 1.0)])
+    boxes = views.crop_boxes(20, 100, scales, np.random.default_rng(0))
+    assert boxes[0].tolist() == boxes[2].tolist() == [0, 36, 20, 63]  # 20 x round(20 * 4 / 3), centred
+    area = (boxes[1, 2] - boxes[1, 0]) * (boxes[1, 3] - boxes[1, 1])
+    assert 0.005 * 2000 < area < 0.06 * 2000
+
+
+def test_one_pixel_and_every_small_size():
+    assert ours(1, 1, (0.05, 0.25), 5).tolist() == [[0, 0, 1, 1]] * 5
+    for width in range(1, 9):
+        for height in range(1, 9):
+            left, top, right, bottom = ours(width, height, (0.05, 1.0), 200, seed=width).T
+            assert (0 <= left).all() and (left < right).all() and (right <= width).all()
+            assert (0 <= top).all() and (top < bottom).all() and (bottom <= height).all()
+
+
+def test_crops_are_torchvisions_resized_crops():
+    image, objective = noise(80, 60), O.DINO()
+    batch = views.crops(image, 32, objective, np.random.default_rng(3))
+    scales = np.array([objective.global_scale] * 2 + [objective.local_scale] * 10)
+    boxes = views.crop_boxes(80, 60, scales, np.random.default_rng(3))
+    for view, (left, top, right, bottom) in zip(batch, boxes, strict=True):
+        expected = v2.functional.resized_crop(image, top, left, bottom - top, right - left, [32, 32], BICUBIC)
+        np.testing.assert_array_equal(view, np.asarray(expected))
+    shares = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]) / 4800
+    assert shares[:2].min() > 0.24 and shares[2:].max() < 0.26  # two global, then ten local
+
+
+# --- resizing
+
+
+@pytest.mark.parametrize(("source", "target"), [(32, 64), (112, 224), (48, 96), (64, 24), (100, 33), (7, 7), (1, 5), (5, 1)])
+def test_bicubic_matrix_is_torch_and_pil(source, target):
+    across, down = views.bicubic_matrix(source, target), views.bicubic_matrix(source + 3, target + 2)
+    torch.testing.assert_close(across.sum(1), torch.ones(target))
+    image = noise(source, source + 3)
+    x = torch.from_numpy(np.array(image)).permute(2, 0, 1).float()
+    mine = down @ x @ across.T
+    expected = F.interpolate(x[None], size=(target + 2, target), mode="bicubic", antialias=True)[0]
+    torch.testing.assert_close(mine, expected, rtol=1e-4, atol=2e-3)
+    pil = torch.from_numpy(np.array(image.resize((target, target + 2), Image.BICUBIC))).permute(2, 0, 1).float()
+    assert (mine.clamp(0, 255) - pil).abs().mean() < (1.0 if target > source else 0.6)  # PIL rounds and clips after each axis
+    assert mine.clamp(0, 255).sub(pil).abs().median() <= 0.5
+
+
+@pytest.mark.parametrize("size", [64, 96, 224])
+def test_patches_are_slices_that_torchvision_enlarges(size):
+    x = torch.randn(2, 1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    patch, stride = size // 2, size // 12
+    got = views.patches(x)
+    assert got.shape == (2, 49, 3, size, size) and views.patch_count(size) == 49
+    resize = v2.Resize([size, size], BICUBIC, antialias=True)
+    corners = [(i * stride, j * stride) for i in range(7) for j in range(7)]  # row by row
+    for view in (0, 1, 7, 30, 48):
+        top, left = corners[view]
+        expected = resize(x[:, 0, :, top : top + patch, left : left + patch])
+        torch.testing.assert_close(got[:, view], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_number_of_patches_by_stride_scale():
+    counts = [views.patch_count(224, stride_scale=scale) for scale in range(1, 9)]
+    assert counts == [4, 9, 16, 25, 36, 49, 64, 81]  # the x-axis of Fig. 12
+    x = torch.zeros(1, 1, 3, 96, 96)
+    assert [views.patches(x, stride_scale=s).shape[1] for s in range(1, 9)] == [views.patch_count(96, 2, s) for s in range(1, 9)]
+    assert views.patches(x, grid=1, stride_scale=1).shape[1] == 1
+    with pytest.raises(ValueError, match="stride scale 49 is too fine for 48 px patches; the largest is 48"):
+        views.patches(x, stride_scale=49)
+
+
+@pytest.mark.parametrize(("width", "height"), [(90, 70), (70, 91), (64, 64), (31, 200), (5, 5), (1, 1), (1, 40), (333, 250)])
+@pytest.mark.parametrize(("size", "ratio"), [(64, 1.0), (64, 0.9), (32, 0.875), (224, 0.95)])
+def test_whole_is_the_transform_of_timm(width, height, size, ratio):
+    image = noise(width, height)
+    eval_transform = create_transform((3, size, size), interpolation="bicubic", crop_pct=ratio, mean=(0,) * 3, std=(1,) * 3)
+    expected = (eval_transform(image) * 255).round().byte().permute(1, 2, 0).numpy()
+    got = views.whole(image, size, ratio)
+    assert got.shape == (1, size, size, 3) and got.dtype == np.uint8
+    np.testing.assert_array_equal(got[0], expected)
+
+
+@pytest.mark.parametrize("name", [n for n, spec in backbones.BACKBONES.items() if spec.size == 224])
+def test_the_papers_backbones_ask_for_the_transform_that_whole_makes(name):
+    config = timm.get_pretrained_cfg(name)
+    assert (config.crop_mode, config.interpolation) == ("center", "bicubic")
+
+
+def test_square_squeezes_the_whole_image():
+    image = noise(90, 40)
+    expected = v2.functional.resize(image, [32, 32], BICUBIC)
+    np.testing.assert_array_equal(views.square(image, 32)[0], np.asarray(expected))
+    assert views.square(noise(32, 32), 32)[0].tolist() == np.asarray(noise(32, 32)).tolist()
+
+
+@pytest.mark.parametrize("objective", [None, O.KL(), O.DINO(), O.SimCLR()], ids=["embedding", "kl", "dino", "simclr"])
+def test_finish_normalises_channel_by_channel(objective):
+    prepared = views.prepare(picture(), 24, 1.0, objective, 0)
+    mean, std = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.5, 0.6, 0.7])
+    batch = torch.from_numpy(np.stack([prepared] * 2))
+    got = views.finish(batch, objective, mean, std, torch.float32)
+    count = {None: 1, "kl": 1, "dino": 12, "simclr": 49}[objective and objective.name]
+    assert got.shape == (2, count, 3, 24, 24)
+    norm = v2.Normalize(mean.tolist(), std.tolist())(torch.from_numpy(prepared).permute(0, 3, 1, 2).float() / 255)
+    expected = views.patches(norm[None])[0] if count == 49 else norm
+    torch.testing.assert_close(got, torch.stack([expected] * 2))
+
+
+# --- randomness: by seed, content and objective, nothing else
+
+
+def test_views_depend_on_content_seed_and_objective_alone(tmp_path):
+    image, objective = picture(), O.DINO()
+    one = views.prepare(image, 32, 1.0, objective, 0)
+    for name in ("a.png", "folder_b.png"):
+        image.save(tmp_path / name)
+        again = views.prepare(views.to_image(tmp_path / name), 32, 1.0, objective, 0)
+        np.testing.assert_array_equal(again, one)
+    views.prepare(picture(seed=1), 32, 1.0, objective, 0)  # another image in between changes nothing
+    np.testing.assert_array_equal(views.prepare(image, 32, 1.0, objective, 0), one)
+    assert not np.array_equal(views.prepare(image, 32, 1.0, objective, 1), one)
+    pixel = np.array(image)
+    pixel[-1, -1, -1] ^= 1
+    other = views.prepare(Image.fromarray(pixel), 32, 1.0, objective, 0)
+    assert not np.array_equal(other, one)
+    names = {name: views.generator(0, name, views.sample_id(image)).random() for name in ("dino", "kl", "simclr")}
+    assert len(set(names.values())) == 3
+
+
+def test_sample_ids_see_the_shape():
+    flat = np.zeros((2, 8, 3), np.uint8)
+    ids = {views.sample_id(Image.fromarray(flat.reshape(h, w, 3))) for h, w in ((2, 8), (4, 4), (8, 2))}
+    assert len(ids) == 3
+
+
+def test_the_generator_is_the_same_on_every_platform():
+    assert views.generator("a", 1).integers(0, 1000, 6).tolist() == views.generator("a", 1).integers(0, 1000, 6).tolist()
+    assert views.generator("a", 1).integers(0, 1000, 6).tolist() == FROZEN
+    assert views.generator("a", 2).integers(0, 1000, 6).tolist() != FROZEN
+
+
+FROZEN = [364, 556, 593, 399, 304, 195]
+
+
+def test_unknown_kind_of_views():
+    class Odd:
+        views, name = "rotations", "odd"
+
+    with pytest.raises(ValueError, match="'rotations'; there are 'whole', 'crops' and 'patches'"):
+        views.prepare(picture(), 32, 1.0, Odd(), 0)
+
+
+# --- whatever an image comes as
+
+
+def test_paths_pil_arrays_and_tensors_of_one_image_are_equal(tmp_path):
+    image = picture()
+    pixels = np.array(image)
+    image.save(tmp_path / "a.png")
+    tensor = torch.from_numpy(pixels).permute(2, 0, 1)
+    for item in (tmp_path / "a.png", str(tmp_path / "a.png"), image, pixels, tensor, tensor.float() / 255, tensor.double() / 255):
+        got = views.to_image(item)
+        assert got.mode == "RGB"
+        np.testing.assert_array_equal(np.asarray(got), pixels)
+    half = views.to_image((tensor.float() / 255).half())
+    assert np.abs(np.asarray(half).astype(int) - pixels).max() <= 1
+
+
+def test_greyscale_palette_cmyk_transparency_and_sixteen_bits(tmp_path):
+    image = picture()
+    grey = np.array(image.convert("L"))
+    for item in (grey, image.convert("L"), torch.from_numpy(grey), torch.from_numpy(grey).float() / 255):
+        np.testing.assert_array_equal(np.asarray(views.to_image(item)), np.stack([grey] * 3, -1))
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "deep.png")  # 16 bits
+    np.testing.assert_array_equal(np.asarray(views.to_image(tmp_path / "deep.png")), np.stack([grey] * 3, -1))
+    few = image.quantize(8)
+    np.testing.assert_array_equal(np.asarray(views.to_image(few)), np.asarray(few.convert("RGB")))
+    black = Image.new("CMYK", (4, 3), (0, 0, 0, 255))
+    assert views.to_image(black).getpixel((0, 0)) == (0, 0, 0)
+    clear = Image.new("RGBA", (4, 3), (10, 20, 30, 0))
+    assert views.to_image(clear).getpixel((0, 0)) == (10, 20, 30)
+    assert views.to_image(Image.new("1", (1, 1), 1)).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_exif_rotation_of_a_file_is_undone(tmp_path):
+    image = picture(20, 10)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned by 270 degrees
+    image.save(tmp_path / "turned.png", exif=exif)
+    np.testing.assert_array_equal(np.asarray(views.to_image(tmp_path / "turned.png")), np.asarray(image.transpose(Image.ROTATE_270)))
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP"])
+def test_a_corrupt_file_is_one_line_that_names_it(tmp_path, format):
+    picture().save(raw := io.BytesIO(), format)
+    rng, file, failed = np.random.default_rng(0), tmp_path / "broken.bin", 0
+    for _ in range(40):
+        data = bytearray(raw.getvalue())
+        data = data[: rng.integers(len(data))]
+        for place in rng.integers(0, max(len(data), 1), 4)[: len(data)]:
+            data[place] = rng.integers(256)
+        file.write_bytes(data)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Pillow's own remarks on what it skips
+                views.to_image(file)
+        except ValueError as error:
+            failed += 1
+            assert str(error).startswith(f"cannot read the image {file}: ") and "\n" not in str(error)
+    assert failed > 5
+
+
+def test_a_broken_png_chunk_and_a_truncated_open_image_are_value_errors(tmp_path):
+    noise(300, 300).save(raw := io.BytesIO(), "PNG")
+    data = bytearray(raw.getvalue())
+    second = data.index(b"IDAT", data.index(b"IDAT") + 4)
+    data[second : second + 4] = b"\xddf\xa2\xc2"  # Pillow: SyntaxError, broken PNG file
+    (tmp_path / "chunk.png").write_bytes(data)
+    with pytest.raises(ValueError, match="chunk.png: broken PNG"):
+        views.to_image(tmp_path / "chunk.png")
+    lazy = Image.open(io.BytesIO(raw.getvalue()[:2000]))
+    with pytest.raises(ValueError, match="cannot read the image image 7: "):
+        views.to_image(lazy, "image 7")
+
+
+@pytest.mark.parametrize(
+    ("item", "words"),
+    [
+        (np.zeros((4, 4, 3)), "float64 array of shape (4, 4, 3)"),
+        (np.zeros((4, 4, 4), np.uint8), "uint8 array of shape (4, 4, 4)"),
+        (np.zeros((0, 4, 3), np.uint8), "uint8 array of shape (0, 4, 3)"),
+        (torch.zeros(3, 4, 4, dtype=torch.int64), "int64 array of shape (4, 4, 3)"),
+        (torch.zeros(2, 3, 4, 4), "float32 array"),
+        (None, "NoneType"),
+        ([[0, 1]], "list"),
+    ],
+    ids=str,
+)
+def test_what_is_no_image_is_refused_by_name(item, words):
+    with pytest.raises(ValueError) as error:
+        views.to_image(item, "image 3")
+    assert str(error.value).startswith("image 3 is a") and words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_file_that_is_missing_or_no_image(tmp_path):
+    (tmp_path / "notes.txt").write_text("not an image")
+    for name in ("notes.txt", "absent.png"):
+        with pytest.raises(ValueError, match=f"cannot read the image .*{name}"):
+            views.to_image(tmp_path / name)
