@@ -56,7 +56,7 @@ normalize: $(INSTALLED)  ## strip times and versions from notebooks saved in Jup
 
 refresh: $(INSTALLED)  ## execute all notebooks in place with their defaults, then normalize
 	cd notebooks && for nb in *.ipynb; do echo $$nb; ../$(BIN)/jupyter execute --inplace $$nb || exit 1; done
-	@$(MAKE) --no-print-directory normalize
+	$(BIN)/python -m fungi_core.run --normalize notebooks/*.ipynb
 
 lock:  ## write requirements.lock from the present .venv
 	@{ echo "# What the Makefile installs, with CPython 3.11 from PyPI. Written by 'make lock' from a .venv that passed the tests."; \

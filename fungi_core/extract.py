@@ -128,17 +128,6 @@ def _union(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     return out
 
 
-def _union(gaps: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The union of row ranges [start, stop), merged and in order."""
-    out: list[tuple[int, int]] = []
-    for start, stop in sorted(gaps):
-        if out and start <= out[-1][1]:
-            out[-1] = out[-1][0], max(stop, out[-1][1])
-        else:
-            out.append((start, stop))
-    return out
-
-
 def _negatives(encoder, objective, heads, train, seed) -> torch.Tensor:
     """SimCLR's negative latents, (M, dim), through the store: both splits and every resumed run use the same ones."""
     meta = _meta(encoder, train, train, objective, seed, "negatives")

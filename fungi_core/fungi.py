@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -195,7 +196,7 @@ class Fungi(TransformerMixin, BaseEstimator):
         settings = {name: getattr(self, name) for name in names}
         settings |= {"objectives": [{"name": o.name} | asdict(o) for o in self.objectives], "n_features_out": self.n_features_out_}
         settings["fingerprint"] = self.backbone_.fingerprint
-        save_file({name: np.ascontiguousarray(a) for name, a in arrays.items()}, file, metadata={"fungi": json.dumps(settings)})
+        save_file({name: np.ascontiguousarray(a) for name, a in arrays.items()}, file, metadata={"fungi": json.dumps(settings, default=int)})
 
     @classmethod
     def load(cls, file: str | Path) -> "Fungi":
@@ -226,7 +227,8 @@ class Fungi(TransformerMixin, BaseEstimator):
             raise ValueError(f"each objective can be used once, got {', '.join(names)}")
         if strangers := sorted({*(self.heads or ()), *(self.negatives or ())} - {*names}):
             raise ValueError(f"heads or negatives given for {', '.join(strangers)}; the objectives are {', '.join(names)}")
-        if self.pca not in ("paper", None) and not (isinstance(self.pca, int) and self.pca > 0):
+        sized = isinstance(self.pca, Integral) and not isinstance(self.pca, bool) and self.pca > 0
+        if self.pca not in ("paper", None) and not sized:
             raise ValueError(f"pca is 'paper', None or a positive size, got {self.pca!r}")
         self.backbone_ = backbones.load(self.backbone, layer=self.layer, device=self.device, dtype=self.dtype)
         self.parts_ = {o.name: draw_parts(self.backbone_, o, self.seed) for o in self.objectives}

@@ -3,11 +3,12 @@
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import seaborn
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from fungi_core.figures import NAMES, VERDICTS, WIDE, contrast, figure
+from fungi_core.figures import NAMES, VERDICTS, WIDE, colour, contrast, figure
 
 
 def cka_heatmaps(matrices: Mapping[str, tuple[Sequence[str], np.ndarray]]) -> Figure:
@@ -66,6 +67,32 @@ def image_grid(
             ax.set_title(titles[i], loc="center", size=7, pad=3)
         if frames and frames[i] is not None:
             ax.spines[:].set(visible=True, linewidth=2.5, color=VERDICTS["agrees" if frames[i] else "disagrees"])
+    return fig
+
+
+def gradient_panels(image, matrices: Mapping[str, np.ndarray], blocks: Mapping[str, np.ndarray]) -> Figure:
+    """One image, its gradient matrix for each objective (D_out, D_in + 1), and below the vectors that are kept.
+
+    `matrices` and `blocks` ((d,) each, unit length) are keyed by letter; `blocks` starts with the embedding, "E".
+    """
+    fig, axes = figure(2, 1 + len(matrices), height=3.4, height_ratios=[2, 1])
+    axes[0, 0].imshow(np.asarray(image), interpolation="nearest")
+    axes[0, 0].set_title("image")
+    axes[0, 0].spines[:].set_visible(False)
+    for ax, (letter, matrix) in zip(axes[0, 1:], matrices.items(), strict=True):
+        reach = np.percentile(np.abs(matrix), 99)  # a few entries are far larger than the rest
+        seaborn.heatmap(matrix, ax=ax, cmap="RdBu", vmin=-reach, vmax=reach, cbar=False, rasterized=True)
+        ax.set(xlabel="input unit, bias last", ylabel="output unit" if letter == next(iter(matrices)) else "")
+        ax.set_title(f"{NAMES[letter]}, rank {np.linalg.matrix_rank(matrix)}")
+    top = max(np.abs(vector).max() for vector in blocks.values())
+    for ax, (letter, vector) in zip(axes[1], blocks.items(), strict=True):
+        ax.bar(np.arange(len(vector)), vector, width=1, color=colour(letter))
+        ax.spines["bottom"].set_visible(False)
+        ax.set(ylim=(-top, top), xlabel=f"{len(vector)} entries")
+        ax.set_title(NAMES[letter] + (", projected" if letter != "E" else ""))
+        ax.margins(x=0)
+    for ax in axes.flat:
+        ax.set(xticks=[], yticks=[])
     return fig
 
 

@@ -1,0 +1,339 @@
+"""The transformer's contract: scikit-learn's, one image's features whatever stands beside it, save and load."""
+
+import copy
+
+import numpy as np
+import pytest
+import timm
+import torch
+from helpers import shrink_test_vit
+from PIL import Image
+from safetensors.numpy import save_file
+from sklearn.base import clone
+from sklearn.exceptions import NotFittedError
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
+
+from fungi_core import backbones, evaluate, fungi, objectives as O, pca, views
+from fungi_core.fungi import Fungi
+
+NAME = "random:test_vit"
+SMALL = (O.KL(dim=32), O.DINO(dim=24, local_crops=2), O.SimCLR(dim=16, negatives=3, stride_scale=2))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_inputs():
+    with pytest.MonkeyPatch.context() as patch:
+        shrink_test_vit(patch)
+        yield
+
+
+def pictures(n, seed=0):
+    rng = np.random.default_rng(seed)
+    return [Image.fromarray(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8)).resize((40, 36), Image.BICUBIC) for _ in range(n)]
+
+
+def transformer(**changes):
+    return Fungi(**({"backbone": NAME, "objectives": SMALL, "device": "cpu", "dtype": "float32", "pca": None} | changes))
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    return transformer().fit(pictures(6))
+
+
+def close(a, b, tolerance=1e-5):
+    np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.abs(b).max())
+
+
+# --- scikit-learn's contract
+
+
+def test_clone_and_parameters():
+    heads = {"kl": O.KL(dim=32).heads(64, np.random.default_rng(0))}
+    module = timm.create_model("test_vit", num_classes=0)
+    first = transformer(backbone=module, layer="blocks.5.attn.proj", heads=heads, seed=3)
+    again = clone(first)
+    assert again is not first and again.get_params().keys() == first.get_params().keys()
+    assert again.seed == 3 and again.objectives == first.objectives and again.layer == first.layer
+    assert torch.equal(again.heads["kl"]["weight"], heads["kl"]["weight"]) and not hasattr(again, "parts_")
+    assert again.set_params(seed=4, pca=8) is again and (again.seed, again.pca, first.seed) == (4, 8, 3)
+    with pytest.raises(ValueError, match="Invalid parameter 'sede'"):
+        again.set_params(sede=1)
+    assert "seed=3" in repr(first)
+
+
+def test_arguments_are_kept_as_given_and_nothing_is_loaded_before_fit():
+    wrong = transformer(backbone="no such network", pca="large")  # scikit-learn: __init__ checks nothing
+    assert wrong.pca == "large"
+    given = [O.KL(dim=8)]
+    assert transformer(objectives=given).objectives is given
+
+
+def test_pipeline_with_a_classifier():
+    images, labels = pictures(10), np.arange(10) % 2
+    model = make_pipeline(transformer(objectives=SMALL[:1], pca=4), KNeighborsClassifier(1)).fit(images, labels)
+    assert model.predict(images).tolist() == labels.tolist()
+    assert model[:-1].get_feature_names_out().tolist() == ["fungi0", "fungi1", "fungi2", "fungi3"]
+    assert clone(model).fit(images, labels).score(images, labels) == 1
+
+
+@pytest.mark.parametrize("call", ["transform", "extract", "get_feature_names_out", "save"])
+def test_before_fit(call, tmp_path):
+    with pytest.raises(NotFittedError, match="not fitted"):
+        getattr(transformer(), call)(tmp_path / "f" if call == "save" else pictures(1))
+
+
+def test_fit_transform_is_fit_and_transform():
+    images = pictures(9)
+    together = transformer(pca=5).fit_transform(images)
+    apart = transformer(pca=5).fit(images, y=None).transform(images)
+    assert together.shape == (9, 5) and together.dtype == np.float32
+    close(together, apart)
+
+
+def test_feature_names_match_the_columns(fitted):
+    features = fitted.transform(pictures(2, 1))
+    assert features.shape == (2, 4 * 64) == (2, len(fitted.get_feature_names_out()))
+    assert features.dtype == np.float32 and len(set(fitted.get_feature_names_out())) == 256
+    assert np.linalg.norm(features.reshape(2, 4, 64), axis=2) == pytest.approx(1, abs=1e-5)  # each block by itself
+
+
+# --- one image's features
+
+
+@pytest.mark.parametrize("objective", SMALL, ids=lambda o: o.name)
+@pytest.mark.parametrize("pool", ["token", "avg"])
+def test_alone_in_a_batch_of_two_reordered_and_in_a_ragged_last_batch(objective, pool, monkeypatch):
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        module = timm.create_model("test_vit", num_classes=0, img_size=32, global_pool=pool)
+    one = transformer(backbone=module, layer="blocks.5.attn.proj", objectives=(objective,))
+    one.fit(pictures(4, 5))
+    images = pictures(7)
+    together = one.extract(images)
+    sizes = []
+    recorded = fungi.project_gradients
+    monkeypatch.setattr(fungi, "project_gradients", lambda b, o, p, batch, *rest: (sizes.append(len(batch)), recorded(b, o, p, batch, *rest))[1])
+    order = np.random.default_rng(0).permutation(7)
+    variants = {
+        "alone": [one.extract([image]) for image in images],
+        "pairs": [one.extract(images[i : i + 2]) for i in range(0, 7, 2)],
+    }
+    shuffled = one.extract([images[i] for i in order])
+    views_of = fungi.view_count(one.backbone_, objective)
+    monkeypatch.setattr(fungi, "view_count", lambda *_: 2**22 // (4 * 32**2))  # batches of 4: 4, then a ragged 3
+    sizes.clear()
+    ragged = one.extract(images)
+    assert sizes[:2] == [4, 3] and views_of == {"kl": 1, "dino": 4, "simclr": 9}[objective.name]
+    for name in together:
+        for parts in variants.values():
+            close(np.concatenate([part[name] for part in parts]), together[name])
+        close(shuffled[name], together[name][order])
+        close(ragged[name], together[name])
+        assert np.abs(together[name][0] - together[name][1]).max() > 1e-3 * np.abs(together[name]).max()
+
+
+def test_a_row_is_the_formula(fitted):
+    """Eq. 1 and 2, written out for one image from the parts."""
+    image, backbone = pictures(1, 9)[0], fitted.backbone_
+    blocks = []
+    for objective in SMALL:
+        parts = fitted.parts_[objective.name]
+        prepared = torch.from_numpy(views.prepare(image, backbone.size, backbone.crop_ratio, objective, 0).copy())
+        batch = views.finish(prepared[None], objective, backbone.mean, backbone.std, torch.float32)
+        model = copy.deepcopy(backbone.model)
+        proj = model.blocks[5].attn.proj.requires_grad_(True)
+        embeddings = model(batch[0])
+        objective.loss(embeddings[None], parts.heads, parts.negatives).sum().backward()
+        gradient = torch.cat([proj.weight.grad, proj.bias.grad[:, None]], 1).flatten()
+        projected = parts.projection.block(0, 64) @ gradient
+        blocks.append(projected / projected.norm())
+        if objective.name == "kl":
+            embedding = embeddings[0].detach() / embeddings[0].detach().norm()
+    close(fitted.transform([image])[0], torch.cat([*blocks, embedding]).numpy())
+
+
+def test_all_forms_of_the_same_image_give_the_same_feature(fitted, tmp_path):
+    images = pictures(3)
+    for i, image in enumerate(images):
+        image.save(tmp_path / f"{i}.png")
+    paths, arrays = [tmp_path / f"{i}.png" for i in range(3)], [np.asarray(image) for image in images]
+    tensors = torch.stack([torch.tensor(a).permute(2, 0, 1) for a in arrays])
+    expected = fitted.transform(images)
+    for form in (paths, [str(p) for p in paths], arrays, np.stack(arrays), tensors, tensors / 255, tuple(images)):
+        np.testing.assert_array_equal(fitted.transform(form), expected)
+
+
+def test_the_seed_draws_everything_and_nothing_global_is_drawn():
+    images = pictures(4)
+    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    base = transformer().fit_transform(images)
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    assert (np.random.get_state()[1] == numpy_state).all()  # noqa: NPY002
+    np.testing.assert_array_equal(transformer().fit_transform(images), base)
+    other = transformer(seed=1).fit_transform(images)
+    for block in range(3):
+        ours, theirs = base[:, 64 * block : 64 * block + 64], other[:, 64 * block : 64 * block + 64]
+        assert np.abs(ours - theirs).max() > 0.05
+    close(other[:, 192:], base[:, 192:])  # the embedding has no seed
+
+
+# --- PCA
+
+
+def test_the_paper_rule_for_pca(monkeypatch, tmp_path):
+    images = pictures(66)
+    assert transformer(pca="paper", objectives=SMALL[:1]).fit(images[:64]).pca_ is None  # 64 rows, width 64: skipped
+    one = transformer(pca="paper", objectives=SMALL[:1]).fit(images)
+    assert one.n_features_out_ == 64 and one.pca_.components.shape == (64, 128)
+    assert transformer(pca="paper", objectives=()).fit(images).pca_ is None  # the embedding alone is no wider than its PCA
+    raw = transformer(objectives=SMALL[:1]).fit(images)
+    twelve = transformer(pca=12, objectives=SMALL[:1]).fit(images)
+    close(twelve.transform(images[:5]), pca.fit_pca(raw.transform(images), 12).transform(raw.transform(images[:5])), 1e-4)
+    counted = transformer(pca=np.int64(12), seed=np.int64(0), objectives=SMALL[:1]).fit(images)
+    counted.save(tmp_path / "f")
+    close(Fungi.load(tmp_path / "f").transform(images[:5]), twelve.transform(images[:5]))
+    spec = backbones.Spec(NAME, "title", "licence", 12, "blocks.5.attn.proj")  # a backbone the paper has a size for
+    monkeypatch.setitem(backbones.BACKBONES, NAME, spec)
+    assert transformer(pca="paper", objectives=SMALL[:1]).fit(images).n_features_out_ == 12
+
+
+@pytest.mark.parametrize("wrong", [0, -1, 2.5, "large", True])
+def test_a_wrong_pca_is_named(wrong):
+    with pytest.raises(ValueError, match="pca is 'paper', None or a positive size"):
+        transformer(pca=wrong).fit(pictures(2))
+
+
+# --- what may be passed in
+
+
+def test_heads_projection_and_negatives_passed_in_are_used(fitted):
+    images = pictures(3, 2)
+    heads = {name: parts.heads for name, parts in fitted.parts_.items()}
+    matrix = fitted.parts_["kl"].projection.block(0, 64)
+    negatives = {"simclr": fitted.parts_["simclr"].negatives}
+    given = transformer(heads=heads, projection=matrix, negatives=negatives, seed=0).fit(images)
+    close(given.transform(images), fitted.transform(images))
+    changed = {
+        "heads": {"kl": {name: -2 * t for name, t in heads["kl"].items()}},
+        "projection": -matrix,
+        "negatives": {"simclr": -negatives["simclr"]},
+    }
+    touched = {"heads": {0}, "projection": {0, 1, 2}, "negatives": {2}}
+    base = fitted.transform(images).reshape(3, 4, 64)
+    for name, value in changed.items():
+        settings = {"heads": heads, "projection": matrix, "negatives": negatives} | {name: value}
+        got = transformer(**settings).fit(images).transform(images).reshape(3, 4, 64)
+        assert {block for block in range(4) if np.abs(got[:, block] - base[:, block]).max() > 1e-3} == touched[name]
+
+
+def test_negatives_come_from_the_images_of_fit(fitted):
+    parts, backbone = fitted.parts_["simclr"], fitted.backbone_
+    assert parts.negatives.shape == (3 * 9, 16)
+    images = pictures(6)
+    rows = np.sort(views.generator("negatives", 0).permutation(6)[:3])
+    latents = []
+    for i in rows:
+        square = torch.from_numpy(views.square(images[i], 32).copy())[None]
+        batch = views.finish(square, SMALL[2], backbone.mean, backbone.std, torch.float32)[0]
+        latents.append(SMALL[2].latents(backbone.model(batch), parts.heads))
+    torch.testing.assert_close(parts.negatives, torch.cat(latents), rtol=1e-4, atol=1e-5)
+    few = transformer(objectives=SMALL[2:]).fit(pictures(2))
+    assert few.parts_["simclr"].negatives.shape == (2 * 9, 16)  # fewer images than negatives: all of them
+
+
+def test_wrong_arguments_are_one_line():
+    cases = [
+        (dict(objectives=(O.KL(), O.KL(dim=8))), "each objective can be used once, got kl, kl"),
+        (dict(heads={"kk": {}}), "heads or negatives given for kk; the objectives are kl, dino, simclr"),
+        (dict(negatives={"byol": torch.zeros(1, 1)}), "given for byol"),
+        (dict(projection=torch.ones(3, 3)), r"must have shape \(64, 4160\), got \(3, 3\)"),
+        (dict(layer="blocks.9.attn.proj"), "has no layer 'blocks.9.attn.proj'"),
+        (dict(layer="blocks.1.norm1"), "is a LayerNorm; gradients are taken at a torch.nn.Linear"),
+        (dict(dtype="float16"), "use 'auto', 'float32' or 'bfloat16'"),
+    ]
+    for changes, message in cases:
+        with pytest.raises(ValueError, match=message) as error:
+            transformer(**changes).fit(pictures(2))
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("x", [[], (), np.zeros((0, 4, 4, 3), np.uint8), "images/", b"", {}, 3, None, Image.new("RGB", (4, 4)), iter([1])])
+def test_x_must_be_a_sequence_of_images(x):
+    with pytest.raises(ValueError, match="X holds no image|X must be a sequence of images, got"):
+        transformer(objectives=SMALL[:1]).fit(x)
+
+
+def test_an_unreadable_image_is_named(fitted, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG but no more")
+    with pytest.raises(ValueError, match="cannot read the image .*broken.png"):
+        fitted.transform([*pictures(1), tmp_path / "broken.png"])
+    with pytest.raises(ValueError, match="image 1 is a float64 array"):
+        fitted.transform([*pictures(1), np.zeros((4, 4))])
+
+
+def test_set_output_gives_a_data_frame():
+    frame = transformer(objectives=SMALL[:1], pca=3).set_output(transform="pandas").fit_transform(pictures(6))
+    assert list(frame.columns) == ["fungi0", "fungi1", "fungi2"] and frame.shape == (6, 3)
+
+
+# --- save and load
+
+
+@pytest.mark.parametrize("size", [None, 4])
+def test_save_and_load(size, tmp_path):
+    images = pictures(6)
+    first = transformer(pca=size, seed=2).fit(images)
+    first.save(tmp_path / "f.safetensors")
+    second = Fungi.load(tmp_path / "f.safetensors")
+    np.testing.assert_array_equal(second.transform(images), first.transform(images))
+    mine, theirs = first.get_params(), second.get_params()
+    assert {k: v for k, v in theirs.items() if k != "objectives"} == {k: v for k, v in mine.items() if k != "objectives"}
+    assert tuple(second.objectives) == tuple(first.objectives)
+    assert second.get_feature_names_out().tolist() == first.get_feature_names_out().tolist()
+    second.save(tmp_path / "g.safetensors")
+    assert (tmp_path / "g.safetensors").read_bytes() == (tmp_path / "f.safetensors").read_bytes()
+    assert b"pickle" not in (tmp_path / "f.safetensors").read_bytes()
+
+
+def test_what_cannot_be_saved_says_so(fitted, tmp_path):
+    module = transformer(backbone=timm.create_model("test_vit", num_classes=0, img_size=32), layer="blocks.5.attn.proj", objectives=SMALL[:1])
+    with pytest.raises(ValueError, match="only a Fungi whose backbone is a name can be saved"):
+        module.fit(pictures(2)).save(tmp_path / "f")
+    heads = transformer(objectives=SMALL[:1], heads={"kl": fitted.parts_["kl"].heads}).fit(pictures(2))
+    with pytest.raises(ValueError, match="heads or a projection passed in cannot be saved"):
+        heads.save(tmp_path / "f")
+    assert not (tmp_path / "f").exists()
+
+
+def test_load_refuses_foreign_files_and_changed_weights(fitted, tmp_path, monkeypatch):
+    save_file({"a": np.zeros(3)}, tmp_path / "other.safetensors")
+    (tmp_path / "text.safetensors").write_text("hello, this is no such file")
+    (tmp_path / "empty.safetensors").write_bytes(b"")
+    for name in ("other", "text", "empty"):
+        with pytest.raises(ValueError, match=f"{name}.safetensors was not written by Fungi.save"):
+            Fungi.load(tmp_path / f"{name}.safetensors")
+    with pytest.raises(FileNotFoundError):
+        Fungi.load(tmp_path / "absent.safetensors")
+    fitted.save(tmp_path / "f.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "f.safetensors").read_bytes()[:-40])
+    with pytest.raises(ValueError, match="cut.safetensors was not written by"):
+        Fungi.load(tmp_path / "cut.safetensors")
+    create = backbones._create
+
+    def trained_further(name, spec):
+        model = create(name, spec)
+        model.norm.bias.data[0] += 1e-3
+        return model
+
+    monkeypatch.setattr(backbones, "_create", trained_further)
+    with pytest.raises(ValueError, match="the weights of random:test_vit differ from those .*f.safetensors was fitted with"):
+        Fungi.load(tmp_path / "f.safetensors")
+
+
+def test_a_feature_block_order_and_combination_are_those_of_evaluate(fitted):
+    blocks = fitted.extract(pictures(2, 3))
+    assert list(blocks) == ["embedding", "kl", "dino", "simclr"]
+    expected = evaluate.combine(blocks, ["kl", "dino", "simclr", "embedding"])  # eq. 2: gradients, then the embedding
+    np.testing.assert_array_equal(fitted.transform(pictures(2, 3)), expected)
