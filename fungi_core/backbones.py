@@ -90,7 +90,9 @@ class Backbone:
     _tails: dict = field(default_factory=dict, repr=False)
 
     def embed(self, views: torch.Tensor) -> torch.Tensor:
-        """(N, 3, s, s) in the backbone's dtype -> (N, D): pooled and normalised as timm reads it out, before any classifier."""
+        """(N, 3, s, s) in the backbone's dtype -> (N, D): pooled and normalised as timm reads it out, before any
+        classifier.
+        """
         if hasattr(self.model, "forward_head"):
             return self.model.forward_head(self.model.forward_features(views), pre_logits=True)
         return self.model(views)
@@ -126,7 +128,7 @@ class Backbone:
         return known and layers == [f"blocks.{len(model.blocks) - 1}.attn.proj"]
 
     def factors(self, views: torch.Tensor, loss, layers: list[str] | None = None) -> tuple[torch.Tensor, list[Factors]]:
-        """Embeddings (B, V, D) float32 and the factors at each layer; views (B, V, 3, s, s), loss: (B, V, D) -> (B,)."""
+        """Embeddings (B, V, D) float32 and factors at each layer; views (B, V, 3, s, s), loss: (B, V, D) -> (B,)."""
         layers = layers or [self.layer]
         if self.fast and self.reads_class_token(layers):
             return self._class_token_factors(views, loss)
@@ -139,7 +141,9 @@ class Backbone:
         attention = torch.empty(len(flat), proj.in_features, device=flat.device)
         residual = torch.empty(len(flat), proj.out_features, device=flat.device)
         tokens = self.model.patch_embed.num_patches + self.model.num_prefix_tokens
-        chunk = max(1, (3200 if self.device == "cpu" else 65536) // tokens)  # views at once: fill the machine, not its cache
+        chunk = max(
+            1, (3200 if self.device == "cpu" else 65536) // tokens
+        )  # views at once: fill the machine, not its cache
         with torch.inference_mode():
             for i in range(0, len(flat), chunk):
                 attention[i : i + chunk], residual[i : i + chunk] = class_token_trunk(self.model, flat[i : i + chunk])
@@ -196,21 +200,28 @@ def class_token_trunk(model: VisionTransformer, x: torch.Tensor) -> tuple[torch.
     return out, x[:, 0]
 
 
-def load(name: str | torch.nn.Module, *, layer: str | None = None, device: str = "auto", dtype: str = "auto") -> Backbone:
-    """A frozen backbone by table name, timm name, ``random:<timm name>``, or around an ``nn.Module`` (then ``layer`` is needed).
+def load(
+    name: str | torch.nn.Module, *, layer: str | None = None, device: str = "auto", dtype: str = "auto"
+) -> Backbone:
+    """A frozen backbone by table name, timm name, ``random:<timm name>``, or around an ``nn.Module`` (then ``layer`` is
+    needed).
 
     ``dtype``: "auto", "float32" or "bfloat16". Raises ValueError for unknown names (listing the table), a layer that
     does not exist or is not linear.
     """
     device = auto_device() if device == "auto" else device
-    resolved = auto_dtype(device) if dtype == "auto" else {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(dtype)
+    resolved = (
+        auto_dtype(device) if dtype == "auto" else {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(dtype)
+    )
     if resolved is None:
         raise ValueError(f"dtype {dtype!r} is unknown; use 'auto', 'float32' or 'bfloat16'")
     spec = None
     if isinstance(name, torch.nn.Module):
         model, title = copy.deepcopy(name), type(name).__name__  # the caller's module stays as it is
         if layer is None:
-            raise ValueError(f"a {title} module needs layer=..., the path of a linear layer such as 'blocks.11.attn.proj'")
+            raise ValueError(
+                f"a {title} module needs layer=..., the path of a linear layer such as 'blocks.11.attn.proj'"
+            )
     else:
         spec, title = BACKBONES.get(name), name
         model = _create(name, spec)
@@ -222,11 +233,15 @@ def load(name: str | torch.nn.Module, *, layer: str | None = None, device: str =
     linear_layer(model, layer)
     size, mean, std, ratio = _input(model, spec)
     tensor = lambda values: torch.tensor(values, device=device, dtype=torch.float32)
-    return Backbone(title, model, layer, size, tensor(mean), tensor(std), ratio, spec.pca if spec else None, device, resolved)
+    return Backbone(
+        title, model, layer, size, tensor(mean), tensor(std), ratio, spec.pca if spec else None, device, resolved
+    )
 
 
 def unavailable(name: str) -> str | None:
-    """Why ``name`` cannot be loaded on this machine without a download, in one line; None when it can. Unknown names raise."""
+    """Why ``name`` cannot be loaded on this machine without a download, in one line; None when it can. Unknown names
+    raise.
+    """
     spec = BACKBONES.get(name)
     if spec is not None and spec.size == 64:
         file = paths.backbones_dir() / f"{name}.safetensors"
@@ -250,7 +265,9 @@ def _create(name: str, spec: Spec | None) -> torch.nn.Module:
     if spec is not None and spec.size == 64:
         file = paths.backbones_dir() / f"{name}.safetensors"
         if not file.is_file():
-            raise FileNotFoundError(f"the checkpoint {file} is missing; make it with: python data/backbones/train.py {name}")
+            raise FileNotFoundError(
+                f"the checkpoint {file} is missing; make it with: python data/backbones/train.py {name}"
+            )
         state = load_file(file)
         state = {key: value.float() for key, value in state.items() if not key.startswith("head.")}
         model = VisionTransformer(**MINI[name.split(".")[0]], num_classes=0)
@@ -265,12 +282,18 @@ def _create(name: str, spec: Spec | None) -> torch.nn.Module:
     try:
         return timm.create_model(name, pretrained=True, num_classes=0, **resize)
     except Exception as error:  # the hub client raises many kinds; the cause is kept
-        raise ConnectionError(f"the weights of {name} are not on this machine and could not be downloaded: {error}") from error
+        raise ConnectionError(
+            f"the weights of {name} are not on this machine and could not be downloaded: {error}"
+        ) from error
 
 
 def last_attention_output(model: torch.nn.Module) -> str:
     """The paper's target layer: the attention output projection of the last transformer block."""
-    names = [name for name, module in model.named_modules() if name.endswith("attn.proj") and isinstance(module, torch.nn.Linear)]
+    names = [
+        name
+        for name, module in model.named_modules()
+        if name.endswith("attn.proj") and isinstance(module, torch.nn.Linear)
+    ]
     if not names:
         raise ValueError(f"{type(model).__name__} has no '...attn.proj' layer; name a linear layer with layer=...")
     return names[-1]

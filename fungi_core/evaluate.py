@@ -148,8 +148,9 @@ def few_shot_indices(labels, shots: int, generator: np.random.Generator | None =
     if shots < 1 or counts.min() < shots:
         raise ValueError(f"{shots} shots asked for; class {classes[counts.argmin()]} has {counts.min()} samples")
     rows = (np.flatnonzero(labels == label) for label in classes)
-    return np.sort(np.concatenate(
-        [r[:shots] if generator is None else generator.choice(r, shots, replace=False) for r in rows]))
+    return np.sort(
+        np.concatenate([r[:shots] if generator is None else generator.choice(r, shots, replace=False) for r in rows])
+    )
 
 
 def accuracy(pred, y) -> float:

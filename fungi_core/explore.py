@@ -10,7 +10,9 @@ def live() -> bool:
 
 
 def interact(show: Callable, **choices):
-    """``ipywidgets.interact`` over ``choices`` (lists, or (low, high) ranges); without a reader, ``show`` of each first choice."""
+    """``ipywidgets.interact`` over ``choices`` (lists, or (low, high) ranges); without a reader, ``show`` of each first
+    choice.
+    """
     if not live():
         return show(**{name: choice[0] for name, choice in choices.items()})
     from ipywidgets import interact as widgets

@@ -65,9 +65,11 @@ def _load(dataset: str, n_train: int | None, n_test: int | None) -> tuple["datas
 
 
 def fungi_features(train: Rows, test: Rows, letters: str, size: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """The features called ``letters`` ("E", "E+K", "E+K+D+S"): normalised, joined, PCA of ``size`` fitted on train (eq. 2, 3).
+    """The features called ``letters`` ("E", "E+K", "E+K+D+S"): normalised, joined, PCA of ``size`` fitted on train (eq.
+    2, 3).
 
-    PCA is skipped, as in the published code, for one block alone or where ``size`` is None or not below rows and columns.
+    PCA is skipped, as in the published code, for one block alone or where ``size`` is None or not below rows and
+    columns.
     """
     by_letter = {letter: name for name, letter in LETTERS.items()}
     unknown = [letter for letter in letters.split("+") if letter not in by_letter]
@@ -88,7 +90,9 @@ def _split(encoder, data, train, names, seed, layer) -> Rows:
         raise ValueError(f"each objective can be used once a call, got {', '.join(o.name for o in wanted)}")
     whole = [o for o in wanted if o.views == "whole"]
     embedding = store.open_rows(_meta(encoder, data), len(data), encoder.width)
-    opened = {o.name: store.open_rows(_meta(encoder, data, train, o, seed, layer), len(data), encoder.width) for o in wanted}
+    opened = {
+        o.name: store.open_rows(_meta(encoder, data, train, o, seed, layer), len(data), encoder.width) for o in wanted
+    }
     for objective in wanted if whole or embedding.complete else [fungi.WHOLE, *wanted]:
         rows = opened.get(objective.name)  # None: only the embedding is asked for
         targets = [r for r in ((embedding,) if objective.views == "whole" else ()) + (rows,) if r is not None]
@@ -153,7 +157,13 @@ def _meta(encoder, data, train=None, objective=None, seed=None, layer=None) -> d
         return meta | {"feature": "embedding"}
     settings = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(objective).items()}
     negatives = train.fingerprint if objective.negatives else None
-    return meta | {"feature": objective.name, "settings": settings, "seed": seed, "layer": layer, "negatives": negatives}
+    return meta | {
+        "feature": objective.name,
+        "settings": settings,
+        "seed": seed,
+        "layer": layer,
+        "negatives": negatives,
+    }
 
 
 def progress(total: int, label: str) -> tqdm:
@@ -179,7 +189,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows = _split(encoder, {"train": train, "test": test}[args.split], train, names, args.seed, encoder.layer)
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"extract: {error}")
-    print(f"{args.dataset} {args.split} {args.backbone}: {len(rows.data)} rows of {', '.join(rows.blocks)} in the store")
+    print(
+        f"{args.dataset} {args.split} {args.backbone}: {len(rows.data)} rows of {', '.join(rows.blocks)} in the store"
+    )
 
 
 if __name__ == "__main__":

@@ -38,7 +38,9 @@ def draw_parts(backbone: backbones.Backbone, objective, seed: int, layer: str | 
     return Parts(heads, Rademacher(backbone.width, backbone.gradient_size(layer), seed, layer))
 
 
-def negative_latents(backbone: backbones.Backbone, objective, heads: objectives.Heads, images: Sequence, seed: int) -> torch.Tensor:
+def negative_latents(
+    backbone: backbones.Backbone, objective, heads: objectives.Heads, images: Sequence, seed: int
+) -> torch.Tensor:
     """Latents of all views of ``objective.negatives`` training images drawn by the seed, (M, dim) float32.
 
     Fewer training images than that: all of them are used.
@@ -63,10 +65,13 @@ def view_batches(backbone, objective, images: Sequence, seed: int) -> Iterator[t
     count = view_count(backbone, objective)
     pixels = 2**22 if backbone.device == "cpu" else 2**26
     size = max(1, min(256, pixels // (count * backbone.size**2)))
-    size = 1 << size.bit_length() - 1  # a divisor of the store's shards: a resumed run has the same batches, the same bytes
+    # A divisor of the store's shards: a resumed run has the same batches, so the same bytes.
+    size = 1 << size.bit_length() - 1
 
     def prepared(i: int) -> np.ndarray:
-        return views.prepare(views.to_image(images[i], f"image {i}"), backbone.size, backbone.crop_ratio, objective, seed)
+        return views.prepare(
+            views.to_image(images[i], f"image {i}"), backbone.size, backbone.crop_ratio, objective, seed
+        )
 
     def batch(start: int) -> torch.Tensor:
         stack = torch.from_numpy(np.stack([prepared(i) for i in range(start, min(start + size, len(images)))]))
@@ -89,7 +94,9 @@ def _finished(start, future, backbone, objective):
 
 
 def project_gradients(backbone, objective, parts: Parts, batch: torch.Tensor, layer: str | None = None):
-    """Embeddings (B, V, D) and projected gradients (B, d), float32, of views (B, V, 3, s, s): eq. 1 before normalisation."""
+    """Embeddings (B, V, D) and projected gradients (B, d), float32, of views (B, V, 3, s, s): eq. 1 before
+    normalisation.
+    """
     loss = lambda embeddings: objective.loss(embeddings, parts.heads, parts.negatives)
     embeddings, (factors,) = backbone.factors(batch, loss, [layer or backbone.layer])
     return embeddings, parts.projection.apply(factors, backbone.dtype)
@@ -106,10 +113,10 @@ def rows(backbone, objective, parts: Parts, images: Sequence, seed: int, layer: 
 class Fungi(TransformerMixin, BaseEstimator):
     """Images in, FUNGI features out (eq. 2 and 3): L2-normalised gradients and embedding, concatenated, then PCA.
 
-    ``backbone``: a name from the table, any timm name, or an ``nn.Module`` with ``layer``. ``objectives``: a sequence of
-    ``KL()``, ``DINO()``, ``SimCLR()`` with Table 17's defaults. ``layer``: None is the attention output projection of the
-    last block. ``pca``: "paper" (Table 16; the embedding's width where the paper has no value), a size, or None; skipped
-    when not smaller than rows and columns. ``seed`` draws heads, projection, negatives and views. ``heads``,
+    ``backbone``: a name from the table, any timm name, or an ``nn.Module`` with ``layer``. ``objectives``: a sequence
+    of ``KL()``, ``DINO()``, ``SimCLR()`` with Table 17's defaults. ``layer``: None is the attention output projection
+    of the last block. ``pca``: "paper" (Table 16; the embedding's width where the paper has no value), a size, or None;
+    skipped when not smaller than rows and columns. ``seed`` draws heads, projection, negatives and views. ``heads``,
     ``projection``, ``negatives`` replace what would be drawn: {objective name: heads}, (d, m) tensor, {name: (M, dim)}.
 
     X is a sequence of images: paths, PIL, uint8 arrays (H, W[, 3]), tensors (3, H, W).
@@ -187,20 +194,35 @@ class Fungi(TransformerMixin, BaseEstimator):
         """Settings, negatives and PCA as one safetensors file, no pickle. Needs a backbone given by name."""
         check_is_fitted(self, "n_features_out_")
         if not isinstance(self.backbone, str):
-            raise ValueError("only a Fungi whose backbone is a name can be saved; a module's weights are not part of the file")
+            raise ValueError(
+                "only a Fungi whose backbone is a name can be saved; a module's weights are not part of the file"
+            )
         if self.heads is not None or self.projection is not None:
-            raise ValueError("a Fungi with heads or a projection passed in cannot be saved; its file holds the seed only")
-        arrays = {f"negatives.{name}": part.negatives.cpu().numpy() for name, part in self.parts_.items() if part.negatives is not None}
+            raise ValueError(
+                "a Fungi with heads or a projection passed in cannot be saved; its file holds the seed only"
+            )
+        arrays = {
+            f"negatives.{name}": part.negatives.cpu().numpy()
+            for name, part in self.parts_.items()
+            if part.negatives is not None
+        }
         arrays |= {f"pca.{name}": array for name, array in (self.pca_.to_dict() if self.pca_ else {}).items()}
         names = ("backbone", "layer", "pca", "seed", "device", "dtype")
         settings = {name: getattr(self, name) for name in names}
-        settings |= {"objectives": [{"name": o.name} | asdict(o) for o in self.objectives], "n_features_out": self.n_features_out_}
+        settings |= {
+            "objectives": [{"name": o.name} | asdict(o) for o in self.objectives],
+            "n_features_out": self.n_features_out_,
+        }
         settings["fingerprint"] = self.backbone_.fingerprint
-        save_file({name: np.ascontiguousarray(a) for name, a in arrays.items()}, file, metadata={"fungi": json.dumps(settings, default=int)})
+        save_file(
+            {name: np.ascontiguousarray(a) for name, a in arrays.items()},
+            file,
+            metadata={"fungi": json.dumps(settings, default=int)},
+        )
 
     @classmethod
     def load(cls, file: str | Path) -> "Fungi":
-        """The transformer ``save`` wrote. Raises ValueError when the file is another one or the weights have changed."""
+        """The transformer ``save`` wrote. Raises ValueError for any other file, or when the weights have changed."""
         try:
             with safe_open(str(file), framework="numpy") as opened:
                 record = (opened.metadata() or {})["fungi"]
@@ -212,7 +234,9 @@ class Fungi(TransformerMixin, BaseEstimator):
         tuples = lambda d: {k: tuple(v) if isinstance(v, list) else v for k, v in d.items()}
         settings["objectives"] = tuple(objectives.by_name(**tuples(o)) for o in settings["objectives"])
         self = cls(**settings)
-        given = {name.split(".", 1)[1]: torch.from_numpy(a) for name, a in arrays.items() if name.startswith("negatives.")}
+        given = {
+            name.split(".", 1)[1]: torch.from_numpy(a) for name, a in arrays.items() if name.startswith("negatives.")
+        }
         self._setup(given)
         if self.backbone_.fingerprint != fingerprint:
             raise ValueError(f"the weights of {self.backbone} differ from those {file} was fitted with")
@@ -226,7 +250,9 @@ class Fungi(TransformerMixin, BaseEstimator):
         if len(set(names)) != len(names):
             raise ValueError(f"each objective can be used once, got {', '.join(names)}")
         if strangers := sorted({*(self.heads or ()), *(self.negatives or ())} - {*names}):
-            raise ValueError(f"heads or negatives given for {', '.join(strangers)}; the objectives are {', '.join(names)}")
+            raise ValueError(
+                f"heads or negatives given for {', '.join(strangers)}; the objectives are {', '.join(names)}"
+            )
         sized = isinstance(self.pca, Integral) and not isinstance(self.pca, bool) and self.pca > 0
         if self.pca not in ("paper", None) and not sized:
             raise ValueError(f"pca is 'paper', None or a positive size, got {self.pca!r}")

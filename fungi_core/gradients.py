@@ -21,7 +21,9 @@ class Factors:
     bias: bool
 
     def gradient(self) -> torch.Tensor:
-        """The gradients themselves, (B, D_out, D_in + 1) with a bias, else (B, D_out, D_in); views summed in the product."""
+        """The gradients themselves, (B, D_out, D_in + 1) with a bias, else (B, D_out, D_in); views summed in the
+        product.
+        """
         a, d = self.activations, self.output_gradients
         gradient = d.transpose(1, 2) @ a  # (B, D_out, n) @ (B, n, D_in)
         return torch.cat([gradient, d.sum(1)[..., None]], 2) if self.bias else gradient
@@ -85,7 +87,9 @@ def tapped_factors(
         embeddings = embed(views.flatten(0, 1))  # (B * V, D)
         for one in taps:
             if one.calls != 1:
-                raise ValueError(f"layer {one.path!r} ran {one.calls} times in one forward pass; it must run exactly once")
+                raise ValueError(
+                    f"layer {one.path!r} ran {one.calls} times in one forward pass; it must run exactly once"
+                )
     with torch.enable_grad():
         embeddings = embeddings.float().unflatten(0, (batch, count))
         gradients = loss_gradients(loss(embeddings), [one.output for one in taps])
@@ -100,7 +104,9 @@ def loss_gradients(losses: torch.Tensor, outputs: Sequence[torch.Tensor]) -> Seq
     bad = ~torch.isfinite(losses.detach())
     if bad.any():
         first = int(bad.nonzero()[0])
-        raise FloatingPointError(f"the loss of sample {first} of the batch is {losses[first].item()}; nothing was written")
+        raise FloatingPointError(
+            f"the loss of sample {first} of the batch is {losses[first].item()}; nothing was written"
+        )
     return torch.autograd.grad(losses.sum(), outputs)
 
 

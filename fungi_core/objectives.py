@@ -30,11 +30,15 @@ def kl_loss(latents: torch.Tensor, temperature: float, direction: str = "uniform
     elif direction == "latent_uniform":
         divergence = (log_q.exp() * (log_q - log_u)).sum(-1)
     else:
-        raise ValueError(f"KL direction {direction!r} is unknown; use 'uniform_latent' (code) or 'latent_uniform' (eq. 6)")
+        raise ValueError(
+            f"KL direction {direction!r} is unknown; use 'uniform_latent' (code) or 'latent_uniform' (eq. 6)"
+        )
     return divergence.mean(-1)
 
 
-def dino_loss(student: torch.Tensor, teacher: torch.Tensor, student_temperature: float, teacher_temperature: float) -> torch.Tensor:
+def dino_loss(
+    student: torch.Tensor, teacher: torch.Tensor, student_temperature: float, teacher_temperature: float
+) -> torch.Tensor:
     """DINO cross-entropy (eq. 4) summed over all teacher x student pairs, the same view included; no centring.
 
     ``student``: (B, V, C); ``teacher``: (B, G, C), the global views, used without gradient.
@@ -44,7 +48,9 @@ def dino_loss(student: torch.Tensor, teacher: torch.Tensor, student_temperature:
     return -(targets * log_probabilities).sum(-1)
 
 
-def info_nce(positives: torch.Tensor, negatives: torch.Tensor, temperature: float, denominator: str = "eq5") -> torch.Tensor:
+def info_nce(
+    positives: torch.Tensor, negatives: torch.Tensor, temperature: float, denominator: str = "eq5"
+) -> torch.Tensor:
     """SimCLR's InfoNCE over all ordered pairs of positive views (eq. 5), self-similarity masked.
 
     ``positives``: (B, V, C), V >= 2; ``negatives``: (M, C), fixed. Both are L2-normalised here (cosine similarity).
@@ -94,7 +100,9 @@ class _LogSumExp(torch.autograd.Function):
 
 
 def linear_head(width: int, dim: int, generator: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """A randomly initialised linear layer, uniform in +-1/sqrt(width) as ``torch.nn.Linear``: weight (dim, width), bias (dim,)."""
+    """A randomly initialised linear layer, uniform in +-1/sqrt(width) as ``torch.nn.Linear``: weight (dim, width), bias
+    (dim,).
+    """
     bound = 1 / math.sqrt(width)
     draw = lambda *shape: torch.from_numpy((generator.random(shape, dtype=np.float32) * 2 - 1) * np.float32(bound))
     return draw(dim, width), draw(dim)

@@ -23,13 +23,13 @@ NOTES = {
     4: "‡: end-to-end fine-tuning (E2E FT) is quoted from Balazevic et al. (2024); n = number of labelled images.",
     5: "AG News uses 10 shots, the other data sets 5.",
     6: "The marks for norm and projection are lost in the text version: rows are numbered as printed, only the default "
-       "row of KL and DINO is certain. SimCLR's first row is printed N/A.",
+    "row of KL and DINO is certain. SimCLR's first row is printed N/A.",
     7: "‡: HummingBird is quoted from Balazevic et al. (2024), largest memory bank only.",
     11: "The printed gain of E+S on ESC 50 (full) is 2.5; the printed values differ by 2.4.",
     13: "Printed MoCov3 ViT-B/32; every other place of the paper has MoCov3 ViT-B/16.",
     15: "The marks for independent heads are lost in the text version; the running text says that they are better.",
     22: "Performance is of the embedding joined with the one gradient. Table 2 has other accuracies for the same "
-        "backbone: 65.3 (Embeddings) and 66.3 (E+K) against 67.3 and 68.2 here.",
+    "backbone: 65.3 (Embeddings) and 66.3 (E+K) against 67.3 and 68.2 here.",
 }
 
 
@@ -103,12 +103,14 @@ def scoreboard(profile: str) -> pd.DataFrame:
     ours = pd.concat([pd.DataFrame(columns=MEASURED), *map(pd.read_csv, files)]).drop_duplicates("id", keep="last")
     board = claims().merge(ours, on="id", how="left")
     board[["value", "low", "high"]] = board[["value", "low", "high"]].astype(float)
-    board["verdict"] = [verdict(*row) for row in board[["expected", "value", "low", "high", "on"]].itertuples(index=False)]
+    board["verdict"] = [
+        verdict(*row) for row in board[["expected", "value", "low", "high", "on"]].itertuples(index=False)
+    ]
     return board
 
 
 def verdict(expected: str, value: float, low: float, high: float, on: object) -> str:
-    """Agrees or disagrees only where the whole interval does; "undecided" where it holds zero or the claim has no sign."""
+    """Agrees or disagrees only where the whole interval does; "undecided" where it holds zero, or without a sign."""
     if not isinstance(on, str):
         return "not run"
     if pd.isna(value):
@@ -127,9 +129,11 @@ def _read(name: str, columns: list[str], extra: list[str] | None = None) -> pd.D
         raise FileNotFoundError(f"{name} is not in {path.parent}; it is part of the repository")
     frame = pd.read_csv(path, encoding="utf-8", dtype=str, keep_default_na=False)
     found = list(frame.columns)
-    if found[: len(columns)] != columns or set(found[len(columns):]) - set(extra):
-        raise ValueError(f"{name} has the columns {', '.join(found)}; expected {', '.join(columns)}"
-                         + (f", then any of {', '.join(extra)}" if extra else ""))
+    if found[: len(columns)] != columns or set(found[len(columns) :]) - set(extra):
+        raise ValueError(
+            f"{name} has the columns {', '.join(found)}; expected {', '.join(columns)}"
+            + (f", then any of {', '.join(extra)}" if extra else "")
+        )
     for column in found:
         if column not in TEXT:
             frame[column] = pd.to_numeric(frame[column])

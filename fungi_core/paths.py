@@ -17,7 +17,9 @@ def data_dir() -> Path | None:
         return None
     folder = _from_env("FUNGI_DATA", ROOT)
     if not folder.is_dir():
-        raise FileNotFoundError(f"FUNGI_DATA points to {folder}, which is no folder; set it to one that exists or unset it")
+        raise FileNotFoundError(
+            f"FUNGI_DATA points to {folder}, which is no folder; set it to one that exists or unset it"
+        )
     return folder
 
 

@@ -19,7 +19,9 @@ class Rademacher:
     D_out * D_in. Memory: 1 bit an entry; unpacked once when the dense form stays below ``dense_limit`` bytes.
     """
 
-    def __init__(self, rows: int, columns: int, *keys: object, matrix: torch.Tensor | None = None, dense_limit: int = 2**28):
+    def __init__(
+        self, rows: int, columns: int, *keys: object, matrix: torch.Tensor | None = None, dense_limit: int = 2**28
+    ):
         self.rows, self.columns, self.keys, self.dense_limit = rows, columns, keys, dense_limit
         if matrix is not None and tuple(matrix.shape) != (rows, columns):
             raise ValueError(f"the projection must have shape {(rows, columns)}, got {tuple(matrix.shape)}")

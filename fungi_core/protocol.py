@@ -24,7 +24,11 @@ def grid(
     for backbone in (name for name in encoders if name not in absent):
         encoder = backbones.load(backbone)
         for dataset in (name for name in sets if name not in absent):
-            yield backbone, dataset, *extract.features(dataset, encoder, names, n_train=n_train, n_test=n_test, seed=seed)
+            yield (
+                backbone,
+                dataset,
+                *extract.features(dataset, encoder, names, n_train=n_train, n_test=n_test, seed=seed),
+            )
 
 
 def provenance(notebook: str, started: float, runs: Sequence, **parameters) -> dict:
@@ -32,7 +36,9 @@ def provenance(notebook: str, started: float, runs: Sequence, **parameters) -> d
     rows = [split for *_, train, test in runs for split in (train, test)]
     stores = [key for split in rows for key in split.store_keys]
     data = [split.data for split in rows]
-    return figures.provenance(notebook, parameters, seed=parameters["seed"], stores=stores, datasets=data, started=started)
+    return figures.provenance(
+        notebook, parameters, seed=parameters["seed"], stores=stores, datasets=data, started=started
+    )
 
 
 def on(runs: Sequence) -> str:
@@ -42,7 +48,9 @@ def on(runs: Sequence) -> str:
 
 
 def missing(encoders: Sequence[str], sets: Sequence[str]) -> pd.DataFrame:
-    """What the grid needs and this machine has not: name and one line (size, licence, how to get it). Unknown names raise."""
+    """What the grid needs and this machine has not: name and one line (size, licence, how to get it). Unknown names
+    raise.
+    """
     known = {row["name"]: row for row in datasets.table()}
     unknown = [name for name in sets if name not in known]
     if unknown:
@@ -54,8 +62,8 @@ def missing(encoders: Sequence[str], sets: Sequence[str]) -> pd.DataFrame:
 
 def knn(train: extract.Rows, test: extract.Rows, letters: Sequence[str] = COMBINATIONS, *, k: int = 20,
         shots: int | None = None, pca: int | None = None, seed: int = 0) -> pd.DataFrame:  # fmt: skip
-    """Accuracy of each feature set in percent: features, setting, value, low, high; the gain over "E" and the step from the
-    set before it in ``letters``, in points, each with its interval.
+    """Accuracy of each feature set in percent: features, setting, value, low, high; the gain over "E" and the step from
+    the set before it in ``letters``, in points, each with its interval.
 
     ``shots``: only the first so many training images of each class. ``pca``: size for combined features (None: none).
     The metric is the data set's (accuracy or mean per class).
@@ -64,12 +72,18 @@ def knn(train: extract.Rows, test: extract.Rows, letters: Sequence[str] = COMBIN
         train = train.take(evaluate.few_shot_indices(train.labels, shots))
     per_class = test.labels if test.data.metric == "mean-per-class" else None
     correct = {name: _correct(train, test, name, k, pca) for name in dict.fromkeys(("E", *letters))}
+
     def interval(name, other=None):  # a generator each: adding a feature set does not move another one's interval
         against = None if other is None else correct[other]
-        return evaluate.bootstrap(correct[name], against, generator=views.generator("bootstrap", seed, name, other), labels=per_class)
+        return evaluate.bootstrap(
+            correct[name], against, generator=views.generator("bootstrap", seed, name, other), labels=per_class
+        )
 
     setting, before = f"{shots}-shot" if shots else "full", [letters[0], *letters[:-1]]
-    rows = [(x, setting, *interval(x), *interval(x, "E"), *interval(x, last)) for x, last in zip(letters, before, strict=True)]
+    rows = [
+        (x, setting, *interval(x), *interval(x, "E"), *interval(x, last))
+        for x, last in zip(letters, before, strict=True)
+    ]
     return pd.DataFrame(rows, columns=["features", "setting", *QUANTITIES])
 
 
@@ -78,7 +92,9 @@ def _correct(train, test, letters, k, size) -> np.ndarray:
     return evaluate.knn_predict(a, train.labels, b, k=k) == test.labels
 
 
-def class_gains(train: extract.Rows, test: extract.Rows, letters: Sequence[str] = ("K", "D", "S"), *, k: int = 20) -> pd.DataFrame:
+def class_gains(
+    train: extract.Rows, test: extract.Rows, letters: Sequence[str] = ("K", "D", "S"), *, k: int = 20
+) -> pd.DataFrame:
     """Fig. 3: per-class accuracy of each feature alone minus the embedding's, in points: features, class, value."""
     classes = len(test.data.classes)
     by_class = {
@@ -86,12 +102,16 @@ def class_gains(train: extract.Rows, test: extract.Rows, letters: Sequence[str] 
         for name in ("E", *letters)
         for a, b in [extract.fungi_features(train, test, name)]
     }
-    frames = [pd.DataFrame({"features": n, "class": test.data.classes, "value": by_class[n] - by_class["E"]}) for n in letters]
+    frames = [
+        pd.DataFrame({"features": n, "class": test.data.classes, "value": by_class[n] - by_class["E"]}) for n in letters
+    ]
     return pd.concat(frames, ignore_index=True).dropna(subset="value")
 
 
-def pairs(train: extract.Rows, test: extract.Rows, *, k: int = 20, pca: int | None = None, seed: int = 0) -> pd.DataFrame:
-    """Fig. 2 for every pair of features: a, b, cka (unbiased, on the test rows), value, gain over the better one alone."""
+def pairs(
+    train: extract.Rows, test: extract.Rows, *, k: int = 20, pca: int | None = None, seed: int = 0
+) -> pd.DataFrame:
+    """Fig. 2 for every pair of features: a, b, cka (unbiased, test rows), value, gain over the better one alone."""
     names = [extract.LETTERS[name] for name in test.blocks]
     normalized = {extract.LETTERS[name]: evaluate.normalize(block) for name, block in test.blocks.items()}
     cka = similarity.cka_matrix(normalized)
@@ -113,12 +133,15 @@ def square(frame: pd.DataFrame, column: str) -> tuple[list[str], np.ndarray]:
     return names, np.where(np.isnan(wide), wide.T, wide)
 
 
-def mean_over(frame: pd.DataFrame, keys: Sequence[str] = ("backbone", "setting", "features"), *, shared: bool = False) -> pd.DataFrame:
+def mean_over(
+    frame: pd.DataFrame, keys: Sequence[str] = ("backbone", "setting", "features"), *, shared: bool = False
+) -> pd.DataFrame:
     """Means of every quantity over the rows of each group of ``keys``, with their intervals.
 
     Rows of different test images err independently: half-widths add in squares. ``shared=True``: the rows saw the same
     images (several backbones on one data set), so half-widths add as they are, which is the cautious bound.
     """
+
     def combine(part: pd.DataFrame) -> pd.Series:
         out = {"rows": len(part)}
         for name, low, high in (("value", "low", "high"), *((q, f"{q}_low", f"{q}_high") for q in ("gain", "step"))):

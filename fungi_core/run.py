@@ -110,8 +110,11 @@ def normalize(nb: nbformat.NotebookNode) -> nbformat.NotebookNode:
 
     Outputs and execution counts stay (counts renumbered from 1): nbval compares against them.
     """
-    nb.metadata = {k: {f: nb.metadata[k][f] for f in fields if f in nb.metadata[k]}
-                   for k, fields in KEPT_METADATA.items() if k in nb.metadata}
+    nb.metadata = {
+        k: {f: nb.metadata[k][f] for f in fields if f in nb.metadata[k]}
+        for k, fields in KEPT_METADATA.items()
+        if k in nb.metadata
+    }
     count = 0
     for cell in nb.cells:
         cell.metadata = {"tags": cell.metadata.tags} if cell.metadata.get("tags") else {}
@@ -150,8 +153,13 @@ def execute(slug: str, profile: str, overrides: dict | None = None, out: Path | 
     partial = out.with_suffix(".failed.ipynb")
     try:
         nb = papermill.execute_notebook(
-            NOTEBOOKS / f"{slug}.ipynb", partial, parameters=values, cwd=NOTEBOOKS, progress_bar=bar,
-            extra_arguments=["--log-level=CRITICAL"])  # nothing about loopback ports or shutting down
+            NOTEBOOKS / f"{slug}.ipynb",
+            partial,
+            parameters=values,
+            cwd=NOTEBOOKS,
+            progress_bar=bar,
+            extra_arguments=["--log-level=CRITICAL"],
+        )  # nothing about loopback ports or shutting down
     except (papermill.PapermillExecutionError, DeadKernelError, CellTimeoutError) as e:
         kind, text = getattr(e, "ename", type(e).__name__), " ".join(str(getattr(e, "evalue", e)).split())
         cell = _last_cell(nbformat.read(partial, as_version=4))

@@ -46,8 +46,11 @@ def open_rows(meta: dict, n: int, width: int, root: Path | None = None) -> "Rows
     record = {"format": 1, "dtype": "float32", "shard": SHARD, "n": int(n), "width": int(width), "meta": meta}
     rows = Rows(Path(root or paths.store_dir()) / key(meta), json.loads(json.dumps(record)))  # tuples become lists
     there = _load_record(file) if (file := rows.path / "meta.json").exists() else rows.record
-    if differing := [f"{name} ({there.get(name)!r} there, {asked!r} asked)"
-                     for name, asked in rows.record.items() if there.get(name) != asked]:
+    if differing := [
+        f"{name} ({there.get(name)!r} there, {asked!r} asked)"
+        for name, asked in rows.record.items()
+        if there.get(name) != asked
+    ]:
         raise StoreMismatch(f"{rows.path} holds other rows: {', '.join(differing)}")
     return rows
 
@@ -55,10 +58,17 @@ def open_rows(meta: dict, n: int, width: int, root: Path | None = None) -> "Rows
 def entries(root: Path | None = None) -> list[dict]:
     """What the store holds, one dict a key: key, meta, n, width, done (rows on disk), bytes."""
     files = sorted(Path(root or paths.store_dir()).glob("*/meta.json"))
-    return [{"key": rows.key, "meta": rows.record["meta"], "n": rows.n, "width": rows.width,
-             "done": rows.n - sum(stop - start for start, stop in rows.missing()),
-             "bytes": sum(entry.stat().st_size for entry in os.scandir(rows.path))}
-            for rows in (Rows(file.parent, _load_record(file)) for file in files)]
+    return [
+        {
+            "key": rows.key,
+            "meta": rows.record["meta"],
+            "n": rows.n,
+            "width": rows.width,
+            "done": rows.n - sum(stop - start for start, stop in rows.missing()),
+            "bytes": sum(entry.stat().st_size for entry in os.scandir(rows.path)),
+        }
+        for rows in (Rows(file.parent, _load_record(file)) for file in files)
+    ]
 
 
 def _load_record(file: Path) -> dict:
@@ -101,7 +111,7 @@ class Rows:
         for first in range(start - start % SHARD, start + len(block), SHARD):
             low, high = max(first, start), min(first + SHARD, start + len(block))
             shard = self._filling.setdefault(first, np.full((min(SHARD, self.n - first), self.width), np.nan, "<f4"))
-            shard[low - first:high - first] = block[low - start:high - start]
+            shard[low - first : high - first] = block[low - start : high - start]
             if not np.isnan(shard).any():
                 self._save(first, self._filling.pop(first))
 
@@ -113,9 +123,11 @@ class Rows:
         for start in range(0, self.n, SHARD):
             data = (self.path / shards[start]).read_bytes()
             if self._name(start, data) != shards[start]:
-                raise StoreCorrupt(f"{self.path / shards[start]} is truncated, altered or foreign; repair: "
-                                   "drop_corrupt() removes such files, and the next extraction recomputes their rows")
-            out[start:start + SHARD] = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+                raise StoreCorrupt(
+                    f"{self.path / shards[start]} is truncated, altered or foreign; repair: "
+                    "drop_corrupt() removes such files, and the next extraction recomputes their rows"
+                )
+            out[start : start + SHARD] = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
         return out
 
     def drop_corrupt(self) -> list[str]:

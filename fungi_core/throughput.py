@@ -13,12 +13,15 @@ from .extract import LETTERS
 
 
 def stock(backbone: backbones.Backbone) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The same architecture and weights as timm runs them, untouched: the floor's yardstick, in the backbone's dtype."""
+    """The same architecture and weights as timm runs them: the floor's yardstick, in the backbone's dtype."""
     fused = timm.layers.use_fused_attn()
-    model = backbones.load(backbone.name, device=backbone.device, dtype=str(backbone.dtype).removeprefix("torch.")).model
+    model = backbones.load(
+        backbone.name, device=backbone.device, dtype=str(backbone.dtype).removeprefix("torch.")
+    ).model
     for module in model.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = bool(fused)
+
     def forward(x: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode():
             return model(x)
@@ -50,11 +53,22 @@ def measure(backbone: backbones.Backbone, names: Sequence = ("kl", "dino", "simc
         if objective.negatives:  # the latents' values do not change the time
             parts.negatives = torch.randn(objective.negatives * count, objective.dim, generator=generator).to(device)
         ours = lambda b=batch, o=objective, p=parts: fungi.project_gradients(
-            backbone, o, p, views.finish(b.to(device), o, backbone.mean, backbone.std, backbone.dtype))
+            backbone, o, p, views.finish(b.to(device), o, backbone.mean, backbone.std, backbone.dtype)
+        )
         times = np.array([(_seconds(lambda: plain(x), device), _seconds(ours, device)) for _ in range(repeats + 1)][1:])
         floor, speed = views_a_call / times[:, 0] / count, images / times[:, 1]
         ratio = speed / floor
-        rows.append((LETTERS[objective.name], count, np.median(speed), np.median(floor), np.median(ratio), ratio.min(), ratio.max()))
+        rows.append(
+            (
+                LETTERS[objective.name],
+                count,
+                np.median(speed),
+                np.median(floor),
+                np.median(ratio),
+                ratio.min(),
+                ratio.max(),
+            )
+        )
     return pd.DataFrame(rows, columns=["features", "views", "value", "floor", "ratio", "ratio_low", "ratio_high"])
 
 

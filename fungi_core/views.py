@@ -28,7 +28,8 @@ def sample_id(image: Image.Image) -> str:
 
 
 def whole(image: Image.Image, size: int, crop_ratio: float = 1.0) -> np.ndarray:
-    """The backbone's own evaluation transform: shorter side to size / crop_ratio (bicubic), centre crop. (1, s, s, 3) uint8.
+    """The backbone's own evaluation transform: shorter side to size / crop_ratio (bicubic), centre crop. (1, s, s, 3)
+    uint8.
 
     Rounded as timm and torchvision round, so that the pixels are theirs.
     """
@@ -131,7 +132,8 @@ def finish(batch: torch.Tensor, objective, mean: torch.Tensor, std: torch.Tensor
 
 
 def to_image(item, name: str = "image") -> Image.Image:
-    """An RGB PIL image from a path, PIL image, uint8 array (H, W), (H, W, 3) or tensor (3, H, W) uint8 / float in [0, 1].
+    """An RGB PIL image from a path, PIL image, uint8 array (H, W), (H, W, 3) or tensor (3, H, W) uint8 / float in [0,
+    1].
 
     Raises ValueError naming the image (its path, where it has one) when it cannot be read.
     """
@@ -142,7 +144,9 @@ def to_image(item, name: str = "image") -> Image.Image:
             with Image.open(item) as opened:
                 return _rgb(ImageOps.exif_transpose(opened))
         except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error ... for a broken file
-            raise ValueError(f"cannot read the image {name if isinstance(item, Image.Image) else item}: {error}") from error
+            raise ValueError(
+                f"cannot read the image {name if isinstance(item, Image.Image) else item}: {error}"
+            ) from error
     if isinstance(item, torch.Tensor):
         array = item.detach().cpu()
         array = (array.float().clamp(0, 1) * 255).round().byte() if array.is_floating_point() else array

@@ -3,7 +3,8 @@
 import timm
 import torch
 
-from fungi_core import backbones, objectives as O
+from fungi_core import backbones
+from fungi_core import objectives as O
 from fungi_core.fungi import Parts, draw_parts
 
 SMALL = (O.KL(dim=32), O.DINO(dim=40), O.SimCLR(dim=16))

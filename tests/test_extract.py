@@ -7,7 +7,8 @@ import pytest
 import torch
 from helpers import shrink_test_vit
 
-from fungi_core import backbones, datasets, evaluate, extract, fungi, objectives as O, pca, store, views
+from fungi_core import backbones, datasets, evaluate, extract, fungi, pca, store, views
+from fungi_core import objectives as O
 from fungi_core.extract import features, fungi_features
 
 NAME = "random:test_vit"
@@ -30,7 +31,9 @@ def digits(names=SMALL, n_train=12, n_test=8, backbone=NAME, **settings):
 
 
 def contents(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.suffix in (".npy", ".json")}
+    return {
+        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.suffix in (".npy", ".json")
+    }
 
 
 def forbid(monkeypatch):
@@ -62,7 +65,7 @@ def test_a_second_call_extracts_nothing(monkeypatch, workplace):
         assert a.store_keys == b.store_keys
         for name in a.blocks:
             np.testing.assert_array_equal(a.blocks[name], b.blocks[name])
-    digits(["kl"][:0])  # parts of it neither
+    digits(())  # parts of it neither
     digits(SMALL[1:])
     assert contents(workplace) == before
 
@@ -122,7 +125,9 @@ def test_two_targets_with_different_gaps_are_extracted_once(monkeypatch, workpla
         for start in shards:
             next(folder.glob(f"{start:09d}-*.npy")).unlink()
     seen, intact = [], fungi.rows
-    monkeypatch.setattr(fungi, "rows", lambda b, o, p, images, *rest: (seen.append(len(images)), intact(b, o, p, images, *rest))[1])
+    monkeypatch.setattr(
+        fungi, "rows", lambda b, o, p, images, *rest: (seen.append(len(images)), intact(b, o, p, images, *rest))[1]
+    )
     digits(KL, n_train=600)
     assert seen == [512] and contents(workplace) == before
 
@@ -185,7 +190,7 @@ def test_a_smaller_training_set_touches_the_test_rows_through_the_negatives_alon
 
 def test_keys_hold_nothing_that_does_not_change_a_feature(monkeypatch):
     base = digits()
-    again = keys(tuple(reversed(SMALL)))  # order of objectives, batches of four images
+    again = keys(tuple(reversed(SMALL)))  # the order of objectives
     assert {again[place] for place in EVERY} == {key for rows in base for key in rows.store_keys}
     assert set(keys(["kl"])) == {(split, name) for split in ("train", "test") for name in ("embedding", "kl")}
     key_of_kl = digits(KL)[0].store_keys
@@ -248,6 +253,19 @@ def test_unknown_names_are_one_line(workplace):
     assert contents(workplace) == {}
 
 
+def test_the_command_writes_one_split_and_says_so(capsys, workplace):
+    rows = ["--n-train", "12", "--n-test", "8"]
+    extract.main([NAME, "digits", "test", "embedding", "kl", *rows])
+    assert capsys.readouterr().out == f"digits test {NAME}: 8 rows of embedding, kl in the store\n"
+    assert {(tuple(e["meta"]["data"][:2]), e["meta"]["feature"], e["done"]) for e in store.entries()} == {
+        (("digits", "test"), "embedding", 8), (("digits", "test"), "kl", 8)}  # fmt: skip
+    before = contents(workplace)
+    assert digits(["kl"])[1].store_keys  # the same rows as the call in Python
+    assert before.items() <= contents(workplace).items()
+    with pytest.raises(SystemExit, match="extract: unknown data set 'digitz'"):
+        extract.main([NAME, "digitz", "test", "kl"])
+
+
 # --- combinations
 
 
@@ -290,7 +308,9 @@ def test_unknown_letters_are_named(letters):
 
 def test_subsets_are_balanced_and_zero_is_all(monkeypatch):
     asked = []
-    monkeypatch.setattr(datasets, "load", lambda name, split, limit=None: asked.append((split, limit)) or SimpleNamespace(split=split))
+    monkeypatch.setattr(
+        datasets, "load", lambda name, split, limit=None: asked.append((split, limit)) or SimpleNamespace(split=split)
+    )
     monkeypatch.setattr(extract, "_split", lambda encoder, data, *_: data.split)
     assert features("digits", NAME, n_train=0, n_test=None) == ("train", "test")
     assert asked == [("train", None), ("test", None)]

@@ -14,7 +14,8 @@ from sklearn.exceptions import NotFittedError
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 
-from fungi_core import backbones, evaluate, fungi, objectives as O, pca, views
+from fungi_core import backbones, evaluate, fungi, pca, views
+from fungi_core import objectives as O
 from fungi_core.fungi import Fungi
 
 NAME = "random:test_vit"
@@ -30,11 +31,16 @@ def small_inputs():
 
 def pictures(n, seed=0):
     rng = np.random.default_rng(seed)
-    return [Image.fromarray(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8)).resize((40, 36), Image.BICUBIC) for _ in range(n)]
+    return [
+        Image.fromarray(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8)).resize((40, 36), Image.BICUBIC)
+        for _ in range(n)
+    ]
 
 
 def transformer(**changes):
-    return Fungi(**({"backbone": NAME, "objectives": SMALL, "device": "cpu", "dtype": "float32", "pca": None} | changes))
+    return Fungi(
+        **({"backbone": NAME, "objectives": SMALL, "device": "cpu", "dtype": "float32", "pca": None} | changes)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +120,11 @@ def test_alone_in_a_batch_of_two_reordered_and_in_a_ragged_last_batch(objective,
     together = one.extract(images)
     sizes = []
     recorded = fungi.project_gradients
-    monkeypatch.setattr(fungi, "project_gradients", lambda b, o, p, batch, *rest: (sizes.append(len(batch)), recorded(b, o, p, batch, *rest))[1])
+    monkeypatch.setattr(
+        fungi,
+        "project_gradients",
+        lambda b, o, p, batch, *rest: (sizes.append(len(batch)), recorded(b, o, p, batch, *rest))[1],
+    )
     order = np.random.default_rng(0).permutation(7)
     variants = {
         "alone": [one.extract([image]) for image in images],
@@ -187,10 +197,14 @@ def test_the_paper_rule_for_pca(monkeypatch, tmp_path):
     assert transformer(pca="paper", objectives=SMALL[:1]).fit(images[:64]).pca_ is None  # 64 rows, width 64: skipped
     one = transformer(pca="paper", objectives=SMALL[:1]).fit(images)
     assert one.n_features_out_ == 64 and one.pca_.components.shape == (64, 128)
-    assert transformer(pca="paper", objectives=()).fit(images).pca_ is None  # the embedding alone is no wider than its PCA
+    assert (
+        transformer(pca="paper", objectives=()).fit(images).pca_ is None
+    )  # the embedding alone is no wider than its PCA
     raw = transformer(objectives=SMALL[:1]).fit(images)
     twelve = transformer(pca=12, objectives=SMALL[:1]).fit(images)
-    close(twelve.transform(images[:5]), pca.fit_pca(raw.transform(images), 12).transform(raw.transform(images[:5])), 1e-4)
+    close(
+        twelve.transform(images[:5]), pca.fit_pca(raw.transform(images), 12).transform(raw.transform(images[:5])), 1e-4
+    )
     counted = transformer(pca=np.int64(12), seed=np.int64(0), objectives=SMALL[:1]).fit(images)
     counted.save(tmp_path / "f")
     close(Fungi.load(tmp_path / "f").transform(images[:5]), twelve.transform(images[:5]))
@@ -259,7 +273,9 @@ def test_wrong_arguments_are_one_line():
         assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("x", [[], (), np.zeros((0, 4, 4, 3), np.uint8), "images/", b"", {}, 3, None, Image.new("RGB", (4, 4)), iter([1])])
+@pytest.mark.parametrize(
+    "x", [[], (), np.zeros((0, 4, 4, 3), np.uint8), "images/", b"", {}, 3, None, Image.new("RGB", (4, 4)), iter([1])]
+)
 def test_x_must_be_a_sequence_of_images(x):
     with pytest.raises(ValueError, match="X holds no image|X must be a sequence of images, got"):
         transformer(objectives=SMALL[:1]).fit(x)
@@ -289,7 +305,9 @@ def test_save_and_load(size, tmp_path):
     second = Fungi.load(tmp_path / "f.safetensors")
     np.testing.assert_array_equal(second.transform(images), first.transform(images))
     mine, theirs = first.get_params(), second.get_params()
-    assert {k: v for k, v in theirs.items() if k != "objectives"} == {k: v for k, v in mine.items() if k != "objectives"}
+    assert {k: v for k, v in theirs.items() if k != "objectives"} == {
+        k: v for k, v in mine.items() if k != "objectives"
+    }
     assert tuple(second.objectives) == tuple(first.objectives)
     assert second.get_feature_names_out().tolist() == first.get_feature_names_out().tolist()
     second.save(tmp_path / "g.safetensors")
@@ -298,7 +316,11 @@ def test_save_and_load(size, tmp_path):
 
 
 def test_what_cannot_be_saved_says_so(fitted, tmp_path):
-    module = transformer(backbone=timm.create_model("test_vit", num_classes=0, img_size=32), layer="blocks.5.attn.proj", objectives=SMALL[:1])
+    module = transformer(
+        backbone=timm.create_model("test_vit", num_classes=0, img_size=32),
+        layer="blocks.5.attn.proj",
+        objectives=SMALL[:1],
+    )
     with pytest.raises(ValueError, match="only a Fungi whose backbone is a name can be saved"):
         module.fit(pictures(2)).save(tmp_path / "f")
     heads = transformer(objectives=SMALL[:1], heads={"kl": fitted.parts_["kl"].heads}).fit(pictures(2))
@@ -328,7 +350,9 @@ def test_load_refuses_foreign_files_and_changed_weights(fitted, tmp_path, monkey
         return model
 
     monkeypatch.setattr(backbones, "_create", trained_further)
-    with pytest.raises(ValueError, match="the weights of random:test_vit differ from those .*f.safetensors was fitted with"):
+    with pytest.raises(
+        ValueError, match="the weights of random:test_vit differ from those .*f.safetensors was fitted with"
+    ):
         Fungi.load(tmp_path / "f.safetensors")
 
 

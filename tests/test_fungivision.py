@@ -1,4 +1,4 @@
-"""Against the authors' library, fungivision 0.0.2: given the same views, heads, negatives and projection, its gradients.
+"""Against the authors' fungivision 0.0.2: given the same views, heads, negatives and projection, its gradients.
 
 Its losses are means (KL: over batch and latent units; all: over the batch) and its hook multiplies by images x views,
 so its gradients are ours times an exact factor: 1 / latent units for KL, the number of views for DINO and SimCLR.
@@ -12,7 +12,8 @@ import torch
 from helpers import encoder, relative
 from PIL import Image
 
-from fungi_core import objectives as O, views
+from fungi_core import objectives as O
+from fungi_core import views
 from fungi_core.fungi import Parts
 from fungi_core.projection import Rademacher
 
@@ -28,7 +29,7 @@ BATCH, LAYER = 3, "blocks.5.attn.proj"
 
 
 def published(backbone, config):
-    """Its extractor around a copy of our network: hooks leak, weights are unfrozen, the global generator draws heads."""
+    """Its extractor around a copy of our network: hooks leak, weights are unfrozen, heads drawn globally."""
     model = copy.deepcopy(backbone.model)
     with torch.random.fork_rng(devices=[]):
         wrapper = FUNGIWrapper(model, LAYER, torch.device("cpu"), input_dim=backbone.size, extractor_configs=[config])
@@ -43,7 +44,10 @@ def our_parts(backbone, objective):
 
 
 def hand_over(extractor, parts, given):
-    extractor.projection_head.weight.data, extractor.projection_head.bias.data = parts.heads["weight"], parts.heads["bias"]
+    extractor.projection_head.weight.data, extractor.projection_head.bias.data = (
+        parts.heads["weight"],
+        parts.heads["bias"],
+    )
     if "teacher_weight" in parts.heads:
         extractor.teacher_projection.weight.data = parts.heads["teacher_weight"]
         extractor.teacher_projection.bias.data = parts.heads["teacher_bias"]

@@ -5,9 +5,11 @@ import pytest
 import torch
 from helpers import SMALL, encoder, parts, relative, views
 
-from fungi_core import backbones, objectives as O
+from fungi_core import backbones
+from fungi_core import objectives as O
 from fungi_core.fungi import draw_parts
 from fungi_core.gradients import linear_layer, tap, tapped_factors
+
 
 def autograd(backbone, objective, given, batch, path):
     """The slow obvious version: one image at a time, parameters that require grad, .backward()."""
@@ -98,7 +100,9 @@ def test_a_loss_that_is_not_finite_names_its_sample():
         backbone.factors(views(SMALL[0], backbone.size), broken)
 
 
-@pytest.mark.parametrize(("path", "message"), [("blocks.77.attn.proj", "has no layer"), ("blocks.5.norm1", "LayerNorm; gradients")])
+@pytest.mark.parametrize(
+    ("path", "message"), [("blocks.77.attn.proj", "has no layer"), ("blocks.5.norm1", "LayerNorm; gradients")]
+)
 def test_wrong_layers_are_named(path, message):
     with pytest.raises(ValueError, match=message):
         encoder().factors(torch.zeros(1, 1, 3, 160, 160), lambda e: e.sum((1, 2)), [path])
@@ -121,13 +125,12 @@ def test_taps_leave_the_output_as_it_is():
 
 def test_bf16_features_stay_close_to_fp32():
     objective = O.KL()
-    given = None
+    encoders = [backbones.load("random:vit_tiny_patch16_224", dtype=dtype) for dtype in ("float32", "bfloat16")]
+    given = draw_parts(encoders[0], objective, 0)
     results = []
-    for dtype in ("float32", "bfloat16"):
-        backbone = backbones.load("random:vit_tiny_patch16_224", dtype=dtype)
-        given = given or draw_parts(backbone, objective, 0)
+    for backbone in encoders:
         images = torch.rand(4, 1, 3, 224, 224, generator=torch.Generator().manual_seed(0)).to(backbone.dtype)
         embeddings, (factors,) = backbone.factors(images, lambda e: objective.loss(e, given.heads))
         results.append((embeddings[:, 0], given.projection.apply(factors, backbone.dtype)))
-    for exact, fast in zip(*results):
+    for exact, fast in zip(*results, strict=True):
         assert np.all(torch.cosine_similarity(exact, fast).numpy() > 0.99)

@@ -16,7 +16,9 @@ def naive_info_nce(z, negatives, temperature, scaled):
     total, pairs = 0.0, 0
     for i in range(len(z)):
         similarity = [F.cosine_similarity(z[i], other, dim=0) for other in everything]
-        denominator = sum(math.exp(float(s) / (temperature if scaled else 1)) for k, s in enumerate(similarity) if k != i)
+        denominator = sum(
+            math.exp(float(s) / (temperature if scaled else 1)) for k, s in enumerate(similarity) if k != i
+        )
         for j in range(len(z)):
             if j != i:
                 total += -float(similarity[j]) / temperature + math.log(denominator)
@@ -50,7 +52,10 @@ def test_info_nce_gradient_is_autograd_of_the_plain_formula():
         every = torch.cat([among.masked_fill(mask, -torch.inf), a @ b.T / 0.07], -1)
         return (torch.logsumexp(every, -1) - among.masked_fill(mask, 0).sum(-1) / 3).mean(-1).sum()
 
-    ours, theirs = (torch.autograd.grad(f(x := z.clone().requires_grad_()), x)[0] for f in (lambda x: O.info_nce(x, n, 0.07).sum(), plain))
+    ours, theirs = (
+        torch.autograd.grad(f(x := z.clone().requires_grad_()), x)[0]
+        for f in (lambda x: O.info_nce(x, n, 0.07).sum(), plain)
+    )
     torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
 
 
@@ -75,7 +80,13 @@ def test_kl_by_hand_and_both_readings():
 def test_published_settings():
     assert (O.KL().temperature, O.KL().dim) == (15, 768)
     d = O.DINO()
-    assert (d.dim, d.global_crops, d.local_crops, d.teacher_temperature, d.student_temperature) == (2048, 2, 10, 0.07, 0.1)
+    assert (d.dim, d.global_crops, d.local_crops, d.teacher_temperature, d.student_temperature) == (
+        2048,
+        2,
+        10,
+        0.07,
+        0.1,
+    )
     assert (d.global_scale, d.local_scale, d.independent_heads) == ((0.25, 1.0), (0.05, 0.25), True)
     s = O.SimCLR()
     assert (s.dim, s.negatives, s.temperature, s.normalize) == (96, 256, 0.07, False)

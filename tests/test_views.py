@@ -12,7 +12,8 @@ from PIL import Image
 from timm.data import create_transform
 from torchvision.transforms import v2
 
-from fungi_core import backbones, objectives as O, views
+from fungi_core import backbones, views
+from fungi_core import objectives as O
 
 BICUBIC = v2.InterpolationMode.BICUBIC
 
@@ -68,7 +69,9 @@ def marginals(boxes, width, height):
 def kolmogorov(a, b):
     """Largest distance of two empirical distribution functions."""
     at = np.sort(np.concatenate([a, b]))
-    return np.abs(np.searchsorted(np.sort(a), at, "right") / len(a) - np.searchsorted(np.sort(b), at, "right") / len(b)).max()
+    return np.abs(
+        np.searchsorted(np.sort(a), at, "right") / len(a) - np.searchsorted(np.sort(b), at, "right") / len(b)
+    ).max()
 
 
 @pytest.mark.parametrize(("width", "height"), [(1, 500), (500, 1), (2, 90), (90, 3)])
@@ -109,7 +112,9 @@ def test_crops_are_torchvisions_resized_crops():
 # --- resizing
 
 
-@pytest.mark.parametrize(("source", "target"), [(32, 64), (112, 224), (48, 96), (64, 24), (100, 33), (7, 7), (1, 5), (5, 2)])
+@pytest.mark.parametrize(
+    ("source", "target"), [(32, 64), (112, 224), (48, 96), (64, 24), (100, 33), (7, 7), (1, 5), (5, 2)]
+)
 def test_bicubic_matrix_is_torch_and_pil(source, target):
     across, down = views.bicubic_matrix(source, target), views.bicubic_matrix(source + 3, target + 2)
     basis = np.eye(source, dtype=np.float32)  # PIL resizes floats too: its weights, one column at a time
@@ -121,7 +126,9 @@ def test_bicubic_matrix_is_torch_and_pil(source, target):
     expected = F.interpolate(x[None], size=(target + 2, target), mode="bicubic", antialias=True)[0]
     torch.testing.assert_close(mine, expected, rtol=1e-4, atol=2e-3)
     pil = torch.from_numpy(np.array(image.resize((target, target + 2), Image.BICUBIC))).permute(2, 0, 1).float()
-    assert (mine.clamp(0, 255) - pil).abs().mean() < (1.0 if target > source else 0.6)  # PIL rounds and clips after each axis
+    assert (mine.clamp(0, 255) - pil).abs().mean() < (
+        1.0 if target > source else 0.6
+    )  # PIL rounds and clips after each axis
     assert mine.clamp(0, 255).sub(pil).abs().median() <= 0.5
 
 
@@ -143,17 +150,23 @@ def test_number_of_patches_by_stride_scale():
     counts = [views.patch_count(224, stride_scale=scale) for scale in range(1, 9)]
     assert counts == [4, 9, 16, 25, 36, 49, 64, 81]  # the x-axis of Fig. 12
     x = torch.zeros(1, 1, 3, 96, 96)
-    assert [views.patches(x, stride_scale=s).shape[1] for s in range(1, 9)] == [views.patch_count(96, 2, s) for s in range(1, 9)]
+    assert [views.patches(x, stride_scale=s).shape[1] for s in range(1, 9)] == [
+        views.patch_count(96, 2, s) for s in range(1, 9)
+    ]
     assert views.patches(x, grid=1, stride_scale=1).shape[1] == 1
     with pytest.raises(ValueError, match="stride scale 49 is too fine for 48 px patches; the largest is 48"):
         views.patches(x, stride_scale=49)
 
 
-@pytest.mark.parametrize(("width", "height"), [(90, 70), (70, 91), (64, 64), (31, 200), (5, 5), (1, 1), (1, 40), (333, 250)])
+@pytest.mark.parametrize(
+    ("width", "height"), [(90, 70), (70, 91), (64, 64), (31, 200), (5, 5), (1, 1), (1, 40), (333, 250)]
+)
 @pytest.mark.parametrize(("size", "ratio"), [(64, 1.0), (64, 0.9), (32, 0.875), (224, 0.95)])
 def test_whole_is_the_transform_of_timm(width, height, size, ratio):
     image = noise(width, height)
-    eval_transform = create_transform((3, size, size), interpolation="bicubic", crop_pct=ratio, mean=(0,) * 3, std=(1,) * 3)
+    eval_transform = create_transform(
+        (3, size, size), interpolation="bicubic", crop_pct=ratio, mean=(0,) * 3, std=(1,) * 3
+    )
     expected = (eval_transform(image) * 255).round().byte().permute(1, 2, 0).numpy()
     got = views.whole(image, size, ratio)
     assert got.shape == (1, size, size, 3) and got.dtype == np.uint8
@@ -214,7 +227,9 @@ def test_sample_ids_see_the_shape():
 
 
 def test_the_generator_is_the_same_on_every_platform():
-    assert views.generator("a", 1).integers(0, 1000, 6).tolist() == views.generator("a", 1).integers(0, 1000, 6).tolist()
+    assert (
+        views.generator("a", 1).integers(0, 1000, 6).tolist() == views.generator("a", 1).integers(0, 1000, 6).tolist()
+    )
     assert views.generator("a", 1).integers(0, 1000, 6).tolist() == FROZEN
     assert views.generator("a", 2).integers(0, 1000, 6).tolist() != FROZEN
 
@@ -238,7 +253,15 @@ def test_paths_pil_arrays_and_tensors_of_one_image_are_equal(tmp_path):
     pixels = np.array(image)
     image.save(tmp_path / "a.png")
     tensor = torch.from_numpy(pixels).permute(2, 0, 1)
-    for item in (tmp_path / "a.png", str(tmp_path / "a.png"), image, pixels, tensor, tensor.float() / 255, tensor.double() / 255):
+    for item in (
+        tmp_path / "a.png",
+        str(tmp_path / "a.png"),
+        image,
+        pixels,
+        tensor,
+        tensor.float() / 255,
+        tensor.double() / 255,
+    ):
         got = views.to_image(item)
         assert got.mode == "RGB"
         np.testing.assert_array_equal(np.asarray(got), pixels)
@@ -267,7 +290,9 @@ def test_exif_rotation_of_a_file_is_undone(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be shown turned by 270 degrees
     image.save(tmp_path / "turned.png", exif=exif)
-    np.testing.assert_array_equal(np.asarray(views.to_image(tmp_path / "turned.png")), np.asarray(image.transpose(Image.ROTATE_270)))
+    np.testing.assert_array_equal(
+        np.asarray(views.to_image(tmp_path / "turned.png")), np.asarray(image.transpose(Image.ROTATE_270))
+    )
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP"])

@@ -31,7 +31,8 @@ ARCHITECTURES = {
     "vit_mini": dict(img_size=64, patch_size=8, embed_dim=192, depth=9, num_heads=3),
     "vit_micro": dict(img_size=64, patch_size=8, embed_dim=128, depth=6, num_heads=2),
 }
-RECIPES = {  # patch_drop: share of tokens dropped until `full_from` of the steps; the rest of the training sees whole images
+# patch_drop: share of tokens dropped until `full_from` of the steps; after that the training sees whole images
+RECIPES = {
     "vit_mini.sup_tin100": dict(epochs=24, batch=256, lr=1.5e-3, weight_decay=0.05, patch_drop=0.5, full_from=0.7),
     "vit_micro.sup_tin100": dict(epochs=14, batch=256, lr=2e-3, weight_decay=0.05, patch_drop=0.25, full_from=0.7),
     "vit_mini.simclr_tin100": dict(epochs=8, batch=512, lr=1.5e-3, weight_decay=0.05, patch_drop=0.5, full_from=0.9),
@@ -103,7 +104,9 @@ def simclr_loss(forward, model, images, labels, generator, temperature=0.2):
 def embed(model, images):
     model.eval()
     with torch.autocast("cpu", torch.bfloat16):
-        out = [model.forward_head(model.forward_features(normalize(x)), pre_logits=True).float() for x in images.split(500)]
+        out = [
+            model.forward_head(model.forward_features(normalize(x)), pre_logits=True).float() for x in images.split(500)
+        ]
     model.train()
     return torch.cat(out)
 
@@ -140,7 +143,9 @@ def main():
     train, test = load_images(Path(os.environ["FUNGI_DATA"]))
 
     architecture = ARCHITECTURES[args.name.split(".")[0]]
-    model = VisionTransformer(**architecture, num_classes=100 if supervised else 0, patch_drop_rate=recipe["patch_drop"])
+    model = VisionTransformer(
+        **architecture, num_classes=100 if supervised else 0, patch_drop_rate=recipe["patch_drop"]
+    )
     width = architecture["embed_dim"]
     projector = torch.nn.Sequential(torch.nn.Linear(width, 512), torch.nn.GELU(), torch.nn.Linear(512, 128))
     network = model if supervised else torch.nn.Sequential(model, projector)
@@ -153,7 +158,8 @@ def main():
     per_epoch = len(train[0]) // recipe["batch"]
     steps = int(recipe["epochs"] * per_epoch)
     schedules = [
-        torch.optim.lr_scheduler.OneCycleLR(o, recipe["lr"], steps, pct_start=0.15, cycle_momentum=False) for o in optimizers
+        torch.optim.lr_scheduler.OneCycleLR(o, recipe["lr"], steps, pct_start=0.15, cycle_momentum=False)
+        for o in optimizers
     ]
     loss_of = supervised_loss if supervised else simclr_loss
 
@@ -190,9 +196,9 @@ def main():
     card = dict(
         name=args.name, architecture=architecture, recipe=recipe, seed=args.seed, curve=curve,
         minutes=curve[-1]["minutes"], parameters=sum(p.numel() for p in model.parameters()),
-        machine=f"{platform.machine()}, {os.cpu_count()} cores, {platform.python_implementation()} {platform.python_version()}",
+        machine=f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
         versions=dict(torch=torch.__version__, timm=timm.__version__),
-        data="Tiny-ImageNet, 100 classes, 400 training and 50 validation images a class (packed file tiny_imagenet_100a.npz)",
+        data="Tiny-ImageNet, 100 classes, 400 training and 50 validation images a class (tiny_imagenet_100a.npz)",
         terms="trained on ImageNet images: non-commercial research use",
     )  # fmt: skip
     (args.out / f"{args.name}.json").write_text(json.dumps(card, indent=1) + "\n")
