@@ -95,8 +95,9 @@ def _split(encoder, data, train, names, seed, layer) -> Rows:
     }
     for objective in wanted if whole or embedding.complete else [fungi.WHOLE, *wanted]:
         rows = opened.get(objective.name)  # None: only the embedding is asked for
-        targets = [r for r in ((embedding,) if objective.views == "whole" else ()) + (rows,) if r is not None]
-        if not all(target.complete for target in targets):
+        targets = ((embedding,) if objective.views == "whole" else ()) + (rows,)
+        targets = [r for r in targets if r is not None and not r.complete]  # no lock on what others only read
+        if targets:
             _extract(encoder, data, train, objective, targets, embedding, seed, layer)
     blocks = {"embedding": embedding.read()} | {name: rows.read() for name, rows in opened.items()}
     return Rows(data, blocks, (embedding.key, *(rows.key for rows in opened.values())))

@@ -19,7 +19,7 @@ CHANCE = 100 / CLASSES
 
 
 class TintBlind(torch.nn.Module):
-    """(N, 3, s, s) -> (N, 12): 4 x 4 tokens of tint (2), brightness and its slopes (3); the projection drops the tint."""
+    """(N, 3, s, s) -> (N, 12): 4 x 4 tokens of tint (2), brightness and its slopes (3); tint has no weight."""
 
     pretrained_cfg = dict(input_size=(3, SIZE, SIZE), crop_pct=1.0, mean=(0.5,) * 3, std=(0.25,) * 3)
 

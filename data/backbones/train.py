@@ -34,8 +34,8 @@ ARCHITECTURES = {
 # patch_drop: share of tokens dropped until `full_from` of the steps; after that the training sees whole images
 RECIPES = {
     "vit_mini.sup_tin100": dict(epochs=24, batch=256, lr=1.5e-3, weight_decay=0.05, patch_drop=0.5, full_from=0.7),
-    "vit_micro.sup_tin100": dict(epochs=14, batch=256, lr=2e-3, weight_decay=0.05, patch_drop=0.25, full_from=0.7),
-    "vit_mini.simclr_tin100": dict(epochs=8, batch=512, lr=1.5e-3, weight_decay=0.05, patch_drop=0.5, full_from=0.9),
+    "vit_micro.sup_tin100": dict(epochs=12, batch=256, lr=2e-3, weight_decay=0.05, patch_drop=0.25, full_from=0.7),
+    "vit_mini.simclr_tin100": dict(epochs=6, batch=512, lr=1.5e-3, weight_decay=0.05, patch_drop=0.5, full_from=0.9),
 }
 
 

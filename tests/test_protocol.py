@@ -1,0 +1,140 @@
+"""The evaluation protocol on small synthetic rows, and the scoreboard's rules."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.decomposition import PCA
+from sklearn.neighbors import KNeighborsClassifier
+
+from fungi_core import evaluate, extract, paper, protocol
+from fungi_core.images import Images
+
+
+def rows(n, seed, informative="kl", metric="accuracy"):
+    """Four classes; only the block ``informative`` knows the class, the others are noise."""
+    g = np.random.default_rng(seed)
+    labels = np.arange(n) % 4
+    blocks = {name: g.normal(size=(n, 12)).astype(np.float32) for name in ("embedding", "kl", "dino", "simclr")}
+    blocks[informative][np.arange(n), labels] += 6
+    names = [str(i) for i in range(n)]
+    data = Images("toy", "test", labels, list("abcd"), metric, names, [None] * n, np.arange(n), "", "")
+    return extract.Rows(data, blocks, ("key",))
+
+
+def test_accuracies_are_scikit_learns_with_the_papers_pipeline():
+    train, test = rows(200, 0), rows(120, 1)
+    table = protocol.knn(train, test, k=20, pca=12).set_index("features")
+    joined = {}
+    for name, split in (("train", train), ("test", test)):
+        blocks = [b / np.linalg.norm(b, axis=1, keepdims=True) for b in split.blocks.values()]
+        joined[name] = np.concatenate([blocks[1], blocks[2], blocks[3], blocks[0]], 1)
+    pca = PCA(12, svd_solver="full").fit(joined["train"])
+    model = KNeighborsClassifier(20).fit(pca.transform(joined["train"]), train.labels)
+    expected = 100 * model.score(pca.transform(joined["test"]), test.labels)
+    assert table.loc["E+K+D+S", "value"] == pytest.approx(expected, abs=0.9)  # one test image at most
+    alone = KNeighborsClassifier(20).fit(evaluate.normalize(train.blocks["embedding"]), train.labels)
+    assert table.loc["E", "value"] == pytest.approx(
+        100 * alone.score(evaluate.normalize(test.blocks["embedding"]), test.labels)
+    )
+
+
+def test_gains_and_steps_are_paired_differences_with_intervals_around_them():
+    table = protocol.knn(rows(200, 0), rows(120, 1), k=20).set_index("features")
+    e = table.loc["E"]
+    assert (e["gain"], e["gain_low"], e["gain_high"], e["step"]) == (0, 0, 0, 0)
+    previous = "E"
+    for name in protocol.COMBINATIONS[1:]:
+        row = table.loc[name]
+        assert row["gain"] == pytest.approx(row["value"] - e["value"])
+        assert row["step"] == pytest.approx(row["value"] - table.loc[previous, "value"])
+        for q, low, high in (
+            ("value", "low", "high"),
+            ("gain", "gain_low", "gain_high"),
+            ("step", "step_low", "step_high"),
+        ):
+            assert row[low] <= row[q] <= row[high]
+        previous = name
+    assert table.loc["E+K", "gain_low"] > 10  # the KL block alone knows the class
+
+
+def test_few_shot_uses_the_first_images_of_each_class_only():
+    train, test = rows(200, 0), rows(120, 1)
+    few = protocol.knn(train, test, ["K"], k=3, shots=5)
+    by_hand = evaluate.knn_predict(
+        evaluate.normalize(train.blocks["kl"][:20]), train.labels[:20], evaluate.normalize(test.blocks["kl"]), k=3
+    )
+    assert few["value"][0] == pytest.approx(100 * np.mean(by_hand == test.labels)) and few["setting"][0] == "5-shot"
+
+
+def test_adding_a_feature_set_does_not_move_another_ones_interval():
+    train, test = rows(100, 0), rows(60, 1)
+    short = protocol.knn(train, test, ["E", "E+K"], k=5).set_index("features")
+    long = protocol.knn(train, test, ["E", "E+K", "E+S"], k=5).set_index("features")
+    pd.testing.assert_frame_equal(short, long.loc[["E", "E+K"]])
+
+
+def test_pairs_and_square():
+    frame = protocol.pairs(rows(80, 0), rows(60, 1), k=5, pca=12)
+    assert len(frame) == 10 and (frame.query("a == b")["cka"] == 1).all()
+    names, matrix = protocol.square(frame, "value")
+    assert names == ["E", "K", "D", "S"] and np.array_equal(matrix, matrix.T) and np.isfinite(matrix).all()
+    alone = frame.query("a == b").set_index("a")["value"]
+    row = frame.query("a == 'E' and b == 'K'").iloc[0]
+    assert row["gain"] == pytest.approx(row["value"] - max(alone["E"], alone["K"]))
+
+
+def test_class_gains_sum_to_the_gain_on_a_balanced_set():
+    train, test = rows(80, 0), rows(60, 1)
+    frame = protocol.class_gains(train, test, ["K"], k=5)
+    table = protocol.knn(train, test, ["E", "K"], k=5).set_index("features")
+    assert frame["value"].mean() == pytest.approx(table.loc["K", "gain"])
+
+
+def test_means_add_independent_errors_in_squares_and_shared_ones_as_they_are():
+    quantities = {q: [0.0, 2.0] for q in protocol.QUANTITIES}
+    quantities |= {"value": [10.0, 20.0], "low": [7.0, 16.0], "high": [13.0, 24.0]}  # half-widths 3 and 4
+    frame = pd.DataFrame({"backbone": "b", "setting": "full", "features": "E", **quantities})
+    apart = protocol.mean_over(frame).iloc[0]
+    assert (apart["value"], apart["high"] - apart["value"]) == (15, 2.5)  # sqrt(9 + 16) / 2
+    together = protocol.mean_over(frame, shared=True).iloc[0]
+    assert together["high"] - together["value"] == 3.5
+
+
+def test_missing_lists_what_is_absent_and_unknown_names_raise(monkeypatch, tmp_path):
+    monkeypatch.setenv("FUNGI_DATA", str(tmp_path))
+    lacking = protocol.missing(["vit_base_patch16_224.dino", "random:test_vit"], ["digits", "flowers102"])
+    assert set(lacking["name"]) == {"flowers102", "vit_base_patch16_224.dino"}
+    assert all("\n" not in line and len(line) > 20 for line in lacking["not run: needs"])
+    with pytest.raises(ValueError, match="unknown data set 'flowers'.*digits"):
+        protocol.missing([], ["flowers"])
+    with pytest.raises(ValueError, match="unknown backbone 'vit_huge_lala'.*vit_mini.sup_tin100"):
+        protocol.missing(["vit_huge_lala"], [])
+
+
+@pytest.mark.parametrize(
+    ("expected", "value", "low", "high", "on", "verdict"),
+    [
+        ("+", 2.0, 1.0, 3.0, "x", "agrees"),
+        ("+", -2.0, -3.0, -1.0, "x", "disagrees"),
+        ("-", -2.0, -3.0, -1.0, "x", "agrees"),
+        ("-", 2.0, 1.0, 3.0, "x", "disagrees"),
+        ("+", 2.0, -0.1, 4.0, "x", "undecided"),
+        ("+", 2.0, 0.0, 4.0, "x", "undecided"),
+        ("", 2.0, 1.0, 3.0, "x", "undecided"),
+        ("+", float("nan"), float("nan"), float("nan"), "x", "not testable here"),
+        ("+", float("nan"), float("nan"), float("nan"), None, "not run"),
+    ],
+)
+def test_verdicts(expected, value, low, high, on, verdict):
+    assert paper.verdict(expected, value, low, high, on) == verdict
+
+
+def test_the_scoreboard_reads_what_notebooks_wrote(monkeypatch, tmp_path):
+    monkeypatch.setenv("FUNGI_FIGURES", str(tmp_path))
+    assert set(paper.scoreboard("mini")["verdict"]) == {"not run"}
+    measured = pd.DataFrame([("table2-k", 1.0, 0.5, 1.5, "digits; b")], columns=paper.MEASURED)
+    paper.save_measured(measured, "03_image_classification", "mini")
+    board = paper.scoreboard("mini").set_index("id")
+    assert board.loc["table2-k", "verdict"] == "agrees" and (board["verdict"] != "not run").sum() == 1
+    with pytest.raises(ValueError, match="02_complementarity has no claim 'table2-k'"):
+        paper.save_measured(measured, "02_complementarity", "mini")
