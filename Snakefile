@@ -5,7 +5,7 @@
 import sys
 
 sys.path.insert(0, workflow.basedir)
-from fungi_core import datasets, run
+from fungi_core import backbones, datasets, run
 
 workdir: workflow.basedir
 
@@ -25,6 +25,7 @@ FEATURES = ["embedding", "kl", "dino", "simclr"]
 # features of a (backbone, data set, split), but in the paper profile, where each takes hours, each is a job.
 GROUPS = FEATURES if PROFILE == "paper" else ["+".join(FEATURES)]
 PRESENT = {row["name"] for row in datasets.table() if row["available"]}  # the rest is "not run" in the notebooks
+PRESENT |= {name for p in PARAMETERS.values() for name in p.get("backbones", ()) if not backbones.unavailable(name)}
 
 CODE = sorted(Path("fungi_core").glob("*.py"))
 # Modules that change no feature; a change in any other runs the features jobs again, which then find their rows stored.
@@ -39,7 +40,7 @@ def features(slug):
         return []
     return [
         f"{RUNS}/features/{backbone}/{dataset}/{split}-{p['n_train']}-{p['n_test']}-seed{p['seed']}/{group}.done"
-        for backbone in p["backbones"]
+        for backbone in p["backbones"] if backbone in PRESENT
         for dataset in p["datasets"] if dataset in PRESENT
         for split in ("train", "test")
         for group in GROUPS
