@@ -6,7 +6,7 @@ To add a backbone, add one ``Spec`` to ``BACKBONES``; any other timm name works 
 
 import copy
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import timm
@@ -86,8 +86,8 @@ class Backbone:
     pca: int | None = None
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
+    given: bool = False  # an nn.Module of the caller's, not a named architecture
     fast: bool = True  # False forces the general path (tests, comparisons)
-    _tails: dict = field(default_factory=dict, repr=False)
 
     def embed(self, views: torch.Tensor) -> torch.Tensor:
         """(N, 3, s, s) in the backbone's dtype -> (N, D): pooled and normalised as timm reads it out, before any
@@ -107,8 +107,16 @@ class Backbone:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of the weights in fp32: two checkpoints under one name never share features."""
+        """Hash of the weights in fp32: two checkpoints under one name never share features.
+
+        A module that was passed in has no name that fixes its structure, so its modules' plain attributes (pooling,
+        number of heads, ...) are hashed as well.
+        """
         digest = hashlib.blake2b(digest_size=16)
+        for path, module in self.model.named_modules() if self.given else ():
+            plain = {k: v for k, v in vars(module).items() if isinstance(v, (bool, int, float, str))}
+            ignored = ("training", "fused_attn")  # change no feature
+            digest.update(repr((path, sorted((k, v) for k, v in plain.items() if k not in ignored))).encode())
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(name.encode() + tensor.float().cpu().numpy().tobytes())
         return digest.hexdigest()
@@ -147,17 +155,16 @@ class Backbone:
         with torch.inference_mode():
             for i in range(0, len(flat), chunk):
                 attention[i : i + chunk], residual[i : i + chunk] = class_token_trunk(self.model, flat[i : i + chunk])
-        tail = self._tail()  # float32: a class-token row costs next to nothing, and keeps its precision
+        tail = self._tail  # float32: a class-token row costs next to nothing, and keeps its precision
         with torch.enable_grad():
             output = F.linear(attention, tail.proj.weight, tail.proj.bias).requires_grad_()
             embeddings = tail(output, residual).unflatten(0, (batch, count))
             (gradient,) = loss_gradients(loss(embeddings), [output])
         return embeddings.detach(), [Factors(rows(attention, batch), rows(gradient, batch), proj.bias is not None)]
 
+    @cached_property
     def _tail(self) -> "ClassTokenTail":
-        if "tail" not in self._tails:
-            self._tails["tail"] = ClassTokenTail(self.model)
-        return self._tails["tail"]
+        return ClassTokenTail(self.model)
 
 
 class ClassTokenTail(torch.nn.Module):
@@ -233,9 +240,8 @@ def load(
     linear_layer(model, layer)
     size, mean, std, ratio = _input(model, spec)
     tensor = lambda values: torch.tensor(values, device=device, dtype=torch.float32)
-    return Backbone(
-        title, model, layer, size, tensor(mean), tensor(std), ratio, spec.pca if spec else None, device, resolved
-    )
+    pca, given = spec.pca if spec else None, not isinstance(name, str)
+    return Backbone(title, model, layer, size, tensor(mean), tensor(std), ratio, pca, device, resolved, given)
 
 
 def unavailable(name: str) -> str | None:

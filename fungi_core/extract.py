@@ -88,15 +88,19 @@ def _split(encoder, data, train, names, seed, layer) -> Rows:
     wanted = [objectives.by_name(name) if isinstance(name, str) else name for name in names]
     if len({o.name for o in wanted}) != len(wanted):
         raise ValueError(f"each objective can be used once a call, got {', '.join(o.name for o in wanted)}")
-    whole = [o for o in wanted if o.views == "whole"]
+    encoder.gradient_size(layer)  # a wrong layer raises before anything is extracted
+    # The embedding comes along with the KL gradient at the backbone's own layer, always on the same path: another layer
+    # takes the general one, whose bf16 embedding rounds differently.
+    along = layer == encoder.layer and any(o.views == "whole" for o in wanted)
     embedding = store.open_rows(_meta(encoder, data), len(data), encoder.width)
     opened = {
         o.name: store.open_rows(_meta(encoder, data, train, o, seed, layer), len(data), encoder.width) for o in wanted
     }
-    for objective in wanted if whole or embedding.complete else [fungi.WHOLE, *wanted]:
-        rows = opened.get(objective.name)  # None: only the embedding is asked for
-        targets = ((embedding,) if objective.views == "whole" else ()) + (rows,)
-        targets = [r for r in targets if r is not None and not r.complete]  # no lock on what others only read
+    if not along and not embedding.complete:
+        _extract(encoder, data, train, fungi.WHOLE, [embedding], embedding, seed, encoder.layer)
+    for objective in wanted:
+        targets = ([embedding] if along and objective.views == "whole" else []) + [opened[objective.name]]
+        targets = [rows for rows in targets if not rows.complete]  # no lock on what others only read
         if targets:
             _extract(encoder, data, train, objective, targets, embedding, seed, layer)
     blocks = {"embedding": embedding.read()} | {name: rows.read() for name, rows in opened.items()}

@@ -35,7 +35,7 @@ def draw_parts(backbone: backbones.Backbone, objective, seed: int, layer: str | 
     layer = layer or backbone.layer
     heads = objective.heads(backbone.width, views.generator("head", seed, objective.name))
     heads = {name: tensor.to(backbone.device) for name, tensor in heads.items()}
-    return Parts(heads, Rademacher(backbone.width, backbone.gradient_size(layer), seed, layer))
+    return Parts(heads, Rademacher(backbone.width, backbone.gradient_size(layer), backbone.name, seed, layer))
 
 
 def negative_latents(
@@ -259,10 +259,12 @@ class Fungi(TransformerMixin, BaseEstimator):
         self.backbone_ = backbones.load(self.backbone, layer=self.layer, device=self.device, dtype=self.dtype)
         self.parts_ = {o.name: draw_parts(self.backbone_, o, self.seed) for o in self.objectives}
         to = lambda tensor: tensor.to(self.backbone_.device, torch.float32)
+        projection = next((part.projection for part in self.parts_.values()), None)  # one R for all objectives
+        if self.projection is not None and projection is not None:
+            projection = Rademacher(projection.rows, projection.columns, matrix=self.projection)
         for name, part in self.parts_.items():
             part.heads = {k: to(v) for k, v in (self.heads or {}).get(name, part.heads).items()}
-            if self.projection is not None:
-                part.projection = Rademacher(part.projection.rows, part.projection.columns, matrix=self.projection)
+            part.projection = projection
             given = {**(self.negatives or {}), **(negatives or {})}.get(name)
             part.negatives = None if given is None else to(given)
 

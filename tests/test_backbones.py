@@ -63,3 +63,10 @@ def test_throughput_ratios_are_speed_over_floor():
     torch.testing.assert_close(
         throughput.stock(backbone)(x := torch.rand(2, 3, 160, 160)), backbone.embed(x), rtol=1e-4, atol=1e-4
     )
+
+
+def test_modules_of_other_structure_with_the_same_weights_have_another_fingerprint():
+    a, b = (timm.create_model("test_vit", num_classes=0, global_pool=pool, fc_norm=False) for pool in ("token", "avg"))
+    b.load_state_dict(a.state_dict())
+    prints = [backbones.load(m, layer="blocks.5.attn.proj", dtype="float32").fingerprint for m in (a, b, a)]
+    assert prints[0] != prints[1] and prints[0] == prints[2]

@@ -116,7 +116,7 @@ def test_no_sample_touches_another():
         (lambda: O.kl_loss(torch.zeros(1, 1, 2), 1.0, "sideways"), "uniform_latent"),
         (lambda: O.info_nce(torch.ones(1, 1, 2), torch.ones(1, 2), 1.0), "at least 2"),
         (lambda: O.info_nce(torch.ones(1, 2, 2), torch.ones(1, 2), 1.0, "none"), "published"),
-        (lambda: O.info_nce(torch.ones(1, 2, 2), torch.ones(1, 2), 0.01), "0.01 is too low for float32; the lowest is 0.025"),
+        (lambda: O.info_nce(torch.ones(1, 2, 2), torch.ones(1, 2), 0.01), "0.01 is too low for float32"),
         (lambda: O.SimCLR().loss(torch.ones(1, 2, 4), O.SimCLR().heads(4, np.random.default_rng(0))), "negatives"),
         (lambda: O.by_name("byol"), "kl, dino, simclr"),
     ],
