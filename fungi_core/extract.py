@@ -49,6 +49,7 @@ def features(
     n_test: int | None = None,
     seed: int = 0,
     layer: str | None = None,
+    projection: str = "rademacher",
 ) -> tuple[Rows, Rows]:
     """Embeddings and gradients of the train and test split; whatever the store lacks is extracted into it.
 
@@ -57,7 +58,9 @@ def features(
     """
     encoder = backbones.load(backbone) if isinstance(backbone, str) else backbone
     train, test = _load(dataset, n_train, n_test)
-    return tuple(_split(encoder, data, train, names, seed, layer or encoder.layer) for data in (train, test))
+    return tuple(
+        _split(encoder, data, train, names, seed, layer or encoder.layer, projection) for data in (train, test)
+    )
 
 
 def _load(dataset: str, n_train: int | None, n_test: int | None) -> tuple["datasets.Images", "datasets.Images"]:
@@ -84,7 +87,7 @@ def fungi_features(train: Rows, test: Rows, letters: str, size: int | None = Non
     return fitted.transform(a), fitted.transform(b)
 
 
-def _split(encoder, data, train, names, seed, layer) -> Rows:
+def _split(encoder, data, train, names, seed, layer, projection="rademacher") -> Rows:
     wanted = [objectives.by_name(name) if isinstance(name, str) else name for name in names]
     if len({o.name for o in wanted}) != len(wanted):
         raise ValueError(f"each objective can be used once a call, got {', '.join(o.name for o in wanted)}")
@@ -94,7 +97,8 @@ def _split(encoder, data, train, names, seed, layer) -> Rows:
     along = layer == encoder.layer and any(o.views == "whole" for o in wanted)
     embedding = store.open_rows(_meta(encoder, data), len(data), encoder.width)
     opened = {
-        o.name: store.open_rows(_meta(encoder, data, train, o, seed, layer), len(data), encoder.width) for o in wanted
+        o.name: store.open_rows(_meta(encoder, data, train, o, seed, layer, projection), len(data), encoder.width)
+        for o in wanted
     }
     if not along and not embedding.complete:
         _extract(encoder, data, train, fungi.WHOLE, [embedding], embedding, seed, encoder.layer)
@@ -102,19 +106,19 @@ def _split(encoder, data, train, names, seed, layer) -> Rows:
         targets = ([embedding] if along and objective.views == "whole" else []) + [opened[objective.name]]
         targets = [rows for rows in targets if not rows.complete]  # no lock on what others only read
         if targets:
-            _extract(encoder, data, train, objective, targets, embedding, seed, layer)
+            _extract(encoder, data, train, objective, targets, embedding, seed, layer, projection)
     blocks = {"embedding": embedding.read()} | {name: rows.read() for name, rows in opened.items()}
     return Rows(data, blocks, (embedding.key, *(rows.key for rows in opened.values())))
 
 
-def _extract(encoder, data, train, objective, targets, embedding, seed, layer) -> None:
+def _extract(encoder, data, train, objective, targets, embedding, seed, layer, projection="rademacher") -> None:
     with ExitStack() as locks:
         for target in targets:  # always the embedding first, so that two processes cannot wait for each other
             locks.enter_context(target.lock())
         gaps = _union(gap for target in targets for gap in target.missing())
         if not gaps:
             return  # another process was faster
-        parts = fungi.draw_parts(encoder, objective, seed, layer)
+        parts = fungi.draw_parts(encoder, objective, seed, layer, projection)
         if objective.negatives:
             parts.negatives = _negatives(encoder, objective, parts.heads, train, seed)
         label = f"{data.name} {data.split} {encoder.name} {objective.name}"
@@ -149,7 +153,7 @@ def _negatives(encoder, objective, heads, train, seed) -> torch.Tensor:
     return torch.from_numpy(rows.read()).to(encoder.device)
 
 
-def _meta(encoder, data, train=None, objective=None, seed=None, layer=None) -> dict:
+def _meta(encoder, data, train=None, objective=None, seed=None, layer=None, projection=None) -> dict:
     """Everything that changes a feature, and nothing that does not (batch size, workers, order of devices)."""
     meta = {
         "extraction": EXTRACTION,
@@ -167,6 +171,7 @@ def _meta(encoder, data, train=None, objective=None, seed=None, layer=None) -> d
         "settings": settings,
         "seed": seed,
         "layer": layer,
+        "projection": projection,
         "negatives": negatives,
     }
 

@@ -15,8 +15,8 @@ from safetensors.numpy import save_file
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 
-from . import backbones, evaluate, objectives, pca, views
-from .projection import Rademacher
+from . import backbones, evaluate, objectives, pca, projection, views
+from .gradients import linear_layer
 
 WHOLE = objectives.KL()  # the embedding rides on the whole-image view
 
@@ -26,16 +26,20 @@ class Parts:
     """Everything random besides the views, for one backbone and objective: drawn from a seed, or given."""
 
     heads: objectives.Heads
-    projection: Rademacher
+    projection: "projection.Rademacher | projection.KhatriRao | projection.TensorSketch"
     negatives: torch.Tensor | None = None
 
 
-def draw_parts(backbone: backbones.Backbone, objective, seed: int, layer: str | None = None) -> Parts:
+def draw_parts(
+    backbone: backbones.Backbone, objective, seed: int, layer: str | None = None, kind: str = "rademacher"
+) -> Parts:
     """Heads and projection from the seed; one projection per (backbone, layer, seed), shared by all objectives."""
     layer = layer or backbone.layer
+    linear = linear_layer(backbone.model, layer)
+    shape = linear.out_features, linear.in_features + (linear.bias is not None)
     heads = objective.heads(backbone.width, views.generator("head", seed, objective.name))
     heads = {name: tensor.to(backbone.device) for name, tensor in heads.items()}
-    return Parts(heads, Rademacher(backbone.width, backbone.gradient_size(layer), backbone.name, seed, layer))
+    return Parts(heads, projection.draw(kind, backbone.width, *shape, backbone.name, seed, layer))
 
 
 def negative_latents(
@@ -116,8 +120,9 @@ class Fungi(TransformerMixin, BaseEstimator):
     ``backbone``: a name from the table, any timm name, or an ``nn.Module`` with ``layer``. ``objectives``: a sequence
     of ``KL()``, ``DINO()``, ``SimCLR()`` with Table 17's defaults. ``layer``: None is the attention output projection
     of the last block. ``pca``: "paper" (Table 16; the embedding's width where the paper has no value), a size, or None;
-    skipped when not smaller than rows and columns. ``seed`` draws heads, projection, negatives and views. ``heads``,
-    ``projection``, ``negatives`` replace what would be drawn: {objective name: heads}, (d, m) tensor, {name: (M, dim)}.
+    skipped when not smaller than rows and columns. ``seed`` draws heads, projection, negatives and views.
+    ``projection``: "rademacher" (the paper's), "khatri-rao", "sketch", or a (d, m) tensor to use as it is. ``heads``
+    and ``negatives`` replace what would be drawn: {objective name: heads}, {objective name: (M, dim)}.
 
     X is a sequence of images: paths, PIL, uint8 arrays (H, W[, 3]), tensors (3, H, W).
     """
@@ -132,7 +137,7 @@ class Fungi(TransformerMixin, BaseEstimator):
         device="auto",
         dtype="auto",
         heads=None,
-        projection=None,
+        projection="rademacher",
         negatives=None,
     ):
         self.backbone = backbone
@@ -197,7 +202,7 @@ class Fungi(TransformerMixin, BaseEstimator):
             raise ValueError(
                 "only a Fungi whose backbone is a name can be saved; a module's weights are not part of the file"
             )
-        if self.heads is not None or self.projection is not None:
+        if self.heads is not None or not isinstance(self.projection, str):
             raise ValueError(
                 "a Fungi with heads or a projection passed in cannot be saved; its file holds the seed only"
             )
@@ -207,7 +212,7 @@ class Fungi(TransformerMixin, BaseEstimator):
             if part.negatives is not None
         }
         arrays |= {f"pca.{name}": array for name, array in (self.pca_.to_dict() if self.pca_ else {}).items()}
-        names = ("backbone", "layer", "pca", "seed", "device", "dtype")
+        names = ("backbone", "layer", "pca", "seed", "device", "dtype", "projection")
         settings = {name: getattr(self, name) for name in names}
         settings |= {
             "objectives": [{"name": o.name} | asdict(o) for o in self.objectives],
@@ -257,14 +262,16 @@ class Fungi(TransformerMixin, BaseEstimator):
         if self.pca not in ("paper", None) and not sized:
             raise ValueError(f"pca is 'paper', None or a positive size, got {self.pca!r}")
         self.backbone_ = backbones.load(self.backbone, layer=self.layer, device=self.device, dtype=self.dtype)
-        self.parts_ = {o.name: draw_parts(self.backbone_, o, self.seed) for o in self.objectives}
+        kind = self.projection if isinstance(self.projection, str) else "rademacher"
+        self.parts_ = {o.name: draw_parts(self.backbone_, o, self.seed, None, kind) for o in self.objectives}
         to = lambda tensor: tensor.to(self.backbone_.device, torch.float32)
-        projection = next((part.projection for part in self.parts_.values()), None)  # one R for all objectives
-        if self.projection is not None and projection is not None:
-            projection = Rademacher(projection.rows, projection.columns, matrix=self.projection)
+        shared = next((part.projection for part in self.parts_.values()), None)  # one R for all objectives
+        if isinstance(self.projection, torch.Tensor):
+            columns = self.backbone_.gradient_size()
+            shared = projection.Rademacher(self.backbone_.width, columns, matrix=self.projection)
         for name, part in self.parts_.items():
             part.heads = {k: to(v) for k, v in (self.heads or {}).get(name, part.heads).items()}
-            part.projection = projection
+            part.projection = shared
             given = {**(self.negatives or {}), **(negatives or {})}.get(name)
             part.negatives = None if given is None else to(given)
 

@@ -1,4 +1,7 @@
-"""The seeded +-1 random projection of per-sample gradients (eq. 1), applied to their factors.
+"""Random projections of per-sample gradients, applied to their factors; and the inner product that they approximate.
+
+The paper's is a dense +-1 matrix R (eq. 1), ``Rademacher``. Two cheaper ones never form the gradient: ``KhatriRao``,
+whose rows are outer products of two sign vectors, and ``TensorSketch``. ``exact_kernel`` needs no projection at all.
 
 R has one row per output unit and one column per gradient entry, ``vec([W-grad | b-grad])`` row-major. It is kept as
 bits of a Philox stream keyed by (seed, layer), row after row, the same on every device and platform; blocks of rows are
@@ -60,6 +63,74 @@ class Rademacher:
         if key not in self._dense:
             self._dense[key] = self.block(start, stop, like.device, like.dtype)
         return self._dense[key]
+
+
+class KhatriRao:
+    """Sign rows that are outer products, row r = u_r w_r^T: g = sum_n (U d_n) * (W [a_n; 1]), elementwise.
+
+    Still a projection by signs, at O(D d) instead of O(D^2 d) a gradient row and without R (Kar and Karnick 2012;
+    Meister, Sarlos and Woodruff 2019); its variance is higher than that of independent signs.
+    """
+
+    def __init__(self, rows: int, d_out: int, d_in: int, *keys: object):
+        self.left = _signs(rows, d_out, "khatri-rao left", *keys)  # U, (rows, D_out)
+        self.right = _signs(rows, d_in, "khatri-rao right", *keys)  # W, (rows, D_in + 1)
+
+    def apply(self, factors: Factors, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Factors (B, n, .) -> (B, rows) float32; ``dtype`` is ignored: the products are float32."""
+        d, a = _factors(factors)
+        return ((d @ self.left.to(d).T) * (a @ self.right.to(a).T)).sum(1)  # (B, n, rows) -> (B, rows)
+
+
+class TensorSketch:
+    """Count sketches of the two factors, convolved by FFT: O(D + d log d) a gradient row (Pham and Pagh 2013)."""
+
+    def __init__(self, rows: int, d_out: int, d_in: int, *keys: object):
+        rng = views.generator("tensor-sketch", *keys)
+        self.rows = rows
+        self.buckets = [torch.from_numpy(rng.integers(0, rows, size)) for size in (d_out, d_in)]
+        self.signs = [_signs(1, size, "tensor-sketch", side, *keys)[0] for side, size in enumerate((d_out, d_in))]
+
+    def apply(self, factors: Factors, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Factors (B, n, .) -> (B, rows) float32; ``dtype`` is ignored: the sums are float32."""
+        spectra = []
+        for x, bucket, sign in zip(_factors(factors), self.buckets, self.signs, strict=True):
+            counts = x.new_zeros(*x.shape[:2], self.rows).index_add_(2, bucket.to(x.device), x * sign.to(x))
+            spectra.append(torch.fft.rfft(counts))  # (B, n, rows / 2 + 1)
+        return torch.fft.irfft((spectra[0] * spectra[1]).sum(1), self.rows)  # linear: one inverse for all n
+
+
+def exact_kernel(x: Factors, y: Factors) -> torch.Tensor:
+    """<G_i, G_j> for every pair, (Bx, By) float32: sum over n, m of (d_in . d_jm) (a_in . a_jm + 1), no projection.
+
+    For one view or token a sample this is the elementwise product of two ordinary inner-product matrices.
+    """
+    (dx, ax), (dy, ay) = _factors(x), _factors(y)
+    out = []
+    for d, a in zip(dx, ax, strict=True):  # one sample of x at a time bounds the memory to n x By x n
+        both = torch.einsum("no,jmo->jnm", d, dy).mul_(torch.einsum("ni,jmi->jnm", a, ay))
+        out.append(both.sum((1, 2)))
+    return torch.stack(out)
+
+
+def draw(kind: str, rows: int, d_out: int, d_in: int, *keys: object) -> "Rademacher | KhatriRao | TensorSketch":
+    """The projection called ``kind`` for gradients (d_out, d_in); ``d_in`` counts the bias column."""
+    if kind == "rademacher":
+        return Rademacher(rows, d_out * d_in, *keys)
+    if kind not in ("khatri-rao", "sketch"):
+        raise ValueError(f"unknown projection {kind!r}; there are 'rademacher', 'khatri-rao' and 'sketch'")
+    return (KhatriRao if kind == "khatri-rao" else TensorSketch)(rows, d_out, d_in, *keys)
+
+
+def _factors(factors: Factors) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output gradients (B, n, D_out) and activations with the bias's ones appended, (B, n, D_in + 1)."""
+    a = factors.activations
+    return factors.output_gradients, torch.cat([a, a.new_ones(*a.shape[:2], 1)], 2) if factors.bias else a
+
+
+def _signs(rows: int, columns: int, *keys: object) -> torch.Tensor:
+    bits = np.unpackbits(sign_bits(rows, columns, *keys), axis=1, count=columns, bitorder="little")
+    return torch.from_numpy(bits).float().mul_(2).sub_(1)  # (rows, columns)
 
 
 def sign_bits(rows: int, columns: int, *keys: object) -> np.ndarray:

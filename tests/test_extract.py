@@ -323,3 +323,9 @@ def test_subsets_are_balanced_and_zero_is_all(monkeypatch):
     monkeypatch.setattr(extract, "_split", lambda encoder, data, *_: data.split)
     assert features("digits", NAME, n_train=0, n_test=None) == ("train", "test")
     assert asked == [("train", None), ("test", None)]
+
+
+def test_projections_have_stores_of_their_own(workplace):
+    blocks = [digits(["kl"], projection=kind)[0] for kind in ("rademacher", "khatri-rao", "sketch")]
+    assert len({rows.store_keys[1] for rows in blocks}) == 3 and len({rows.store_keys[0] for rows in blocks}) == 1
+    assert not any(np.allclose(blocks[0].blocks["kl"], other.blocks["kl"]) for other in blocks[1:])

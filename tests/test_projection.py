@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fungi_core.gradients import Factors
-from fungi_core.projection import Rademacher, sign_bits
+from fungi_core.projection import Rademacher, draw, exact_kernel, sign_bits
 
 
 def factors(batch=3, n=4, d_in=5, d_out=6, bias=True, seed=0):
@@ -132,3 +132,53 @@ def test_wrong_shapes_are_one_line():
         Rademacher(7, 36, matrix=torch.ones(36, 7))
     with pytest.raises(ValueError, match="the gradient has 36 entries, the projection 30 columns"):
         Rademacher(7, 30, 0).apply(factors())
+
+
+# --- cheaper projections and the exact kernel
+
+
+def dense(projection, d_out, d_in):
+    """The matrix that a structured projection stands for, from its action on every single entry of the gradient."""
+    eye = [
+        Factors(torch.eye(d_in)[None, [i]], torch.eye(d_out)[None, [o]], False)
+        for o in range(d_out)
+        for i in range(d_in)
+    ]
+    return torch.stack([projection.apply(f)[0] for f in eye], 1)  # (rows, d_out * d_in)
+
+
+@pytest.mark.parametrize("kind", ["khatri-rao", "sketch"])
+def test_structured_projections_equal_their_dense_matrix(kind):
+    g = torch.Generator().manual_seed(0)
+    f = Factors(torch.randn(3, 5, 6, generator=g), torch.randn(3, 5, 4, generator=g), True)
+    projection = draw(kind, 16, 4, 7, 0)
+    matrix = dense(projection, 4, 7)
+    torch.testing.assert_close(projection.apply(f), Rademacher(16, 28, matrix=matrix).apply(f), rtol=1e-4, atol=1e-4)
+    if kind == "khatri-rao":  # entries are products of two signs, rows have rank one
+        assert torch.equal(matrix.abs(), torch.ones(16, 28))
+        assert all(torch.linalg.matrix_rank(row.reshape(4, 7)) == 1 for row in matrix)
+    else:  # every entry goes to one bucket with one sign
+        assert torch.allclose(matrix.abs().sum(0), torch.ones(28), atol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_exact_kernel_is_the_inner_product_of_gradients(bias):
+    g = torch.Generator().manual_seed(0)
+    x, y = (Factors(torch.randn(n, 3, 6, generator=g), torch.randn(n, 3, 4, generator=g), bias) for n in (4, 5))
+    expected = x.gradient().flatten(1) @ y.gradient().flatten(1).T
+    torch.testing.assert_close(exact_kernel(x, y), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(("kind", "scale"), [("rademacher", 64), ("khatri-rao", 64), ("sketch", 1)])
+def test_every_projection_estimates_the_exact_kernel_without_bias(kind, scale):
+    g = torch.Generator().manual_seed(0)
+    f = Factors(torch.randn(2, 3, 6, generator=g), torch.randn(2, 3, 4, generator=g), True)
+    exact = exact_kernel(f, f)
+    draws = torch.stack([(p := draw(kind, 64, 4, 7, seed).apply(f)) @ p.T / scale for seed in range(400)])
+    error = draws.std(0) / 400**0.5
+    assert ((draws.mean(0) - exact).abs() < 5 * error).all()
+
+
+def test_an_unknown_projection_lists_what_exists():
+    with pytest.raises(ValueError, match="'gauss'; there are 'rademacher', 'khatri-rao' and 'sketch'"):
+        draw("gauss", 8, 4, 4)
