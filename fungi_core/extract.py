@@ -68,11 +68,10 @@ def _load(dataset: str, n_train: int | None, n_test: int | None) -> tuple["datas
 
 
 def fungi_features(train: Rows, test: Rows, letters: str, size: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """The features called ``letters`` ("E", "E+K", "E+K+D+S"): normalised, joined, PCA of ``size`` fitted on train (eq.
-    2, 3).
+    """The features called ``letters`` ("E", "K", "E+K+D+S"): normalised, joined, PCA fitted on train (eq. 2, 3).
 
-    PCA is skipped, as in the published code, for one block alone or where ``size`` is None or not below rows and
-    columns.
+    As in the published code, PCA is skipped where ``size`` is None or not below both rows and columns; the embedding
+    alone gets it too (Table 16).
     """
     by_letter = {letter: name for name, letter in LETTERS.items()}
     unknown = [letter for letter in letters.split("+") if letter not in by_letter]
@@ -80,7 +79,7 @@ def fungi_features(train: Rows, test: Rows, letters: str, size: int | None = Non
         raise ValueError(f"unknown feature letters {unknown}; there are {', '.join(by_letter)} joined by '+'")
     names = [by_letter[letter] for letter in letters.split("+")]
     a, b = (evaluate.combine(rows.blocks, names) for rows in (train, test))
-    size = pca.pca_size(size, *a.shape) if size and len(names) > 1 else None
+    size = pca.pca_size(size, *a.shape) if size else None
     if size is None:
         return a, b
     fitted = pca.fit_pca(a, size)

@@ -107,6 +107,34 @@ def accuracy_by_features(df: pd.DataFrame) -> Figure:
     return fig
 
 
+def curves(df: pd.DataFrame, *, x: str, label: str) -> Figure:
+    """Accuracy against the column `x` for each feature set, a panel for each data set and backbone.
+
+    `df`: features, value, `x`; bands are from `low` to `high`, the notebook says what they are.
+    """
+    df = _need(df, x, "features", "value")
+    df = df.assign(panel=_join(df, "dataset", "backbone"))
+    panels = list(df["panel"].unique())
+    cols = min(3, len(panels))
+    rows = -(-len(panels) // cols)
+    fig, axes = figure(rows, cols, width=min(WIDE, COLUMN * cols), height=0.35 + 2.1 * rows)
+    for ax in axes.flat[len(panels) :]:
+        ax.axis("off")
+    for ax, panel in zip(axes.flat, panels, strict=False):
+        for kind, part in df[df["panel"] == panel].groupby("features", sort=False):
+            part = part.sort_values(x)
+            ax.fill_between(part[x], part["low"], part["high"], color=colour(kind), alpha=0.18, linewidth=0)
+            ax.plot(part[x], part["value"], color=colour(kind), marker="o", markersize=3)
+        ax.set(xlabel=label)
+        ax.grid(axis="y")
+        ax.set_title(panel)
+    for ax in axes[:, 0]:
+        ax.set_ylabel("accuracy (%)")
+    keys = {kind: {"color": colour(kind), "marker": "o"} for kind in df["features"].unique()}
+    _legend(fig, keys, None)
+    return fig
+
+
 def backbone_bars(df: pd.DataFrame) -> Figure:
     """Figs 5 and 11: embedding ("E") against FUNGI (any other `features`) for each backbone, a column for each setting.
 

@@ -92,6 +92,57 @@ def _correct(train, test, letters, k, size) -> np.ndarray:
     return evaluate.knn_predict(a, train.labels, b, k=k) == test.labels
 
 
+def shot_curve(
+    train: extract.Rows,
+    test: extract.Rows,
+    letters: Sequence[str],
+    shots: Sequence[int],
+    draws: int,
+    *,
+    k: int,
+    seed: int,
+) -> pd.DataFrame:
+    """Fig. 6: accuracy in percent for each number of shots: features, shots, value (mean over draws), low, high (range).
+
+    Every draw takes the same training images for all features. PCA goes to the embedding's width; k is at most the
+    number of labelled images.
+    """
+    rows = []
+    for count in shots:
+        picks = [
+            evaluate.few_shot_indices(train.labels, count, views.generator("shots", seed, d)) for d in range(draws)
+        ]
+        for name in letters:
+            hits = []
+            for pick in picks:
+                few = train.take(pick)
+                hits.append(100 * _correct(few, test, name, min(k, len(pick)), few.blocks["embedding"].shape[1]).mean())
+            rows.append((name, count, np.mean(hits), min(hits), max(hits)))
+    return pd.DataFrame(rows, columns=["features", "shots", "value", "low", "high"])
+
+
+def pca_curve(
+    train: extract.Rows, test: extract.Rows, letters: Sequence[str], sizes: Sequence[int | None], *, k: int, seed: int
+) -> pd.DataFrame:
+    """Table 16: features, size (None: no PCA), accuracy with interval, and its paired gain over no PCA."""
+    rows = []
+    for name in letters:
+        plain = _correct(train, test, name, k, None)
+        for size in sizes:
+            correct = plain if size is None else _correct(train, test, name, k, size)
+            draw = lambda kind, n=name, s=size: views.generator("bootstrap", seed, kind, n, s)
+            value = evaluate.bootstrap(correct, generator=draw("own"))
+            rows.append((name, size, *value, *evaluate.bootstrap(correct, plain, generator=draw("paired"))))
+    return pd.DataFrame(rows, columns=["features", "size", "value", "low", "high", "gain", "gain_low", "gain_high"])
+
+
+def mean_interval(values: Sequence[float], seed: int) -> tuple[float, float, float]:
+    """Mean and 95 % bootstrap interval over a handful of runs (data sets, backbones): how it varies between them."""
+    values = np.asarray(values, dtype=float)
+    means = views.generator("runs", seed).choice(values, (2000, len(values))).mean(1)
+    return (values.mean(), *np.percentile(means, [2.5, 97.5])) if len(values) > 1 else (values.mean(), np.nan, np.nan)
+
+
 def class_gains(
     train: extract.Rows, test: extract.Rows, letters: Sequence[str] = ("K", "D", "S"), *, k: int = 20
 ) -> pd.DataFrame:
