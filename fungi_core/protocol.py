@@ -102,7 +102,7 @@ def shot_curve(
     k: int,
     seed: int,
 ) -> pd.DataFrame:
-    """Fig. 6: accuracy in percent for each number of shots: features, shots, value (mean over draws), low, high (range).
+    """Fig. 6: accuracy in percent for each number of shots: features, shots, value (mean of draws), low, high (range).
 
     Every draw takes the same training images for all features. PCA goes to the embedding's width; k is at most the
     number of labelled images.

@@ -12,15 +12,19 @@ from . import backbones, fungi, objectives, views
 from .extract import LETTERS
 
 
-def stock(backbone: backbones.Backbone) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The same architecture and weights as timm runs them: the floor's yardstick, in the backbone's dtype."""
-    fused = timm.layers.use_fused_attn()
-    model = backbones.load(
-        backbone.name, device=backbone.device, dtype=str(backbone.dtype).removeprefix("torch.")
-    ).model
+def plain_model(backbone: backbones.Backbone) -> torch.nn.Module:
+    """The same architecture and weights as timm runs them, untouched, in the backbone's dtype and on its device."""
+    dtype = str(backbone.dtype).removeprefix("torch.")
+    model = backbones.load(backbone.name, device=backbone.device, dtype=dtype).model
     for module in model.modules():
-        if hasattr(module, "fused_attn"):
-            module.fused_attn = bool(fused)
+        if hasattr(module, "fused_attn"):  # `backbones.load` switches it off on CPUs; timm's default is on
+            module.fused_attn = bool(timm.layers.use_fused_attn())
+    return model
+
+
+def stock(backbone: backbones.Backbone) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The floor's yardstick: timm's own forward pass."""
+    model = plain_model(backbone)
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode():

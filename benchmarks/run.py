@@ -1,0 +1,118 @@
+"""Images per second as ratios in one run on one machine: stock embedding, ours, and the published library.
+
+    python benchmarks/run.py [--backbone random:vit_small_patch16_224] [--device cpu] [--repeats 5] [--out FILE.json]
+
+Ours against stock: `fungi_core.throughput`. Ours against `fungivision` 0.0.2 (the authors' library, installed with the
+``test`` extra): the same decoded images in, projected gradients out, wall clock, each in a process of its own so that
+peak memory is its own; the library in fp32 (its half precision has no effect on a CPU), ours in its default dtype.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from fungi_core import backbones, fungi, objectives, throughput
+
+IMAGES = {"kl": 32, "dino": 4, "simclr": 2}  # decoded 256 x 256 images a timed call
+
+
+def pictures(count: int) -> list[Image.Image]:
+    noise = np.random.default_rng(0).integers(0, 256, (count, 16, 16, 3), dtype=np.uint8)
+    return [Image.fromarray(pixels).resize((256, 256), Image.BICUBIC) for pixels in noise]
+
+
+def ours(name: str, backbone: str, device: str):
+    encoder = backbones.load(backbone, device=device)
+    objective = objectives.by_name(name)
+    parts = fungi.draw_parts(encoder, objective, 0)
+    if objective.negatives:  # their values do not change the time
+        parts.negatives = torch.randn(256 * 49, objective.dim).to(encoder.device)
+    images = pictures(IMAGES[name])
+    return lambda: list(fungi.rows(encoder, objective, parts, images, 0)), len(images)
+
+
+def published(name: str, backbone: str, device: str):
+    import fungivision.config as config
+    from fungivision import FUNGIWrapper
+
+    settings = {"kl": config.KLConfig, "dino": config.DINOConfig, "simclr": config.SimCLRConfig}[name]()
+    encoder = backbones.load(backbone, device=device, dtype="float32")
+    wrapper = FUNGIWrapper(
+        throughput.plain_model(encoder), encoder.layer, torch.device(device), extractor_configs=[settings]
+    )
+    if name == "simclr":
+        wrapper.extractors[0].comparison_batch = torch.randn(256 * 49, settings.latent_dim).to(device)
+    images = pictures(IMAGES[name])
+    return lambda: wrapper(images), len(images)
+
+
+def worker(which: str, name: str, backbone: str, device: str, repeats: int) -> None:
+    call, count = {"ours": ours, "published": published}[which](name, backbone, device)
+    call()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        if device != "cpu":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    peak = (
+        torch.cuda.max_memory_allocated()
+        if device != "cpu"
+        else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    )
+    print(json.dumps({"images_per_second": count / float(np.median(times)), "peak_bytes": peak}))
+
+
+def in_a_process(*arguments: str) -> dict:
+    done = subprocess.run([sys.executable, __file__, "--worker", *arguments], capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"benchmark {' '.join(arguments)} failed: {done.stderr.strip().splitlines()[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backbone", default="random:vit_small_patch16_224")
+    parser.add_argument("--device", default=backbones.auto_device())
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--worker", nargs=5, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        *where, repeats = args.worker
+        return worker(*where, int(repeats))
+
+    encoder = backbones.load(args.backbone, device=args.device)
+    stock = throughput.measure(encoder, views_a_call=98, repeats=args.repeats)
+    print(stock.round(2).to_string(index=False))
+    against = {}
+    for name in IMAGES:
+        pair = {which: in_a_process(which, name, args.backbone, args.device, "2") for which in ("ours", "published")}
+        pair["ratio"] = pair["ours"]["images_per_second"] / pair["published"]["images_per_second"]
+        against[name] = pair
+        fast, slow = pair["ours"], pair["published"]
+        print(f"{name}: {fast['images_per_second']:.2f} images/s, published {slow['images_per_second']:.2f}", end="; ")
+        print(f"{pair['ratio']:.1f} times; peak {fast['peak_bytes'] >> 20} against {slow['peak_bytes'] >> 20} MiB")
+    if args.out:
+        machine = dict(
+            processor=platform.processor() or platform.machine(), cores=os.cpu_count(), torch=torch.__version__
+        )
+        record = dict(backbone=args.backbone, device=args.device, dtype=str(encoder.dtype), machine=machine)
+        record |= dict(stock=stock.to_dict("records"), published=against)
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
