@@ -35,7 +35,7 @@ ARCHITECTURES = {
 RECIPES = {
     "vit_mini.sup_tin100": dict(epochs=24, batch=256, lr=1.5e-3, weight_decay=0.05, patch_drop=0.5, full_from=0.7),
     "vit_micro.sup_tin100": dict(epochs=12, batch=256, lr=2e-3, weight_decay=0.05, patch_drop=0.25, full_from=0.7),
-    "vit_mini.simclr_tin100": dict(epochs=6, batch=512, lr=1.5e-3, weight_decay=0.05, patch_drop=0.5, full_from=0.9),
+    "vit_mini.simclr_tin100": dict(epochs=5, batch=512, lr=1.5e-3, weight_decay=0.05, patch_drop=0.5, full_from=0.9),
 }
 
 
