@@ -4,9 +4,8 @@
 
 Writes ``<name>.safetensors`` (fp16) and ``<name>.json`` (recipe, curve, time, machine) beside this file.
 Two recipes: ``sup`` is cross-entropy with label smoothing; ``simclr`` is NT-Xent on two crops, no labels.
-Both use random resized crops, flips and colour gain, Muon for the
-blocks' matrices and AdamW for the rest on one-cycle schedules, and bf16 autocast
-with unfused attention (on CPUs the fused kernel's backward is the slower one).
+Both use random resized crops, flips and colour changes, Muon for the blocks' matrices and AdamW for the rest on
+one-cycle schedules, and bf16 autocast with unfused attention (on CPUs the fused kernel's backward is the slower one).
 """
 
 import argparse
@@ -25,12 +24,10 @@ from PIL import Image
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 
+from fungi_core.backbones import MINI
+
 HERE = Path(__file__).resolve().parent
 MEAN, STD = 0.5, 0.25
-ARCHITECTURES = {
-    "vit_mini": dict(img_size=64, patch_size=8, embed_dim=192, depth=9, num_heads=3),
-    "vit_micro": dict(img_size=64, patch_size=8, embed_dim=128, depth=6, num_heads=2),
-}
 # patch_drop: share of tokens dropped until `full_from` of the steps; after that the training sees whole images
 RECIPES = {
     "vit_mini.sup_tin100": dict(epochs=24, batch=256, lr=1.5e-3, weight_decay=0.05, patch_drop=0.5, full_from=0.7),
@@ -142,7 +139,7 @@ def main():
     generator = torch.Generator().manual_seed(args.seed)
     train, test = load_images(Path(os.environ["FUNGI_DATA"]))
 
-    architecture = ARCHITECTURES[args.name.split(".")[0]]
+    architecture = MINI[args.name.split(".")[0]]
     model = VisionTransformer(
         **architecture, num_classes=100 if supervised else 0, patch_drop_rate=recipe["patch_drop"]
     )
