@@ -301,7 +301,8 @@ def test_letters():
     small = fungi_features(train, test, "E+K+D+S", size=10)
     fitted = pca.fit_pca(a, 10)
     np.testing.assert_array_equal(small[1], fitted.transform(b))
-    assert fungi_features(train, test, "K", size=10)[0].shape[1] == 64  # one block alone is never cut
+    assert fungi_features(train, test, "E", size=10)[0].shape[1] == 10  # the embedding alone too: Table 16
+    assert fungi_features(train, test, "E", size=64)[0].shape[1] == 64  # not below its columns: skipped
     assert fungi_features(train, test, "E+K", size=40)[0].shape[1] == 128  # 40 rows: not below, skipped
     assert extract.LETTERS.keys() == {"embedding", *O.OBJECTIVES}
 
