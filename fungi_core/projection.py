@@ -38,8 +38,7 @@ class Rademacher:
             return self.matrix[start:stop].to(device, dtype)
         if self._bits is None:
             self._bits = sign_bits(self.rows, self.columns, *self.keys)
-        bits = torch.from_numpy(np.unpackbits(self._bits[start:stop], axis=1, count=self.columns, bitorder="little"))
-        return bits.to(device, dtype).mul_(2).sub_(1)
+        return _unpack(self._bits[start:stop], self.columns, device, dtype)
 
     def apply(self, factors: Factors, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """g = R vec(sum_n d_n [a_n; 1]^T) for every sample: factors (B, n, .) -> (B, rows) float32.
@@ -129,8 +128,13 @@ def _factors(factors: Factors) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _signs(rows: int, columns: int, *keys: object) -> torch.Tensor:
-    bits = np.unpackbits(sign_bits(rows, columns, *keys), axis=1, count=columns, bitorder="little")
-    return torch.from_numpy(bits).float().mul_(2).sub_(1)  # (rows, columns)
+    return _unpack(sign_bits(rows, columns, *keys), columns)
+
+
+def _unpack(bits: np.ndarray, columns: int, device="cpu", dtype=torch.float32) -> torch.Tensor:
+    """Bits (rows, bytes) to entries -1 and +1, (rows, columns)."""
+    ones = torch.from_numpy(np.unpackbits(bits, axis=1, count=columns, bitorder="little"))
+    return ones.to(device, dtype).mul_(2).sub_(1)
 
 
 def sign_bits(rows: int, columns: int, *keys: object) -> np.ndarray:

@@ -65,7 +65,7 @@ def knn(train: extract.Rows, test: extract.Rows, letters: Sequence[str] = COMBIN
     """Accuracy of each feature set in percent: features, setting, value, low, high; the gain over "E" and the step from
     the set before it in ``letters``, in points, each with its interval.
 
-    ``shots``: only the first so many training images of each class. ``pca``: size for combined features (None: none).
+    ``shots``: only the first so many training images of each class. ``pca``: PCA size (None: no PCA).
     The metric is the data set's (accuracy or mean per class).
     """
     if shots:
@@ -87,9 +87,13 @@ def knn(train: extract.Rows, test: extract.Rows, letters: Sequence[str] = COMBIN
     return pd.DataFrame(rows, columns=["features", "setting", *QUANTITIES])
 
 
-def _correct(train, test, letters, k, size) -> np.ndarray:
+def _predict(train, test, letters, k, size=None) -> np.ndarray:
     a, b = extract.fungi_features(train, test, letters, size)
-    return evaluate.knn_predict(a, train.labels, b, k=k) == test.labels
+    return evaluate.knn_predict(a, train.labels, b, k=k)
+
+
+def _correct(train, test, letters, k, size) -> np.ndarray:
+    return _predict(train, test, letters, k, size) == test.labels
 
 
 def shot_curve(
@@ -149,9 +153,8 @@ def class_gains(
     """Fig. 3: per-class accuracy of each feature alone minus the embedding's, in points: features, class, value."""
     classes = len(test.data.classes)
     by_class = {
-        name: evaluate.per_class_accuracy(evaluate.knn_predict(a, train.labels, b, k=k), test.labels, classes)
+        name: evaluate.per_class_accuracy(_predict(train, test, name, k), test.labels, classes)
         for name in ("E", *letters)
-        for a, b in [extract.fungi_features(train, test, name)]
     }
     frames = [
         pd.DataFrame({"features": n, "class": test.data.classes, "value": by_class[n] - by_class["E"]}) for n in letters
