@@ -4,11 +4,12 @@ Chosen before any result was seen: k = 20 and the first 5 training images of eac
 training rows that are used; 95 % percentile bootstrap over test images; gains as paired differences on the same images.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import combinations_with_replacement
 
 import numpy as np
 import pandas as pd
+from IPython.display import display
 
 from . import backbones, datasets, evaluate, extract, figures, similarity, views
 
@@ -16,23 +17,42 @@ QUANTITIES = ["value", "low", "high", "gain", "gain_low", "gain_high", "step", "
 COMBINATIONS = ("E", "E+K", "E+K+D", "E+K+D+S")  # Table 2's rows
 
 
-def grid(
-    encoders: Sequence[str], sets: Sequence[str], names: Sequence = extract.ALL, *, n_train: int, n_test: int, seed: int
-) -> Iterator[tuple[str, str, extract.Rows, extract.Rows]]:
-    """(backbone, data set, train, test) for every pair that can be run here; see `missing` for the others."""
-    absent = set(missing(encoders, sets)["name"])
-    for backbone in (name for name in encoders if name not in absent):
+Run = tuple[str, str, extract.Rows, extract.Rows]  # backbone, data set, train, test
+
+
+def collect(
+    encoders: Sequence[str],
+    sets: Sequence[str],
+    names: Sequence = extract.ALL,
+    *,
+    n_train: int,
+    n_test: int,
+    seed: int,
+    **options,
+) -> list[Run]:
+    """(backbone, data set, train, test) for every pair that can be run here; a notebook's first call.
+
+    What is missing is shown as a table. Where nothing can be run the notebook ends there, as a success: papermill takes
+    an exit status of 0 for one. ``options`` go to `extract.features` (``layer``, ``projection``).
+    """
+    lacking = missing(encoders, sets)
+    absent = set(lacking["name"])
+    here = [[name for name in wanted if name not in absent] for wanted in (encoders, sets)]
+    if absent:
+        display(lacking)
+    if not all(here):
+        print("Nothing can be run here without what the table names; see README, Profiles.")
+        raise SystemExit(0)
+    sizes = dict(n_train=n_train, n_test=n_test, seed=seed)
+    runs = []
+    for backbone in here[0]:
         encoder = backbones.load(backbone)
-        for dataset in (name for name in sets if name not in absent):
-            yield (
-                backbone,
-                dataset,
-                *extract.features(dataset, encoder, names, n_train=n_train, n_test=n_test, seed=seed),
-            )
+        runs += [(backbone, name, *extract.features(name, encoder, names, **sizes, **options)) for name in here[1]]
+    return runs
 
 
 def provenance(notebook: str, started: float, runs: Sequence, **parameters) -> dict:
-    """`figures.provenance` of a notebook that evaluated ``runs`` (what `grid` gave), all its parameters by name."""
+    """`figures.provenance` of a notebook that evaluated ``runs`` (what `collect` gave), all its parameters by name."""
     rows = [split for *_, train, test in runs for split in (train, test)]
     stores = [key for split in rows for key in split.store_keys]
     data = [split.data for split in rows]
