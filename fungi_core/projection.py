@@ -5,13 +5,15 @@ whose rows are outer products of two sign vectors, and ``TensorSketch``. ``exact
 
 R has one row per output unit and one column per gradient entry, ``vec([W-grad | b-grad])`` row-major. It is kept as
 bits of a Philox stream keyed by (seed, layer), row after row, the same on every device and platform; blocks of rows are
-unpacked as they are needed, so R is never needed whole in floating point.
+unpacked as they are needed, so R is never needed whole in floating point; on a GPU `kernels` unpacks them in registers.
+
+Every projection has two uses: ``apply`` sums a sample's views and tokens, ``apply_tokens`` keeps them apart.
 """
 
 import numpy as np
 import torch
 
-from . import views
+from . import kernels, views
 from .gradients import Factors
 
 
@@ -29,16 +31,22 @@ class Rademacher:
         if matrix is not None and tuple(matrix.shape) != (rows, columns):
             raise ValueError(f"the projection must have shape {(rows, columns)}, got {tuple(matrix.shape)}")
         self.matrix = matrix
-        self._bits: np.ndarray | None = None
+        self._bits: dict[object, torch.Tensor] = {}
         self._dense: dict[tuple, torch.Tensor] = {}
 
     def block(self, start: int, stop: int, device="cpu", dtype=torch.float32) -> torch.Tensor:
         """Rows start..stop as a dense matrix, (stop - start, columns)."""
         if self.matrix is not None:
             return self.matrix[start:stop].to(device, dtype)
-        if self._bits is None:
-            self._bits = sign_bits(self.rows, self.columns, *self.keys)
-        return _unpack(self._bits[start:stop], self.columns, device, dtype)
+        return kernels.unpack(self.bits(device)[start:stop], 0, self.columns, dtype)
+
+    def bits(self, device="cpu") -> torch.Tensor:
+        """R as it is kept: (rows, bytes) uint8, see `kernels`."""
+        if self._bits.get(device) is None:
+            drawn = self._bits.get("cpu")
+            drawn = torch.from_numpy(sign_bits(self.rows, self.columns, *self.keys)) if drawn is None else drawn
+            self._bits |= {"cpu": drawn, device: drawn.to(device)}
+        return self._bits[device]
 
     def apply(self, factors: Factors, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """g = R vec(sum_n d_n [a_n; 1]^T) for every sample: factors (B, n, .) -> (B, rows) float32.
@@ -49,11 +57,33 @@ class Rademacher:
         if gradient.shape[1] != self.columns:
             raise ValueError(f"the gradient has {gradient.shape[1]} entries, the projection {self.columns} columns")
         # Scale to unit length first: a projection is linear, and bf16 keeps its precision away from tiny numbers.
-        length = gradient.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-        gradient = (gradient / length).to(dtype)
-        size = max(1, self.dense_limit // (self.columns * dtype.itemsize))
+        gradient, length = _unit(gradient)
+        gradient = gradient.to(dtype)
+        if gradient.is_cuda and self.matrix is None:
+            return kernels.project_gradients(gradient, self.bits(gradient.device)) * length
+        size = self._rows_at_once(dtype)
         out = [gradient @ self._cached(i, min(i + size, self.rows), gradient).T for i in range(0, self.rows, size)]
         return torch.cat(out, 1).float() * length
+
+    def apply_tokens(self, factors: Factors, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """R vec(d_n [a_n; 1]^T) for every view or token n on its own: factors (B, n, .) -> (B, n, rows) float32.
+
+        No token's gradient is ever held; memory is that of a block of entries (`kernels`).
+        """
+        d, a = _factors(factors)
+        (d, d_length), (a, a_length) = (_unit(x.flatten(0, 1)) for x in (d, a))  # (B * n, .)
+        if d.shape[1] * a.shape[1] != self.columns:
+            found = d.shape[1] * a.shape[1]
+            raise ValueError(f"the gradients have {found} entries, the projection {self.columns} columns")
+        d, a = d.to(dtype), a.to(dtype)
+        if self.matrix is None and (d.is_cuda or self._rows_at_once(dtype) < self.rows):
+            out = kernels.project_tokens(d, a, self.bits(d.device))
+        else:
+            out = kernels.project_tokens_torch(d, a, None, self._cached(0, self.rows, d))
+        return (out * d_length * a_length).unflatten(0, factors.activations.shape[:2])
+
+    def _rows_at_once(self, dtype: torch.dtype) -> int:
+        return min(self.rows, max(1, self.dense_limit // (self.columns * dtype.itemsize)))
 
     def _cached(self, start: int, stop: int, like: torch.Tensor) -> torch.Tensor:
         if stop - start < self.rows:  # too large to keep dense
@@ -77,8 +107,12 @@ class KhatriRao:
 
     def apply(self, factors: Factors, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Factors (B, n, .) -> (B, rows) float32; ``dtype`` is ignored: the products are float32."""
+        return self.apply_tokens(factors).sum(1)
+
+    def apply_tokens(self, factors: Factors, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Factors (B, n, .) -> (B, n, rows) float32, each view or token on its own."""
         d, a = _factors(factors)
-        return ((d @ self.left.to(d).T) * (a @ self.right.to(a).T)).sum(1)  # (B, n, rows) -> (B, rows)
+        return (d @ self.left.to(d).T) * (a @ self.right.to(a).T)
 
 
 class TensorSketch:
@@ -92,11 +126,18 @@ class TensorSketch:
 
     def apply(self, factors: Factors, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Factors (B, n, .) -> (B, rows) float32; ``dtype`` is ignored: the sums are float32."""
+        return torch.fft.irfft(self._spectrum(factors).sum(1), self.rows)  # linear: one inverse for all n
+
+    def apply_tokens(self, factors: Factors, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Factors (B, n, .) -> (B, n, rows) float32, each view or token on its own."""
+        return torch.fft.irfft(self._spectrum(factors), self.rows)
+
+    def _spectrum(self, factors: Factors) -> torch.Tensor:
         spectra = []
         for x, bucket, sign in zip(_factors(factors), self.buckets, self.signs, strict=True):
             counts = x.new_zeros(*x.shape[:2], self.rows).index_add_(2, bucket.to(x.device), x * sign.to(x))
             spectra.append(torch.fft.rfft(counts))  # (B, n, rows / 2 + 1)
-        return torch.fft.irfft((spectra[0] * spectra[1]).sum(1), self.rows)  # linear: one inverse for all n
+        return spectra[0] * spectra[1]  # a product here is a convolution of the two sketches
 
 
 def exact_kernel(x: Factors, y: Factors) -> torch.Tensor:
@@ -127,14 +168,14 @@ def _factors(factors: Factors) -> tuple[torch.Tensor, torch.Tensor]:
     return factors.output_gradients, torch.cat([a, a.new_ones(*a.shape[:2], 1)], 2) if factors.bias else a
 
 
+def _unit(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows scaled to unit length, and their lengths, (N, 1)."""
+    length = x.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    return x / length, length
+
+
 def _signs(rows: int, columns: int, *keys: object) -> torch.Tensor:
-    return _unpack(sign_bits(rows, columns, *keys), columns)
-
-
-def _unpack(bits: np.ndarray, columns: int, device="cpu", dtype=torch.float32) -> torch.Tensor:
-    """Bits (rows, bytes) to entries -1 and +1, (rows, columns)."""
-    ones = torch.from_numpy(np.unpackbits(bits, axis=1, count=columns, bitorder="little"))
-    return ones.to(device, dtype).mul_(2).sub_(1)
+    return kernels.unpack(torch.from_numpy(sign_bits(rows, columns, *keys)), 0, columns)
 
 
 def sign_bits(rows: int, columns: int, *keys: object) -> np.ndarray:

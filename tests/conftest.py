@@ -6,6 +6,11 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")  # before torch is imported; a shared machine is not ours alone
 
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined: before the first import of fungi_core
+
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
@@ -16,13 +21,9 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "slow" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
-    if any("cuda" in item.keywords for item in items):
-        import torch
-
-        if not torch.cuda.is_available():
-            for item in items:
-                if "cuda" in item.keywords:
-                    item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+    for item in items if not torch.cuda.is_available() else ():
+        if "cuda" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
 @pytest.fixture(scope="session", autouse=True)

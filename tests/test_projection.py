@@ -179,6 +179,30 @@ def test_every_projection_estimates_the_exact_kernel_without_bias(kind, scale):
     assert ((draws.mean(0) - exact).abs() < 5 * error).all()
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", ["rademacher", "khatri-rao", "sketch", "given", "large"])
+def test_tokens_apart_are_each_token_alone_and_sum_to_the_sample(kind, bias):
+    f = factors(bias=bias)
+    columns = 6 * (5 + bias)
+    if kind == "given":
+        projection = Rademacher(7, columns, matrix=torch.randn(7, columns))
+    elif kind == "large":  # unpacked block by block
+        projection = Rademacher(7, columns, 0, dense_limit=1)
+    else:
+        projection = draw(kind, 7, 6, 5 + bias, 0)
+    apart = projection.apply_tokens(f)
+    assert apart.shape == (3, 4, 7) and apart.dtype == torch.float32
+    for t in range(4):
+        one = Factors(f.activations[:, [t]], f.output_gradients[:, [t]], bias)
+        torch.testing.assert_close(apart[:, t], projection.apply(one), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(apart.sum(1), projection.apply(f), rtol=1e-4, atol=1e-4)
+
+
+def test_tokens_of_another_layer_are_one_line():
+    with pytest.raises(ValueError, match="the gradients have 36 entries, the projection 30 columns"):
+        Rademacher(7, 30, 0).apply_tokens(factors())
+
+
 def test_an_unknown_projection_lists_what_exists():
     with pytest.raises(ValueError, match="'gauss'; there are 'rademacher', 'khatri-rao' and 'sketch'"):
         draw("gauss", 8, 4, 4)
