@@ -110,30 +110,37 @@ def linear_head(width: int, dim: int, generator: np.random.Generator) -> tuple[t
 
 @dataclass(frozen=True)
 class KL:
-    """KL to the uniform distribution: one view, L2-normalised embedding, linear head (Table 17)."""
+    """KL to the uniform distribution: one view, L2-normalised embedding, linear head (Table 17).
+
+    ``head=False`` computes the loss on the embedding itself (Table 6); ``dim`` then means nothing.
+    """
 
     temperature: float = 15.0
     dim: int = 768
     direction: str = "uniform_latent"
     normalize: bool = True
+    head: bool = True
     name: ClassVar[str] = "kl"
     views: ClassVar[str] = "whole"
     negatives: ClassVar[int] = 0
 
     def heads(self, width: int, generator: np.random.Generator) -> Heads:
-        weight, bias = linear_head(width, self.dim, generator)
-        return {"weight": weight, "bias": bias}
+        return dict(zip(("weight", "bias"), linear_head(width, self.dim, generator))) if self.head else {}
 
     def loss(self, embeddings: torch.Tensor, heads: Heads, negatives: torch.Tensor | None = None) -> torch.Tensor:
         return kl_loss(self.latents(embeddings, heads), self.temperature, self.direction)
 
     def latents(self, embeddings: torch.Tensor, heads: Heads) -> torch.Tensor:
-        return _project(embeddings, heads["weight"], heads["bias"], self.normalize)
+        return _project(embeddings, self.head and (heads["weight"], heads["bias"]), self.normalize)
 
 
 @dataclass(frozen=True)
 class DINO:
-    """Self-distillation between crops, independent student and teacher heads (Table 17)."""
+    """Self-distillation between crops, independent student and teacher heads (Table 17).
+
+    ``head=False``: both distributions are softmaxes of the embedding itself (Table 6), apart by temperature and crop.
+    ``augmentation="full"`` adds DINO's flips and colour changes to the crops (Table 15).
+    """
 
     student_temperature: float = 0.1
     teacher_temperature: float = 0.07
@@ -144,19 +151,23 @@ class DINO:
     local_scale: tuple[float, float] = (0.05, 0.25)
     independent_heads: bool = True
     normalize: bool = True
+    head: bool = True
+    augmentation: str = "crops"
     name: ClassVar[str] = "dino"
     views: ClassVar[str] = "crops"
     negatives: ClassVar[int] = 0
 
     def heads(self, width: int, generator: np.random.Generator) -> Heads:
+        if not self.head:
+            return {}
         weight, bias = linear_head(width, self.dim, generator)
         teacher = linear_head(width, self.dim, generator) if self.independent_heads else (weight, bias)
         return {"weight": weight, "bias": bias, "teacher_weight": teacher[0], "teacher_bias": teacher[1]}
 
     def loss(self, embeddings: torch.Tensor, heads: Heads, negatives: torch.Tensor | None = None) -> torch.Tensor:
-        student = _project(embeddings, heads["weight"], heads["bias"], self.normalize)
+        student = _project(embeddings, self.head and (heads["weight"], heads["bias"]), self.normalize)
         seen = embeddings[:, : self.global_crops].detach()
-        teacher = _project(seen, heads["teacher_weight"], heads["teacher_bias"], self.normalize)
+        teacher = _project(seen, self.head and (heads["teacher_weight"], heads["teacher_bias"]), self.normalize)
         return dino_loss(student, teacher, self.student_temperature, self.teacher_temperature)
 
 
@@ -165,6 +176,7 @@ class SimCLR:
     """InfoNCE between overlapping patches of one image and a fixed batch of negatives (eq. 5, Table 17).
 
     ``grid`` patches a side before overlap (4 patches = 2 x 2), ``stride_scale`` steps a patch: 49 views at 6.
+    ``head=False`` compares the embeddings themselves (Table 6); cosines normalise them either way.
     """
 
     temperature: float = 0.07
@@ -174,12 +186,12 @@ class SimCLR:
     stride_scale: int = 6
     denominator: str = "eq5"
     normalize: bool = False
+    head: bool = True
     name: ClassVar[str] = "simclr"
     views: ClassVar[str] = "patches"
 
     def heads(self, width: int, generator: np.random.Generator) -> Heads:
-        weight, bias = linear_head(width, self.dim, generator)
-        return {"weight": weight, "bias": bias}
+        return dict(zip(("weight", "bias"), linear_head(width, self.dim, generator))) if self.head else {}
 
     def loss(self, embeddings: torch.Tensor, heads: Heads, negatives: torch.Tensor | None = None) -> torch.Tensor:
         if negatives is None:
@@ -187,11 +199,13 @@ class SimCLR:
         return info_nce(self.latents(embeddings, heads), negatives, self.temperature, self.denominator)
 
     def latents(self, embeddings: torch.Tensor, heads: Heads) -> torch.Tensor:
-        return _project(embeddings, heads["weight"], heads["bias"], self.normalize)
+        return _project(embeddings, self.head and (heads["weight"], heads["bias"]), self.normalize)
 
 
-def _project(embeddings: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, normalize: bool) -> torch.Tensor:
-    return F.linear(F.normalize(embeddings, dim=-1) if normalize else embeddings, weight, bias)
+def _project(embeddings: torch.Tensor, head: tuple | bool, normalize: bool) -> torch.Tensor:
+    """Latents (..., C) of embeddings (..., D); ``head``: weight and bias, or False for none."""
+    z = F.normalize(embeddings, dim=-1) if normalize else embeddings
+    return F.linear(z, *head) if head else z
 
 
 Objective = KL | DINO | SimCLR

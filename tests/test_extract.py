@@ -1,5 +1,6 @@
 """From a data set's name to rows in the store: extracted once, resumed, keyed by what changes them."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -190,6 +191,28 @@ def test_keys_hold_all_that_changes_a_feature():
     squeezed = backbones.load(NAME)
     squeezed.crop_ratio = 0.5
     assert changed(base, keys(backbone=squeezed)) == EVERY
+
+
+def test_settings_that_came_later_are_no_part_of_a_key_at_their_defaults():
+    """Else every store made before them would be extracted anew."""
+    encoder, data = backbones.load(NAME), digits(())[0].data
+    meta_of = lambda objective: extract._meta(encoder, data, data, objective, 0, "x", "rademacher")
+    metas = [meta_of(objective) for objective in SMALL]
+    assert not any({"head", "augmentation"} & meta["settings"].keys() for meta in metas)
+    for i, name in enumerate(("kl", "dino", "simclr")):
+        meta = meta_of(replace(SMALL[i], head=False))
+        assert meta["settings"]["head"] is False and meta["feature"] == name
+        assert meta["settings"].keys() - metas[i]["settings"].keys() == {"head"}
+
+
+def test_objectives_without_a_head_and_full_augmentation_have_stores_of_their_own():
+    base = keys()
+    bare = keys([replace(o, head=False) for o in SMALL])
+    assert changed(base, bare) == GRADIENTS
+    negatives = [e for e in store.entries() if e["meta"].get("layer") == "negatives"]
+    assert sorted(entry["width"] for entry in negatives) == [16, 64]  # without a head they are embeddings
+    coloured = keys([SMALL[0], replace(SMALL[1], augmentation="full"), SMALL[2]])
+    assert changed(base, coloured) == {("train", "dino"), ("test", "dino")}
 
 
 def test_a_smaller_training_set_touches_the_test_rows_through_the_negatives_alone():

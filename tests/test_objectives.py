@@ -100,6 +100,35 @@ def test_heads_come_from_the_generator_alone(objective):
     assert objective.name != "dino" or not torch.equal(a["weight"], a["teacher_weight"])
 
 
+@pytest.mark.parametrize("normalize", [True, False])
+def test_without_a_head_the_embedding_is_the_latent(normalize):
+    g = torch.Generator().manual_seed(0)
+    embeddings, negatives = torch.randn(2, 4, 8, generator=g), torch.randn(9, 8, generator=g)
+    z = F.normalize(embeddings, dim=-1) if normalize else embeddings
+    settings = dict(head=False, normalize=normalize)
+    plain = {
+        O.KL(**settings): O.kl_loss(z, 15),
+        O.DINO(**settings): O.dino_loss(z, z[:, :2], 0.1, 0.07),
+        O.SimCLR(**settings): O.info_nce(z, negatives, 0.07),
+    }
+    for objective, expected in plain.items():
+        heads = objective.heads(8, np.random.default_rng(0))
+        assert heads == {}
+        torch.testing.assert_close(objective.loss(embeddings, heads, negatives), expected)
+
+
+def test_simclr_without_a_head_is_one_loss_normalised_or_not():
+    """Why Table 6 calls the cell with neither not applicable."""
+    g = torch.Generator().manual_seed(0)
+    negatives = torch.randn(9, 8, generator=g)
+    gradients = []
+    for normalize in (True, False):
+        x = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        O.SimCLR(head=False, normalize=normalize).loss(x, {}, negatives).sum().backward()
+        gradients.append(x.grad)
+    torch.testing.assert_close(*gradients)
+
+
 def test_no_sample_touches_another():
     g = torch.Generator().manual_seed(0)
     embeddings, negatives = torch.randn(4, 12, 16, generator=g), torch.randn(50, 96, generator=g)
