@@ -22,7 +22,7 @@ from . import backbones, datasets, evaluate, fungi, objectives, pca, store
 EXTRACTION = 1  # raise when the same settings would give other features than before
 ALL = ("kl", "dino", "simclr")
 LATER = {"head": True, "augmentation": "crops"}  # settings younger than EXTRACTION: no part of a key at these values
-LETTERS = {"embedding": "E", "kl": "K", "dino": "D", "simclr": "S"}
+LETTERS = {"embedding": "E", "kl": "K", "dino": "D", "simclr": "S", "deepcluster": "C", "ibot": "I"}
 
 
 @dataclass(frozen=True)
@@ -142,10 +142,12 @@ def _union(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def _negatives(encoder, objective, heads, train, seed) -> torch.Tensor:
-    """SimCLR's negative latents, (M, dim), through the store: both splits and every resumed run use the same ones."""
+    """What an objective keeps of the training rows, (M, dim), through the store: both splits and every resumed run use
+    the same.
+    """
     meta = _meta(encoder, train, train, objective, seed, "negatives")
-    count = min(objective.negatives, len(train)) * fungi.view_count(encoder, objective)
-    rows = store.open_rows(meta, count, objective.dim if objective.head else encoder.width)
+    shape = objective.reference_shape(len(train), fungi.view_count(encoder, objective), encoder.width)
+    rows = store.open_rows(meta, *shape)
     if not rows.complete:
         with rows.lock():
             if not rows.complete:

@@ -142,6 +142,21 @@ def patches(images: torch.Tensor, grid: int = 2, stride_scale: int = 6) -> torch
     return enlarge @ cut @ enlarge.T
 
 
+def masked(views: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+    """iBOT's views: global crops without their masked patches, local crops, then the global crops whole (teacher).
+
+    ``views``: (B, V, 3, s, s), normalised, G global crops first; ``masks``: (G, T) bool, T patches row by row. Masked
+    patches become zero, the mean colour. Returns (B, V + G, 3, s, s).
+    """
+    crops, side = len(masks), math.isqrt(masks.shape[1])
+    patch = views.shape[-1] // side
+    keep = (
+        (~masks).reshape(crops, 1, side, side).repeat_interleave(patch, 2).repeat_interleave(patch, 3)
+    )  # (G, 1, s, s)
+    whole = views[:, :crops]
+    return torch.cat([whole * keep, views[:, crops:], whole], 1)
+
+
 def prepare(image: Image.Image, size: int, crop_ratio: float, objective, seed: int) -> np.ndarray:
     """What one image contributes for ``objective`` (None: the embedding) before the device, uint8 (n, s, s, 3)."""
     kind = "whole" if objective is None else objective.views

@@ -250,6 +250,20 @@ def test_negatives_are_drawn_once_for_both_splits_and_every_layer(monkeypatch):
     assert calls == ["train", "train"]
 
 
+def test_deepcluster_and_ibot_through_the_store(monkeypatch):
+    names = [O.DeepCluster(dim=8, local_crops=1, images_per_cluster=4), O.IBOT(dim=12, local_crops=1)]
+    train, test = digits(names)
+    assert list(test.blocks) == ["embedding", "deepcluster", "ibot"]
+    assert all(np.isfinite(block).all() and block.any() for block in test.blocks.values())
+    centroids = [e for e in store.entries() if e["meta"].get("layer") == "negatives"]
+    assert [(entry["n"], entry["width"]) for entry in centroids] == [(3 * 3, 8)]  # once, of the training rows
+    one = fungi.Fungi(NAME, names, pca=None, device="cpu", dtype="float32").fit(train.data)
+    for name, block in one.extract(test.data).items():
+        np.testing.assert_allclose(test.blocks[name], block, rtol=0, atol=1e-5 * np.abs(block).max())
+    forbid(monkeypatch)
+    digits(names)
+
+
 # --- what can go wrong
 
 
@@ -333,7 +347,7 @@ def test_letters():
 @pytest.mark.parametrize("letters", ["X", "E+X", "EK", "", "E+", "e"])
 def test_unknown_letters_are_named(letters):
     rows = extract.Rows(None, {"embedding": np.ones((4, 2), np.float32), "kl": np.ones((4, 2), np.float32)}, ())
-    with pytest.raises(ValueError, match=r"unknown feature letters .* there are E, K, D, S joined by '\+'"):
+    with pytest.raises(ValueError, match=r"unknown feature letters .* there are E, K, D, S, C, I joined by '\+'"):
         fungi_features(rows, rows, letters)
     with pytest.raises(KeyError, match="simclr"):
         fungi_features(rows, rows, "E+S")

@@ -176,6 +176,16 @@ def test_the_full_augmentation_changes_colours_and_no_box():
         views.prepare(image, 32, 1.0, O.DINO(augmentation="mild"), 0)
 
 
+def test_masked_crops_lose_whole_patches_and_the_teacher_sees_all():
+    batch = torch.rand(2, 4, 3, 12, 12, generator=torch.Generator().manual_seed(0)) + 1  # two global, two local crops
+    masks = torch.zeros(2, 9, dtype=torch.bool)
+    masks[0, 1] = masks[1, 8] = masks[1, 3] = True
+    got, expected = views.masked(batch, masks), torch.cat([batch, batch[:, :2]], 1)
+    expected[:, 0, :, :4, 4:8] = 0  # patches row by row
+    expected[:, 1, :, 8:, 8:] = expected[:, 1, :, 4:8, :4] = 0
+    assert torch.equal(got, expected)
+
+
 # --- resizing
 
 
