@@ -6,6 +6,7 @@ To add a backbone, add one ``Spec`` to ``BACKBONES``; any other timm name works 
 
 import copy
 import hashlib
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -97,6 +98,21 @@ class Backbone:
             return self.model.forward_head(self.model.forward_features(views), pre_logits=True)
         return self.model(views)
 
+    def tokens(self, views: torch.Tensor) -> torch.Tensor:
+        """(N, 3, s, s) -> (N, 1 + patches, D): class token and patch tokens behind the final norm, for iBOT."""
+        first, pool = (getattr(self.model, key, None) for key in ("num_prefix_tokens", "global_pool"))
+        if not first or pool != "token" or self.patches != math.isqrt(self.patches) ** 2:
+            raise ValueError(f"{self.name} reads no class token or has no square grid of patches; iBOT needs both")
+        x = self.model.forward_features(views)  # (N, class token and registers, patches, D)
+        return torch.cat([x[:, :1], x[:, first:]], 1)
+
+    @property
+    def patches(self) -> int:
+        """Patch tokens of an image."""
+        if not hasattr(self.model, "patch_embed"):
+            raise ValueError(f"{self.name} has no patch embedding; iBOT needs a vision transformer")
+        return self.model.patch_embed.num_patches
+
     @cached_property
     def width(self) -> int:
         with torch.inference_mode():
@@ -135,9 +151,16 @@ class Backbone:
         known = type(block) is Block and type(block.attn) is Attention and block.attn.gate is None
         return known and layers == [f"blocks.{len(model.blocks) - 1}.attn.proj"]
 
-    def factors(self, views: torch.Tensor, loss, layers: list[str] | None = None) -> tuple[torch.Tensor, list[Factors]]:
-        """Embeddings (B, V, D) float32 and factors at each layer; views (B, V, 3, s, s), loss: (B, V, D) -> (B,)."""
+    def factors(
+        self, views: torch.Tensor, loss, layers: list[str] | None = None, tokens: bool = False
+    ) -> tuple[torch.Tensor, list[Factors]]:
+        """Embeddings (B, V, D) float32 and factors at each layer; views (B, V, 3, s, s), loss: (B, V, D) -> (B,).
+
+        ``tokens=True``: the loss takes, and the first value is, all tokens (B, V, 1 + patches, D).
+        """
         layers = layers or [self.layer]
+        if tokens:
+            return tapped_factors(self.model, self.tokens, views, loss, layers)
         if self.fast and self.reads_class_token(layers):
             return self._class_token_factors(views, loss)
         return tapped_factors(self.model, self.embed, views, loss, layers)

@@ -21,7 +21,8 @@ from . import backbones, datasets, evaluate, fungi, objectives, pca, store
 
 EXTRACTION = 1  # raise when the same settings would give other features than before
 ALL = ("kl", "dino", "simclr")
-LETTERS = {"embedding": "E", "kl": "K", "dino": "D", "simclr": "S"}
+LATER = {"head": True, "augmentation": "crops"}  # settings younger than EXTRACTION: no part of a key at these values
+LETTERS = {"embedding": "E", "kl": "K", "dino": "D", "simclr": "S", "deepcluster": "C", "ibot": "I"}
 
 
 @dataclass(frozen=True)
@@ -141,10 +142,12 @@ def _union(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def _negatives(encoder, objective, heads, train, seed) -> torch.Tensor:
-    """SimCLR's negative latents, (M, dim), through the store: both splits and every resumed run use the same ones."""
+    """What an objective keeps of the training rows, (M, dim), through the store: both splits and every resumed run use
+    the same.
+    """
     meta = _meta(encoder, train, train, objective, seed, "negatives")
-    count = min(objective.negatives, len(train)) * fungi.view_count(encoder, objective)
-    rows = store.open_rows(meta, count, objective.dim)
+    shape = objective.reference_shape(len(train), fungi.view_count(encoder, objective), encoder.width)
+    rows = store.open_rows(meta, *shape)
     if not rows.complete:
         with rows.lock():
             if not rows.complete:
@@ -163,7 +166,8 @@ def _meta(encoder, data, train=None, objective=None, seed=None, layer=None, proj
     }
     if objective is None:
         return meta | {"feature": "embedding"}
-    settings = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(objective).items()}
+    settings = {key: value for key, value in asdict(objective).items() if key not in LATER or value != LATER[key]}
+    settings = {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
     negatives = train.fingerprint if objective.negatives else None
     return meta | {
         "feature": objective.name,

@@ -28,7 +28,7 @@ COLUMN, WIDE = 3.3, 6.8  # widths in inches: one and two columns of a page
 
 # After Okabe and Ito (2008), safe for colour-blind readers: embedding neutral, a hue a gradient, FUNGI vermillion.
 COLOURS = {
-    "E": "#555555", "K": "#E69F00", "D": "#0072B2", "S": "#009E73",
+    "E": "#555555", "K": "#E69F00", "D": "#0072B2", "S": "#009E73", "C": "#56B4E9", "I": "#7A4B1E",
     "E+K": "#CC79A7", "E+K+D": "#8F4A8C", "E+K+D+S": "#D55E00",
 }  # fmt: skip
 FUNGI = COLOURS["E+K+D+S"]
@@ -36,8 +36,8 @@ VERDICTS = {
     "agrees": "#0072B2", "disagrees": "#D55E00", "undecided": "#E69F00",
     "not testable here": "#333333", "not run": "#999999",
 }  # fmt: skip
-LETTERS = {"embedding": "E", "kl": "K", "dino": "D", "simclr": "S"}
-NAMES = {"E": "embedding", "K": "KL", "D": "DINO", "S": "SimCLR"}
+LETTERS = {"embedding": "E", "kl": "K", "dino": "D", "simclr": "S", "deepcluster": "C", "ibot": "I"}
+NAMES = {"E": "embedding", "K": "KL", "D": "DINO", "S": "SimCLR", "C": "DeepCluster", "I": "iBOT"}
 
 STYLE = {
     "font.family": "DejaVu Sans", "mathtext.fontset": "dejavusans", "font.size": 8, "legend.fontsize": 7.5,

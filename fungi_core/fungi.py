@@ -30,6 +30,11 @@ class Parts:
     negatives: torch.Tensor | None = None
 
 
+def takes_tokens(objective) -> bool:
+    """Whether the objective's loss takes all tokens of masked and whole crops (iBOT), not embeddings."""
+    return getattr(objective, "tokens", False)
+
+
 def draw_parts(
     backbone: backbones.Backbone, objective, seed: int, layer: str | None = None, kind: str = "rademacher"
 ) -> Parts:
@@ -37,7 +42,10 @@ def draw_parts(
     layer = layer or backbone.layer
     linear = linear_layer(backbone.model, layer)
     shape = linear.out_features, linear.in_features + (linear.bias is not None)
-    heads = objective.heads(backbone.width, views.generator("head", seed, objective.name))
+    generator = views.generator("head", seed, objective.name)
+    heads = objective.heads(backbone.width, generator)
+    if takes_tokens(objective):
+        heads["masks"] = objective.masks(backbone.patches, generator)
     heads = {name: tensor.to(backbone.device) for name, tensor in heads.items()}
     return Parts(heads, projection.draw(kind, backbone.width, *shape, backbone.name, seed, layer))
 
@@ -45,16 +53,19 @@ def draw_parts(
 def negative_latents(
     backbone: backbones.Backbone, objective, heads: objectives.Heads, images: Sequence, seed: int
 ) -> torch.Tensor:
-    """Latents of all views of ``objective.negatives`` training images drawn by the seed, (M, dim) float32.
+    """Latents of all views of ``objective.negatives`` training images drawn by the seed, (M, dim) float32; for
+    DeepCluster the centroids of their clusters.
 
     Fewer training images than that: all of them are used.
     """
-    chosen = np.sort(views.generator("negatives", seed).permutation(len(images))[: objective.negatives])
+    generator = views.generator("negatives", seed)
+    chosen = np.sort(generator.permutation(len(images))[: objective.negatives])
     out = []
     with torch.inference_mode():
         for _, batch in view_batches(backbone, objective, [images[i] for i in chosen], seed):
-            out.append(objective.latents(backbone.embed(batch.flatten(0, 1)).float(), heads))  # (B * V, dim)
-    return torch.cat(out).clone()
+            latents = objective.latents(backbone.embed(batch.flatten(0, 1)).float(), heads)  # (B * V, dim)
+            out.append(latents.unflatten(0, batch.shape[:2]))
+    return objective.reference(torch.cat(out).clone(), generator).to(backbone.device)
 
 
 def view_count(backbone: backbones.Backbone, objective) -> int:
@@ -102,7 +113,10 @@ def project_gradients(backbone, objective, parts: Parts, batch: torch.Tensor, la
     normalisation.
     """
     loss = lambda embeddings: objective.loss(embeddings, parts.heads, parts.negatives)
-    embeddings, (factors,) = backbone.factors(batch, loss, [layer or backbone.layer])
+    tokens = takes_tokens(objective)
+    if tokens:
+        batch = views.masked(batch, parts.heads["masks"])
+    embeddings, (factors,) = backbone.factors(batch, loss, [layer or backbone.layer], tokens)
     return embeddings, parts.projection.apply(factors, backbone.dtype)
 
 
@@ -264,7 +278,7 @@ class Fungi(TransformerMixin, BaseEstimator):
         self.backbone_ = backbones.load(self.backbone, layer=self.layer, device=self.device, dtype=self.dtype)
         kind = self.projection if isinstance(self.projection, str) else "rademacher"
         self.parts_ = {o.name: draw_parts(self.backbone_, o, self.seed, None, kind) for o in self.objectives}
-        to = lambda tensor: tensor.to(self.backbone_.device, torch.float32)
+        to = lambda tensor: (tensor if tensor.dtype == torch.bool else tensor.float()).to(self.backbone_.device)
         shared = next((part.projection for part in self.parts_.values()), None)  # one R for all objectives
         if isinstance(self.projection, torch.Tensor):
             columns = self.backbone_.gradient_size()

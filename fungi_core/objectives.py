@@ -3,16 +3,19 @@
 Each loss takes latents of shape (B, V, C) -- B samples, V views, C latent units -- and returns (B,) in the input's
 dtype (float32 everywhere in this project). No sample's loss depends on another sample, so the gradient of the *sum*
 over the batch is the per-sample gradient. The settings classes hold the paper's defaults (Table 17) and know their
-heads: plain dictionaries of tensors that a caller may replace.
+heads: plain dictionaries of tensors that a caller may replace. An objective with ``negatives`` also keeps a fixed
+``reference`` of that many training images: SimCLR their latents, DeepCluster the centroids of their clusters.
 """
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from sklearn.cluster import KMeans
 
 Heads = dict[str, torch.Tensor]
 
@@ -99,6 +102,45 @@ class _LogSumExp(torch.autograd.Function):
         return grad[:, None] * ctx.scale * mean_negative, None, None
 
 
+def deepcluster_loss(
+    latents: torch.Tensor, centroids: torch.Tensor, temperature: float, global_crops: int = 2
+) -> torch.Tensor:
+    """DeepCluster-v2's cross-entropy: each crop predicts the cluster of a global crop; mean over crops and clusterings.
+
+    ``latents``: (B, V, C), global crops first; ``centroids``: (H, K, C), H clusterings of K centroids; all of unit
+    length. Clustering h takes as its target the centroid nearest to global crop h mod ``global_crops``, no gradient.
+    """
+    scores = torch.einsum("bvc,hkc->bhvk", latents, centroids)  # (B, H, V, K)
+    clustering = torch.arange(len(centroids), device=latents.device)
+    targets = scores[:, clustering, clustering % global_crops].argmax(-1)  # (B, H)
+    log_probabilities = F.log_softmax(scores / temperature, dim=-1)
+    targets = targets[:, :, None, None].expand(-1, -1, latents.shape[1], 1)  # (B, H, V, 1)
+    return -log_probabilities.gather(-1, targets).mean((1, 2, 3))
+
+
+def ibot_loss(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    student_patches: torch.Tensor,
+    teacher_patches: torch.Tensor,
+    student_temperature: float,
+    teacher_temperature: float,
+) -> torch.Tensor:
+    """iBOT: cross-entropy between class tokens of different crops, plus that between patch tokens behind the mask.
+
+    ``student``: (B, V, C), the masked global crops first; ``teacher``: (B, G, C), the global crops unmasked.
+    ``student_patches``, ``teacher_patches``: (B, G, M, C), the M masked patches of each global crop. The mean over
+    class-token pairs and the mean over patches weigh the same (iBOT's lambda 1 = lambda 2 = 1); no centring.
+    """
+    soft = lambda z: F.softmax(z.detach() / teacher_temperature, dim=-1)
+    log_soft = lambda z: F.log_softmax(z / student_temperature, dim=-1)
+    among = -soft(teacher) @ log_soft(student).transpose(1, 2)  # (B, G, V)
+    other = 1 - torch.eye(*among.shape[1:], device=among.device)  # a crop is not its own target
+    image = (among * other).sum((1, 2)) / other.sum()
+    patches = -(soft(teacher_patches) * log_soft(student_patches)).sum(-1).mean((1, 2))
+    return image + patches
+
+
 def linear_head(width: int, dim: int, generator: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     """A randomly initialised linear layer, uniform in +-1/sqrt(width) as ``torch.nn.Linear``: weight (dim, width), bias
     (dim,).
@@ -110,30 +152,37 @@ def linear_head(width: int, dim: int, generator: np.random.Generator) -> tuple[t
 
 @dataclass(frozen=True)
 class KL:
-    """KL to the uniform distribution: one view, L2-normalised embedding, linear head (Table 17)."""
+    """KL to the uniform distribution: one view, L2-normalised embedding, linear head (Table 17).
+
+    ``head=False`` computes the loss on the embedding itself (Table 6); ``dim`` then means nothing.
+    """
 
     temperature: float = 15.0
     dim: int = 768
     direction: str = "uniform_latent"
     normalize: bool = True
+    head: bool = True
     name: ClassVar[str] = "kl"
     views: ClassVar[str] = "whole"
     negatives: ClassVar[int] = 0
 
     def heads(self, width: int, generator: np.random.Generator) -> Heads:
-        weight, bias = linear_head(width, self.dim, generator)
-        return {"weight": weight, "bias": bias}
+        return dict(zip(("weight", "bias"), linear_head(width, self.dim, generator))) if self.head else {}
 
     def loss(self, embeddings: torch.Tensor, heads: Heads, negatives: torch.Tensor | None = None) -> torch.Tensor:
         return kl_loss(self.latents(embeddings, heads), self.temperature, self.direction)
 
     def latents(self, embeddings: torch.Tensor, heads: Heads) -> torch.Tensor:
-        return _project(embeddings, heads["weight"], heads["bias"], self.normalize)
+        return _project(embeddings, self.head and (heads["weight"], heads["bias"]), self.normalize)
 
 
 @dataclass(frozen=True)
 class DINO:
-    """Self-distillation between crops, independent student and teacher heads (Table 17)."""
+    """Self-distillation between crops, independent student and teacher heads (Table 17).
+
+    ``head=False``: both distributions are softmaxes of the embedding itself (Table 6), apart by temperature and crop.
+    ``augmentation="full"`` adds DINO's flips and colour changes to the crops (Table 15).
+    """
 
     student_temperature: float = 0.1
     teacher_temperature: float = 0.07
@@ -144,19 +193,23 @@ class DINO:
     local_scale: tuple[float, float] = (0.05, 0.25)
     independent_heads: bool = True
     normalize: bool = True
+    head: bool = True
+    augmentation: str = "crops"
     name: ClassVar[str] = "dino"
     views: ClassVar[str] = "crops"
     negatives: ClassVar[int] = 0
 
     def heads(self, width: int, generator: np.random.Generator) -> Heads:
+        if not self.head:
+            return {}
         weight, bias = linear_head(width, self.dim, generator)
         teacher = linear_head(width, self.dim, generator) if self.independent_heads else (weight, bias)
         return {"weight": weight, "bias": bias, "teacher_weight": teacher[0], "teacher_bias": teacher[1]}
 
     def loss(self, embeddings: torch.Tensor, heads: Heads, negatives: torch.Tensor | None = None) -> torch.Tensor:
-        student = _project(embeddings, heads["weight"], heads["bias"], self.normalize)
+        student = _project(embeddings, self.head and (heads["weight"], heads["bias"]), self.normalize)
         seen = embeddings[:, : self.global_crops].detach()
-        teacher = _project(seen, heads["teacher_weight"], heads["teacher_bias"], self.normalize)
+        teacher = _project(seen, self.head and (heads["teacher_weight"], heads["teacher_bias"]), self.normalize)
         return dino_loss(student, teacher, self.student_temperature, self.teacher_temperature)
 
 
@@ -165,6 +218,7 @@ class SimCLR:
     """InfoNCE between overlapping patches of one image and a fixed batch of negatives (eq. 5, Table 17).
 
     ``grid`` patches a side before overlap (4 patches = 2 x 2), ``stride_scale`` steps a patch: 49 views at 6.
+    ``head=False`` compares the embeddings themselves (Table 6); cosines normalise them either way.
     """
 
     temperature: float = 0.07
@@ -174,12 +228,12 @@ class SimCLR:
     stride_scale: int = 6
     denominator: str = "eq5"
     normalize: bool = False
+    head: bool = True
     name: ClassVar[str] = "simclr"
     views: ClassVar[str] = "patches"
 
     def heads(self, width: int, generator: np.random.Generator) -> Heads:
-        weight, bias = linear_head(width, self.dim, generator)
-        return {"weight": weight, "bias": bias}
+        return dict(zip(("weight", "bias"), linear_head(width, self.dim, generator))) if self.head else {}
 
     def loss(self, embeddings: torch.Tensor, heads: Heads, negatives: torch.Tensor | None = None) -> torch.Tensor:
         if negatives is None:
@@ -187,15 +241,127 @@ class SimCLR:
         return info_nce(self.latents(embeddings, heads), negatives, self.temperature, self.denominator)
 
     def latents(self, embeddings: torch.Tensor, heads: Heads) -> torch.Tensor:
-        return _project(embeddings, heads["weight"], heads["bias"], self.normalize)
+        return _project(embeddings, self.head and (heads["weight"], heads["bias"]), self.normalize)
+
+    def reference(self, latents: torch.Tensor, generator: np.random.Generator) -> torch.Tensor:
+        """All latents (N, V, C) of the training images, as they are: (N * V, C)."""
+        return latents.flatten(0, 1)
+
+    def reference_shape(self, images: int, views: int, width: int) -> tuple[int, int]:
+        return min(self.negatives, images) * views, self.dim if self.head else width
 
 
-def _project(embeddings: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, normalize: bool) -> torch.Tensor:
-    return F.linear(F.normalize(embeddings, dim=-1) if normalize else embeddings, weight, bias)
+@dataclass(frozen=True)
+class DeepCluster:
+    """Crops predict the k-means cluster of one of them (Fig. 10; Caron et al. 2018).
+
+    The paper prints no settings; these are its published script's, which follows DeepCluster-v2 (Caron et al. 2020):
+    2 global and 6 local crops without colour change, a bias-free projection with rows of unit length on the embedding
+    as it is, unit latents, three clusterings whose centroids are the classifier, temperature 0.1. Ours: k-means is
+    scikit-learn's and its centroids are normalised, and there is at most one cluster for ``images_per_cluster``
+    training images, because the script's 3,000 are more than a small training split has images.
+    """
+
+    temperature: float = 0.1
+    dim: int = 128
+    clusters: int = 3000
+    clusterings: int = 3
+    images_per_cluster: int = 10
+    global_crops: int = 2
+    local_crops: int = 6
+    global_scale: tuple[float, float] = (0.14, 1.0)
+    local_scale: tuple[float, float] = (0.05, 0.14)
+    name: ClassVar[str] = "deepcluster"
+    views: ClassVar[str] = "crops"
+    augmentation: ClassVar[str] = "crops"
+    negatives: ClassVar[int] = sys.maxsize  # every training image is clustered
+
+    def heads(self, width: int, generator: np.random.Generator) -> Heads:
+        return {"weight": F.normalize(linear_head(width, self.dim, generator)[0], dim=-1)}
+
+    def loss(self, embeddings: torch.Tensor, heads: Heads, centroids: torch.Tensor | None = None) -> torch.Tensor:
+        if centroids is None:
+            raise ValueError("DeepCluster needs centroids: latents of shape (clusterings * K, dim), see reference")
+        centroids = centroids.unflatten(0, (self.clusterings, -1))  # (H, K, C)
+        return deepcluster_loss(self.latents(embeddings, heads), centroids, self.temperature, self.global_crops)
+
+    def latents(self, embeddings: torch.Tensor, heads: Heads) -> torch.Tensor:
+        return F.normalize(F.linear(embeddings, heads["weight"]), dim=-1)
+
+    def reference(self, latents: torch.Tensor, generator: np.random.Generator) -> torch.Tensor:
+        """Centroids of the training images' latents (N, V, C), (clusterings * K, C), from the crops of the targets."""
+        count = self._count(len(latents))
+        found = []
+        for h in range(self.clusterings):
+            crop = latents[:, h % self.global_crops].cpu().numpy()
+            means = KMeans(count, n_init=1, random_state=int(generator.integers(2**31))).fit(crop).cluster_centers_
+            found.append(F.normalize(torch.from_numpy(means), dim=-1))
+        return torch.cat(found)
+
+    def reference_shape(self, images: int, views: int, width: int) -> tuple[int, int]:
+        return self.clusterings * self._count(images), self.dim
+
+    def _count(self, images: int) -> int:
+        return max(1, min(self.clusters, images // self.images_per_cluster))
 
 
-Objective = KL | DINO | SimCLR
-OBJECTIVES: dict[str, type] = {"kl": KL, "dino": DINO, "simclr": SimCLR}
+@dataclass(frozen=True)
+class IBOT:
+    """DINO between crops, and masked patches that predict what the teacher sees of them (Fig. 10; Zhou et al. 2022).
+
+    The paper prints no settings and its published scripts hold no iBOT. Crops, head size and temperatures are those of
+    its DINO; from iBOT's own code: one head for class and patch tokens, the same crop is no pair, means instead of
+    sums, and a mean mask ratio of 0.3. Ours: the masked patches are drawn one by one, not in blocks, once for a seed
+    and not for each image, so that two images' gradients do not differ by their masks; a frozen network has no mask
+    token, so they show the mean colour (zero after normalisation).
+    """
+
+    student_temperature: float = 0.1
+    teacher_temperature: float = 0.07
+    dim: int = 2048
+    mask_ratio: float = 0.3
+    global_crops: int = 2
+    local_crops: int = 10
+    global_scale: tuple[float, float] = (0.25, 1.0)
+    local_scale: tuple[float, float] = (0.05, 0.25)
+    name: ClassVar[str] = "ibot"
+    views: ClassVar[str] = "crops"
+    augmentation: ClassVar[str] = "crops"
+    tokens: ClassVar[bool] = True  # its loss takes all tokens of masked and whole crops, not embeddings
+    negatives: ClassVar[int] = 0
+
+    def heads(self, width: int, generator: np.random.Generator) -> Heads:
+        return DINO(dim=self.dim).heads(width, generator)
+
+    def masks(self, patches: int, generator: np.random.Generator) -> torch.Tensor:
+        """(global crops, patches) bool, as many masked patches in each."""
+        count = max(1, round(self.mask_ratio * patches))
+        order = generator.random((self.global_crops, patches)).argsort(1)
+        return torch.from_numpy(order.argsort(1) < count)
+
+    def loss(self, tokens: torch.Tensor, heads: Heads, negatives: torch.Tensor | None = None) -> torch.Tensor:
+        """``tokens``: (B, V + G, 1 + patches, D), class token first, of the V student views and then the G whole global
+        crops; ``heads`` hold the masks too.
+        """
+        last = self.global_crops
+        student = tokens[:, :-last], (heads["weight"], heads["bias"])
+        teacher = tokens[:, -last:].detach(), (heads["teacher_weight"], heads["teacher_bias"])
+        hidden = lambda x: torch.stack(
+            [x[:, i, 1:][:, mask] for i, mask in enumerate(heads["masks"])], 1
+        )  # (B, G, M, D)
+        images = [_project(x[:, :, 0], head, True) for x, head in (student, teacher)]
+        patches = [_project(hidden(x), head, True) for x, head in (student, teacher)]
+        return ibot_loss(*images, *patches, self.student_temperature, self.teacher_temperature)
+
+
+def _project(embeddings: torch.Tensor, head: tuple | bool, normalize: bool) -> torch.Tensor:
+    """Latents (..., C) of embeddings (..., D); ``head``: weight and bias, or False for none."""
+    z = F.normalize(embeddings, dim=-1) if normalize else embeddings
+    return F.linear(z, *head) if head else z
+
+
+Objective = KL | DINO | SimCLR | DeepCluster | IBOT
+OBJECTIVES: dict[str, type] = {one.name: one for one in (KL, DINO, SimCLR, DeepCluster, IBOT)}
 
 
 def by_name(name: str, **settings) -> Objective:

@@ -107,6 +107,42 @@ def accuracy_by_features(df: pd.DataFrame) -> Figure:
     return fig
 
 
+def variants(df: pd.DataFrame, *, against: str) -> Figure:
+    """Tables 6 and 15, Fig. 10: paired difference of each setting from the one called `against`, in the frame's order.
+
+    `df`: column (a column of panels each), variant, features (its colour), value (percent, written beside), gain,
+    gain_low, gain_high (points). A row of panels for each data set and backbone. `paper`: the published difference,
+    points. A `value` of NaN is marked not applicable.
+    """
+    df = _need(df, "column", "variant", "features", "value", "gain", "gain_low", "gain_high")
+    df = df.assign(row=_join(df, "dataset", "backbone", by=", "))
+    rows, cols, names = (list(df[c].unique()) for c in ("row", "column", "variant"))
+    width = min(WIDE, COLUMN * (0.55 + 0.75 * len(cols)))
+    height = 0.75 + len(rows) * (0.4 + 0.2 * len(names))
+    fig, axes = figure(len(rows), len(cols), width=width, height=height, sharex="col", sharey=True)
+    for (i, row), (j, col) in ((a, b) for a in enumerate(rows) for b in enumerate(cols)):
+        ax, here = axes[i, j], df[(df["row"] == row) & (df["column"] == col)]
+        beside = {"transform": ax.get_yaxis_transform(), "va": "center_baseline", "size": 7.5}
+        for _, r in here.iterrows():
+            y, ink = names.index(r["variant"]), colour(r["features"])
+            gain = {"value": r["gain"], "low": r["gain_low"], "high": r["gain_high"]}
+            _interval(ax, r["gain"], y, gain, ink, horizontal=True, zorder=3)
+            ax.plot(r["paper"], y + 0.3, color=ink, **OPEN)
+            if np.isnan(r["value"]):
+                ax.text(0.5, y, "not applicable", ha="center", color=PALE, **beside)
+            else:
+                ax.text(1.02, y, f"{r['value']:.1f}", color=ink, **beside)
+        ax.axvline(0, color=PALE, linewidth=0.7, linestyle=(0, (4, 3)), zorder=0)
+        ax.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.4, -0.6))
+        ax.tick_params(axis="y", length=0)
+        ax.grid(axis="x")
+        ax.set_title(f"{col}\n{row}" if row and (len(rows) > 1 or not j) else col)
+    for ax in axes[-1]:
+        ax.set_xlabel(f"difference from {against}\n(points; right: accuracy in %)")
+    _legend(fig, {"ours, 95 % interval": {}}, "the paper's difference" if df["paper"].notna().any() else None)
+    return fig
+
+
 def curves(df: pd.DataFrame, *, x: str, label: str) -> Figure:
     """Accuracy against the column `x` for each feature set, a panel for each data set and backbone.
 

@@ -4,7 +4,7 @@ Chosen before any result was seen: k = 20 and the first 5 training images of eac
 training rows that are used; 95 % percentile bootstrap over test images; gains as paired differences on the same images.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations_with_replacement
 
 import numpy as np
@@ -105,6 +105,61 @@ def knn(train: extract.Rows, test: extract.Rows, letters: Sequence[str] = COMBIN
         for x, last in zip(letters, before, strict=True)
     ]
     return pd.DataFrame(rows, columns=["features", "setting", *QUANTITIES])
+
+
+def variants(
+    pairs: Mapping[str, tuple[extract.Rows, extract.Rows]], letters: str, default: str, *, k: int = 20, seed: int = 0
+) -> pd.DataFrame:
+    """One feature set extracted with several settings from the same images: variant, value, low, high in percent; its
+    gain over the variant called ``default``, paired, in points, with its interval.
+
+    ``pairs``: {variant: (train, test)}.
+    """
+    test = pairs[default][1]
+    per_class = test.labels if test.data.metric == "mean-per-class" else None
+    correct = {name: _correct(*pair, letters, k, None) for name, pair in pairs.items()}
+    rows = []
+    for name in pairs:
+        draw = lambda kind, n=name: views.generator("bootstrap", seed, "variant", letters, kind, n)
+        own = evaluate.bootstrap(correct[name], generator=draw("own"), labels=per_class)
+        gain = evaluate.bootstrap(correct[name], correct[default], generator=draw("paired"), labels=per_class)
+        rows.append((name, *own, *gain))
+    return pd.DataFrame(rows, columns=["variant", *QUANTITIES[:6]])
+
+
+def over_seeds(
+    pairs: Sequence[tuple[extract.Rows, extract.Rows]], letters: Sequence[str] = COMBINATIONS, *, k: int = 20,
+    pca: int | None = None, seed: int = 0,
+) -> pd.DataFrame:  # fmt: skip
+    """Table 9: features, value (mean accuracy over the seeds, percent), spread (`numpy.std` over them), gain (mean over
+    the seeds of the paired gain over "E", points) with its interval, and gain_spread.
+
+    ``pairs``: (train, test) of each seed, on the same images. ``gain_low``, ``gain_high``: over test images, each of
+    which counts with the share of seeds that classify it correctly; ``gain_spread``: over the seeds.
+    """
+    test = pairs[0][1]
+    per_class = test.labels if test.data.metric == "mean-per-class" else None
+    correct = {name: np.array([_correct(*pair, name, k, pca) for pair in pairs]) for name in ("E", *letters)}
+    groups = [np.arange(len(test.labels))] if per_class is None else [per_class == c for c in np.unique(per_class)]
+    score = lambda hits: 100 * np.mean([hits[group].mean() for group in groups])
+    rows = []
+    for name in letters:
+        scores, base = ([score(hits) for hits in correct[n]] for n in (name, "E"))
+        draw = views.generator("bootstrap", seed, "seeds", name)
+        gain = evaluate.bootstrap(correct[name].mean(0), correct["E"].mean(0), generator=draw, labels=per_class)
+        rows.append((name, np.mean(scores), np.std(scores), *gain, np.std(np.subtract(scores, base))))
+    columns = ["features", "value", "spread", "gain", "gain_low", "gain_high", "gain_spread"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def pooled(frame: pd.DataFrame, sign: int = 1) -> tuple[float, float, float]:
+    """Mean of the gains of rows measured on different test images, and its interval: half-widths add in squares.
+
+    ``sign=-1`` turns the difference round.
+    """
+    half = np.sqrt((((frame["gain_high"] - frame["gain_low"]) / 2) ** 2).sum()) / len(frame)
+    mean = sign * frame["gain"].mean()
+    return mean, mean - half, mean + half
 
 
 def _predict(train, test, letters, k, size=None) -> np.ndarray:

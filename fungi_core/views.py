@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageFilter, ImageOps
+from torchvision.transforms.v2 import functional as TF
 
 
 def generator(*keys: object) -> np.random.Generator:
@@ -70,11 +71,42 @@ def crop_boxes(width: int, height: int, scales: np.ndarray, rng: np.random.Gener
 
 
 def crops(image: Image.Image, size: int, objective, rng: np.random.Generator) -> np.ndarray:
-    """DINO's global, then local crops, each resized to size x size (bicubic), no colour change. (V, s, s, 3) uint8."""
+    """DINO's global, then local crops, each resized to size x size (bicubic). (V, s, s, 3) uint8.
+
+    ``objective.augmentation``: "crops", as the paper takes them, no flip, no colour change; or "full", the same crops
+    with the rest of DINO's policy (Table 15).
+    """
+    if objective.augmentation not in ("crops", "full"):
+        raise ValueError(f"DINO augmentation {objective.augmentation!r} is unknown; use 'crops' or 'full'")
     scales = [objective.global_scale] * objective.global_crops + [objective.local_scale] * objective.local_crops
     boxes = crop_boxes(*image.size, np.array(scales), rng)
     cut = (image.crop(tuple(map(int, box))) for box in boxes)  # resize(box=...) would look at pixels outside the box
-    return np.stack([np.asarray(crop.resize((size, size), Image.BICUBIC)) for crop in cut])
+    cut = [crop.resize((size, size), Image.BICUBIC) for crop in cut]
+    if objective.augmentation == "full":
+        places = [0] + [1] * (objective.global_crops - 1) + [2] * objective.local_crops
+        cut = [distort(view, place, rng) for view, place in zip(cut, places, strict=True)]
+    return np.stack([np.asarray(view) for view in cut])
+
+
+BLUR, SOLARIZE = (1.0, 0.1, 0.5), (0.0, 0.2, 0.0)  # DINO's odds by place: first global crop, other global crops, local
+
+
+def distort(view: Image.Image, place: int, rng: np.random.Generator) -> Image.Image:
+    """DINO's policy behind a crop: flip, colour jitter in random order, greyscale, Gaussian blur, solarisation.
+
+    Odds and ranges are those of DINO's main_dino.py; its blur radii of 0.1 to 2 px belong to 224 px and scale with the
+    view's size. Every number is drawn each time, so that no step moves another's.
+    """
+    flip, jitter, grey, blur, solarize = rng.random(5) < (0.5, 0.8, 0.2, BLUR[place], SOLARIZE[place])
+    amounts = rng.uniform((0.6, 0.6, 0.8, -0.1), (1.4, 1.4, 1.2, 0.1))  # brightness, contrast, saturation, hue
+    order, radius = rng.permutation(4), rng.uniform(0.1, 2.0) * view.width / 224
+    view = TF.horizontal_flip(view) if flip else view
+    steps = TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue
+    for i in order if jitter else ():
+        view = steps[i](view, float(amounts[i]))
+    view = TF.rgb_to_grayscale(view, num_output_channels=3) if grey else view
+    view = view.filter(ImageFilter.GaussianBlur(radius)) if blur else view
+    return ImageOps.solarize(view) if solarize else view
 
 
 @lru_cache(maxsize=16)
@@ -108,6 +140,21 @@ def patches(images: torch.Tensor, grid: int = 2, stride_scale: int = 6) -> torch
     cut = cut.permute(0, 2, 3, 1, 4, 5).flatten(1, 2)  # (B, V, 3, p, p)
     enlarge = bicubic_matrix(patch, size).to(images)
     return enlarge @ cut @ enlarge.T
+
+
+def masked(views: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+    """iBOT's views: global crops without their masked patches, local crops, then the global crops whole (teacher).
+
+    ``views``: (B, V, 3, s, s), normalised, G global crops first; ``masks``: (G, T) bool, T patches row by row. Masked
+    patches become zero, the mean colour. Returns (B, V + G, 3, s, s).
+    """
+    crops, side = len(masks), math.isqrt(masks.shape[1])
+    patch = views.shape[-1] // side
+    keep = (
+        (~masks).reshape(crops, 1, side, side).repeat_interleave(patch, 2).repeat_interleave(patch, 3)
+    )  # (G, 1, s, s)
+    whole = views[:, :crops]
+    return torch.cat([whole * keep, views[:, crops:], whole], 1)
 
 
 def prepare(image: Image.Image, size: int, crop_ratio: float, objective, seed: int) -> np.ndarray:

@@ -1,5 +1,6 @@
 """From a data set's name to rows in the store: extracted once, resumed, keyed by what changes them."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -192,6 +193,28 @@ def test_keys_hold_all_that_changes_a_feature():
     assert changed(base, keys(backbone=squeezed)) == EVERY
 
 
+def test_settings_that_came_later_are_no_part_of_a_key_at_their_defaults():
+    """Else every store made before them would be extracted anew."""
+    encoder, data = backbones.load(NAME), digits(())[0].data
+    meta_of = lambda objective: extract._meta(encoder, data, data, objective, 0, "x", "rademacher")
+    metas = [meta_of(objective) for objective in SMALL]
+    assert not any({"head", "augmentation"} & meta["settings"].keys() for meta in metas)
+    for i, name in enumerate(("kl", "dino", "simclr")):
+        meta = meta_of(replace(SMALL[i], head=False))
+        assert meta["settings"]["head"] is False and meta["feature"] == name
+        assert meta["settings"].keys() - metas[i]["settings"].keys() == {"head"}
+
+
+def test_objectives_without_a_head_and_full_augmentation_have_stores_of_their_own():
+    base = keys()
+    bare = keys([replace(o, head=False) for o in SMALL])
+    assert changed(base, bare) == GRADIENTS
+    negatives = [e for e in store.entries() if e["meta"].get("layer") == "negatives"]
+    assert sorted(entry["width"] for entry in negatives) == [16, 64]  # without a head they are embeddings
+    coloured = keys([SMALL[0], replace(SMALL[1], augmentation="full"), SMALL[2]])
+    assert changed(base, coloured) == {("train", "dino"), ("test", "dino")}
+
+
 def test_a_smaller_training_set_touches_the_test_rows_through_the_negatives_alone():
     base = keys(n_train=12)
     assert changed(base, keys(n_train=10)) == {place for place in EVERY if place[0] == "train"} | {("test", "simclr")}
@@ -225,6 +248,20 @@ def test_negatives_are_drawn_once_for_both_splits_and_every_layer(monkeypatch):
     assert len(negatives) == 1 and (negatives[0]["n"], negatives[0]["width"]) == (3 * 9, 16)
     digits(SMALL[2:], seed=1)
     assert calls == ["train", "train"]
+
+
+def test_deepcluster_and_ibot_through_the_store(monkeypatch):
+    names = [O.DeepCluster(dim=8, local_crops=1, images_per_cluster=4), O.IBOT(dim=12, local_crops=1)]
+    train, test = digits(names)
+    assert list(test.blocks) == ["embedding", "deepcluster", "ibot"]
+    assert all(np.isfinite(block).all() and block.any() for block in test.blocks.values())
+    centroids = [e for e in store.entries() if e["meta"].get("layer") == "negatives"]
+    assert [(entry["n"], entry["width"]) for entry in centroids] == [(3 * 3, 8)]  # once, of the training rows
+    one = fungi.Fungi(NAME, names, pca=None, device="cpu", dtype="float32").fit(train.data)
+    for name, block in one.extract(test.data).items():
+        np.testing.assert_allclose(test.blocks[name], block, rtol=0, atol=1e-5 * np.abs(block).max())
+    forbid(monkeypatch)
+    digits(names)
 
 
 # --- what can go wrong
@@ -310,7 +347,7 @@ def test_letters():
 @pytest.mark.parametrize("letters", ["X", "E+X", "EK", "", "E+", "e"])
 def test_unknown_letters_are_named(letters):
     rows = extract.Rows(None, {"embedding": np.ones((4, 2), np.float32), "kl": np.ones((4, 2), np.float32)}, ())
-    with pytest.raises(ValueError, match=r"unknown feature letters .* there are E, K, D, S joined by '\+'"):
+    with pytest.raises(ValueError, match=r"unknown feature letters .* there are E, K, D, S, C, I joined by '\+'"):
         fungi_features(rows, rows, letters)
     with pytest.raises(KeyError, match="simclr"):
         fungi_features(rows, rows, "E+S")

@@ -1,5 +1,8 @@
 """Tapped gradients against autograd, sample by sample; the class-token path against the general one."""
 
+from dataclasses import replace
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +10,9 @@ from helpers import SMALL, encoder, parts, relative, views
 
 from fungi_core import backbones
 from fungi_core import objectives as O
-from fungi_core.fungi import draw_parts
+from fungi_core.fungi import draw_parts, project_gradients
 from fungi_core.gradients import linear_layer, tap, tapped_factors
+from fungi_core.views import masked
 
 
 def autograd(backbone, objective, given, batch, path):
@@ -40,6 +44,49 @@ def test_tapped_gradients_equal_per_sample_autograd(objective, pool):
     embeddings, (chosen,) = backbone.factors(batch, loss)
     assert relative(chosen.gradient(), expected) < 1e-5
     torch.testing.assert_close(embeddings[:, 0], backbone.embed(batch[:, 0]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("layer", ["blocks.5.attn.proj", "blocks.3.mlp.fc1"])
+def test_deepcluster_and_ibot_gradients_equal_per_sample_autograd(layer):
+    backbone = encoder()
+    for objective in (O.DeepCluster(dim=16), O.IBOT(dim=24, local_crops=2)):
+        count = objective.global_crops + objective.local_crops
+        size, g = backbone.size, torch.Generator().manual_seed(1)
+        batch = torch.randn(3, count, 3, size, size, generator=g)
+        given = draw_parts(backbone, objective, 0, layer)
+        given.negatives = torch.nn.functional.normalize(torch.randn(3 * 5, 16, generator=g), dim=-1)
+        tokens = objective.name == "ibot"
+        seen = masked(batch, given.heads["masks"]) if tokens else batch
+        linear, expected = linear_layer(backbone.model, layer), []
+        for sample in seen:
+            linear.requires_grad_(True)
+            out = (backbone.model.forward_features(sample) if tokens else backbone.embed(sample))[None]
+            objective.loss(out, given.heads, given.negatives).sum().backward()
+            expected.append(torch.cat([linear.weight.grad, linear.bias.grad[:, None]], 1))
+            linear.requires_grad_(False)
+            linear.weight.grad = linear.bias.grad = None
+        expected = torch.stack(expected)
+        loss = partial(objective.loss, heads=given.heads)
+        loss = loss if tokens else partial(loss, centroids=given.negatives)
+        _, (factors,) = backbone.factors(seen, loss, [layer], tokens)
+        assert relative(factors.gradient(), expected) < 1e-5
+        _, together = project_gradients(backbone, objective, given, batch, layer)
+        alone = torch.cat([project_gradients(backbone, objective, given, one[None], layer)[1] for one in batch])
+        assert relative(together, alone) < 1e-5
+
+
+def test_tokens_are_the_class_token_and_the_patches():
+    backbone = encoder(reg_tokens=2)
+    x = torch.randn(2, 3, backbone.size, backbone.size, generator=torch.Generator().manual_seed(0))
+    tokens, whole = backbone.tokens(x), backbone.model.forward_features(x)
+    assert tokens.shape == (2, 1 + backbone.patches, backbone.width)
+    torch.testing.assert_close(tokens[:, 0], backbone.embed(x))
+    assert torch.equal(tokens[:, 1:], whole[:, 3:])  # no registers
+    with pytest.raises(ValueError, match="reads no class token"):
+        encoder("avg").tokens(x)
+    other = backbones.load(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 4, 5)), layer="1")
+    with pytest.raises(ValueError, match="has no patch embedding"):
+        draw_parts(replace(other, size=2), O.IBOT(), 0)
 
 
 def test_tapped_gradients_equal_vmap_of_grad():

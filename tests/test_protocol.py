@@ -57,6 +57,39 @@ def test_gains_and_steps_are_paired_differences_with_intervals_around_them():
     assert table.loc["E+K", "gain_low"] > 10  # the KL block alone knows the class
 
 
+def test_variants_are_compared_on_the_same_images():
+    good, bad = (rows(200, 0), rows(120, 1)), (rows(200, 0, "dino"), rows(120, 1, "dino"))
+    table = protocol.variants({"ours": good, "noise": bad}, "K", "ours").set_index("variant")
+    alone = protocol.knn(*good, ["K"]).set_index("features")
+    assert table.loc["ours", "value"] == alone.loc["K", "value"]
+    assert tuple(table.loc["ours", ["gain", "gain_low", "gain_high"]]) == (0, 0, 0)
+    row = table.loc["noise"]
+    assert row["gain"] == pytest.approx(row["value"] - table.loc["ours", "value"])
+    assert row["gain_low"] < row["gain"] < row["gain_high"] < -10
+    frame = pd.DataFrame({"gain": [1.0, 3.0], "gain_low": [-2.0, -1.0], "gain_high": [4.0, 7.0]})
+    assert protocol.pooled(frame) == (2, -0.5, 4.5)  # half-widths 3 and 4: 5 / 2
+    assert protocol.pooled(frame, -1) == (-2, -4.5, 0.5)
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "mean-per-class"])
+def test_over_seeds_is_mean_and_population_deviation_of_each_seed(metric):
+    pairs = []
+    for seed in range(3):  # the embedding is the same for all seeds, the gradients are not
+        train, test = rows(200, 0, metric=metric), rows(117, 1, metric=metric)
+        noise = np.random.default_rng(seed).normal(size=(200 + 117, 12)).astype(np.float32) * (1 + seed)
+        train.blocks["kl"][:], test.blocks["kl"][:] = train.blocks["kl"] + noise[:200], test.blocks["kl"] + noise[200:]
+        pairs.append((train, test))
+    table = protocol.over_seeds(pairs, ["E", "E+K"]).set_index("features")
+    each = [protocol.knn(*pair, ["E", "E+K"]).set_index("features") for pair in pairs]
+    for name in ("E", "E+K"):
+        values, gains = ([t.loc[name, column] for t in each] for column in ("value", "gain"))
+        row = table.loc[name]
+        assert row["value"] == pytest.approx(np.mean(values)) and row["spread"] == pytest.approx(np.std(values))
+        assert row["gain"] == pytest.approx(np.mean(gains)) and row["gain_spread"] == pytest.approx(np.std(gains))
+        assert row["gain_low"] <= row["gain"] <= row["gain_high"]
+    assert table.loc["E", "spread"] == 0 < table.loc["E+K", "spread"]
+
+
 def test_few_shot_uses_the_first_images_of_each_class_only():
     train, test = rows(200, 0), rows(120, 1)
     few = protocol.knn(train, test, ["K"], k=3, shots=5)

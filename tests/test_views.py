@@ -2,13 +2,14 @@
 
 import io
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageFilter
 from timm.data import create_transform
 from torchvision.transforms import v2
 
@@ -107,6 +108,82 @@ def test_crops_are_torchvisions_resized_crops():
         np.testing.assert_array_equal(view, np.asarray(expected))
     shares = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]) / 4800
     assert shares[:2].min() > 0.24 and shares[2:].max() < 0.26  # two global, then ten local
+
+
+# --- DINO's full augmentation
+
+
+def numbers(**given):
+    """A generator that gives these numbers: `distort` draws odds, amounts, order and radius, in this order."""
+    odds = [0.0 if given.get(step) else 1.0 for step in ("flip", "jitter", "grey", "blur", "solarize")]
+    answers = iter([np.array(given.get("amounts", [1, 1, 1, 0])), given.get("radius", 1.0)])
+    return SimpleNamespace(
+        random=lambda n: np.array(odds),
+        uniform=lambda low, high: next(answers),
+        permutation=lambda n: np.array(given.get("order", range(n))),
+    )
+
+
+def test_each_step_of_the_full_augmentation_is_torchvisions():
+    image, tf = picture(64, 64), v2.functional
+    same = lambda got, expected: np.testing.assert_array_equal(np.asarray(got), np.asarray(expected))
+    same(views.distort(image, 1, numbers()), image)
+    same(views.distort(image, 1, numbers(flip=True)), tf.horizontal_flip(image))
+    same(views.distort(image, 1, numbers(grey=True)), tf.rgb_to_grayscale(image, 3))
+    same(views.distort(image, 1, numbers(solarize=True)), tf.solarize(image, 128))
+    radius = 1.5 * 64 / 224
+    same(views.distort(image, 1, numbers(blur=True, radius=1.5)), image.filter(ImageFilter.GaussianBlur(radius)))
+    jitter = tf.adjust_brightness(tf.adjust_hue(tf.adjust_contrast(tf.adjust_saturation(image, 1.1), 0.7), 0.05), 1.3)
+    drawn = numbers(jitter=True, amounts=[1.3, 0.7, 1.1, 0.05], order=[2, 1, 3, 0])
+    same(views.distort(image, 1, drawn), jitter)
+
+
+def test_the_full_augmentation_has_the_odds_of_dino(monkeypatch):
+    """How often each step of main_dino.py is taken at each place, and how strongly."""
+    calls, n = [], 1000
+    keep = lambda step: lambda image, *amount, **_: (calls.append((step, *amount)), image)[1]
+    steps = {"horizontal_flip": 0.5, "adjust_brightness": 0.8, "adjust_hue": 0.8, "rgb_to_grayscale": 0.2}
+    for step in steps:
+        monkeypatch.setattr(views.TF, step, keep(step))
+    monkeypatch.setattr(views.ImageOps, "solarize", keep("solarize"))
+    blur = ImageFilter.GaussianBlur
+    monkeypatch.setattr(views.ImageFilter, "GaussianBlur", lambda r: (calls.append(("blur", r)), blur(r))[1])
+    image, rng = picture(56, 56), np.random.default_rng(0)
+    for place, odds in enumerate([(1.0, 0.0), (0.1, 0.2), (0.5, 0.0)]):
+        calls.clear()
+        for _ in range(n):
+            views.distort(image, place, rng)
+        for step, expected in (steps | dict(zip(("blur", "solarize"), odds, strict=True))).items():
+            share = sum(name == step for name, *_ in calls) / n
+            assert abs(share - expected) < 0.05 and (share > 0) == (expected > 0), (place, step, share)
+    ranged = ("adjust_brightness", 0.6, 1.4), ("adjust_hue", -0.1, 0.1), ("blur", 0.025, 0.5)
+    for step, low, high in ranged:  # blur: 0.1 to 2 px of 224 are 0.025 to 0.5 px of 56
+        amounts, width = [call[1] for call in calls if call[0] == step], (high - low) / 50
+        assert low <= min(amounts) < low + width and high - width < max(amounts) <= high
+
+
+def test_the_full_augmentation_changes_colours_and_no_box():
+    image, full = picture(), O.DINO(augmentation="full")
+    plain, coloured = (views.prepare(image, 32, 1.0, objective, 0) for objective in (O.DINO(), full))
+    np.testing.assert_array_equal(coloured, views.prepare(image, 32, 1.0, full, 0))
+    assert plain.shape == coloured.shape and not np.array_equal(plain, coloured)
+    places = [0, 1] + [2] * 10
+    rng = views.generator(0, "dino", views.sample_id(image))
+    views.crop_boxes(*image.size, np.ones((12, 2)) * 0.5, rng)  # as many numbers as the boxes of the crops
+    expected = [views.distort(Image.fromarray(v), place, rng) for v, place in zip(plain, places, strict=True)]
+    np.testing.assert_array_equal(coloured, np.stack([np.asarray(v) for v in expected]))
+    with pytest.raises(ValueError, match="augmentation 'mild' is unknown; use 'crops' or 'full'"):
+        views.prepare(image, 32, 1.0, O.DINO(augmentation="mild"), 0)
+
+
+def test_masked_crops_lose_whole_patches_and_the_teacher_sees_all():
+    batch = torch.rand(2, 4, 3, 12, 12, generator=torch.Generator().manual_seed(0)) + 1  # two global, two local crops
+    masks = torch.zeros(2, 9, dtype=torch.bool)
+    masks[0, 1] = masks[1, 8] = masks[1, 3] = True
+    got, expected = views.masked(batch, masks), torch.cat([batch, batch[:, :2]], 1)
+    expected[:, 0, :, :4, 4:8] = 0  # patches row by row
+    expected[:, 1, :, 8:, 8:] = expected[:, 1, :, 4:8, :4] = 0
+    assert torch.equal(got, expected)
 
 
 # --- resizing
