@@ -47,13 +47,27 @@ def knn_predict(train_x, train_y, test_x, k: int = 20, device: str = "cpu", chun
     train_y = np.asarray(train_y.cpu() if isinstance(train_y, torch.Tensor) else train_y)
     if len(train_y) != len(train_x):
         raise ValueError(f"kNN needs one label a training row: {len(train_x)} rows, {len(train_y)} labels")
-    classes, train_y = np.unique(train_y, return_inverse=True)
     neighbours, _ = nearest(train_x, test_x, k, device, chunk)
+    return vote(neighbours, train_y)
+
+
+def knn_by_similarity(similarity: np.ndarray, train_y, k: int = 20) -> np.ndarray:
+    """`knn_predict` where only the similarities (M test, N train) are known; equal ones in the training set's order."""
+    train_y = np.asarray(train_y)
+    if similarity.shape[1] != len(train_y) or not 1 <= k <= len(train_y):
+        raise ValueError(f"kNN needs similarities (M, N), N labels and 1 <= k <= N: got {similarity.shape}, "
+                         f"{len(train_y)} labels, k = {k}")  # fmt: skip
+    return vote(np.argsort(-similarity, axis=1, kind="stable")[:, :k], train_y)
+
+
+def vote(neighbours: np.ndarray, labels: np.ndarray, chunk: int = 4096) -> np.ndarray:
+    """The most frequent label among each row's neighbours (M, k) -> (M,); a tie goes to the lowest label."""
+    classes, labels = np.unique(labels, return_inverse=True)
     predicted = np.empty(len(neighbours), classes.dtype)
     for start in range(0, len(neighbours), chunk):
-        labels = train_y[neighbours[start : start + chunk]]  # [m, k]
-        votes = np.zeros((len(labels), len(classes)), np.int32)
-        np.add.at(votes, (np.arange(len(labels))[:, None], labels), 1)
+        near = labels[neighbours[start : start + chunk]]  # [m, k]
+        votes = np.zeros((len(near), len(classes)), np.int32)
+        np.add.at(votes, (np.arange(len(near))[:, None], near), 1)
         predicted[start : start + chunk] = classes[votes.argmax(1)]  # argmax: the first, so the lowest label
     return predicted
 

@@ -18,6 +18,8 @@ import torch
 from tqdm.auto import tqdm
 
 from . import backbones, datasets, evaluate, fungi, objectives, pca, store
+from . import projection as projections
+from .gradients import Factors, linear_layer
 
 EXTRACTION = 1  # raise when the same settings would give other features than before
 ALL = ("kl", "dino", "simclr")
@@ -27,10 +29,13 @@ LETTERS = {"embedding": "E", "kl": "K", "dino": "D", "simclr": "S", "deepcluster
 
 @dataclass(frozen=True)
 class Rows:
-    """One split's images and raw feature blocks: {"embedding": (N, D), "kl": (N, d), ...} float32."""
+    """One split's images and raw feature blocks: {"embedding": (N, D), "kl": (N, d), ...} float32.
+
+    With ``projection="exact"`` a gradient's block is its `Factors`, for `similarity`.
+    """
 
     data: "datasets.Images"
-    blocks: dict[str, np.ndarray]
+    blocks: dict[str, np.ndarray | Factors]
     store_keys: tuple[str, ...]
 
     @property
@@ -56,6 +61,7 @@ def features(
 
     ``names``: objective names or instances. ``n_train``, ``n_test``: class-balanced subsets, always the same ones;
     None or 0 is all of it. ``seed`` draws heads, projection, negatives (from the training rows) and views.
+    ``projection``: one of `projection.KINDS`; "exact" keeps the factors (class-token backbones at their own layer).
     """
     encoder = backbones.load(backbone) if isinstance(backbone, str) else backbone
     train, test = _load(dataset, n_train, n_test)
@@ -74,11 +80,9 @@ def fungi_features(train: Rows, test: Rows, letters: str, size: int | None = Non
     As in the published code, PCA is skipped where ``size`` is None or not below both rows and columns; the embedding
     alone gets it too (Table 16).
     """
-    by_letter = {letter: name for name, letter in LETTERS.items()}
-    unknown = [letter for letter in letters.split("+") if letter not in by_letter]
-    if unknown:
-        raise ValueError(f"unknown feature letters {unknown}; there are {', '.join(by_letter)} joined by '+'")
-    names = [by_letter[letter] for letter in letters.split("+")]
+    names = _names(letters)
+    if any(isinstance(train.blocks[name], Factors) for name in names):
+        raise ValueError(f"{letters} holds unprojected gradients, which have no feature vector; use extract.similarity")
     a, b = (evaluate.combine(rows.blocks, names) for rows in (train, test))
     size = pca.pca_size(size, *a.shape) if size else None
     if size is None:
@@ -87,17 +91,43 @@ def fungi_features(train: Rows, test: Rows, letters: str, size: int | None = Non
     return fitted.transform(a), fitted.transform(b)
 
 
+def similarity(a: Rows, b: Rows, letters: str) -> np.ndarray:
+    """Sum over the features of the cosines of all pairs, (len(a), len(b)) float32: the inner product of eq. 2's joined
+    vectors, and for unprojected gradients what no vector is needed for.
+    """
+    total = np.zeros((len(a.data), len(b.data)), np.float32)
+    for name in _names(letters):
+        x, y = a.blocks[name], b.blocks[name]
+        if isinstance(x, Factors):
+            total += projections.exact_cosine(x, y).numpy()
+        else:
+            total += evaluate.normalize(x) @ evaluate.normalize(y).T
+    return total
+
+
+def _names(letters: str) -> list[str]:
+    by_letter = {letter: name for name, letter in LETTERS.items()}
+    unknown = [letter for letter in letters.split("+") if letter not in by_letter]
+    if unknown:
+        raise ValueError(f"unknown feature letters {unknown}; there are {', '.join(by_letter)} joined by '+'")
+    return [by_letter[letter] for letter in letters.split("+")]
+
+
 def _split(encoder, data, train, names, seed, layer, projection="rademacher") -> Rows:
     wanted = [objectives.by_name(name) if isinstance(name, str) else name for name in names]
     if len({o.name for o in wanted}) != len(wanted):
         raise ValueError(f"each objective can be used once a call, got {', '.join(o.name for o in wanted)}")
-    encoder.gradient_size(layer)  # a wrong layer raises before anything is extracted
     # The embedding comes along with the KL gradient at the backbone's own layer, always on the same path: another layer
     # takes the general one, whose bf16 embedding rounds differently.
     along = layer == encoder.layer and any(o.views == "whole" for o in wanted)
+    linear = linear_layer(encoder.model, layer)  # a wrong layer raises before anything is extracted
     embedding = store.open_rows(_meta(encoder, data), len(data), encoder.width)
+    both = linear.out_features + linear.in_features
+    if projection == "exact" and not (encoder.fast and encoder.reads_class_token([layer])):
+        raise ValueError(f"projection 'exact' needs a class token at the last block, not {encoder.name} {layer}")
+    width = lambda o: fungi.view_count(encoder, o) * both if projection == "exact" else encoder.width
     opened = {
-        o.name: store.open_rows(_meta(encoder, data, train, o, seed, layer, projection), len(data), encoder.width)
+        o.name: store.open_rows(_meta(encoder, data, train, o, seed, layer, projection), len(data), width(o))
         for o in wanted
     }
     if not along and not embedding.complete:
@@ -108,6 +138,9 @@ def _split(encoder, data, train, names, seed, layer, projection="rademacher") ->
         if targets:
             _extract(encoder, data, train, objective, targets, embedding, seed, layer, projection)
     blocks = {"embedding": embedding.read()} | {name: rows.read() for name, rows in opened.items()}
+    if projection == "exact":
+        shape = linear.out_features, linear.in_features, linear.bias is not None
+        blocks |= {name: projections.factors_of(blocks[name], *shape) for name in opened}
     return Rows(data, blocks, (embedding.key, *(rows.key for rows in opened.values())))
 
 

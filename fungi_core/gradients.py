@@ -20,6 +20,13 @@ class Factors:
     output_gradients: torch.Tensor
     bias: bool
 
+    def __len__(self) -> int:
+        return len(self.activations)
+
+    def __getitem__(self, index) -> "Factors":
+        """Some of the samples: a slice or an array of indices."""
+        return Factors(self.activations[index], self.output_gradients[index], self.bias)
+
     def gradient(self) -> torch.Tensor:
         """The gradients themselves, (B, D_out, D_in + 1) with a bias, else (B, D_out, D_in); views summed in the
         product.

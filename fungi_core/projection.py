@@ -1,7 +1,8 @@
 """Random projections of per-sample gradients, applied to their factors; and the inner product that they approximate.
 
 The paper's is a dense +-1 matrix R (eq. 1), ``Rademacher``. Two cheaper ones never form the gradient: ``KhatriRao``,
-whose rows are outer products of two sign vectors, and ``TensorSketch``. ``exact_kernel`` needs no projection at all.
+whose rows are outer products of two sign vectors, and ``TensorSketch``. ``Exact`` keeps the factors, whose
+``exact_kernel`` is the inner product that all of them approximate.
 
 R has one row per output unit and one column per gradient entry, ``vec([W-grad | b-grad])`` row-major. It is kept as
 bits of a Philox stream keyed by (seed, layer), row after row, the same on every device and platform; blocks of rows are
@@ -140,12 +141,37 @@ class TensorSketch:
         return spectra[0] * spectra[1]  # a product here is a convolution of the two sketches
 
 
+class Exact:
+    """No projection: a sample keeps its factors, (n * (D_out + D_in)) floats, for `exact_kernel`."""
+
+    def apply(self, factors: Factors, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Factors (B, n, .) -> (B, n * (D_out + D_in)) float32; a bias adds no column. `factors_of` is the inverse."""
+        return torch.cat([factors.output_gradients, factors.activations], 2).flatten(1)
+
+
+def factors_of(rows: np.ndarray, d_out: int, d_in: int, bias: bool) -> Factors:
+    """The factors that `Exact` flattened: (B, n * (D_out + D_in)) -> output gradients and activations (B, n, .)."""
+    both = torch.from_numpy(rows).unflatten(1, (-1, d_out + d_in))
+    return Factors(both[:, :, d_out:], both[:, :, :d_out], bias)
+
+
+def exact_cosine(x: Factors, y: Factors) -> torch.Tensor:
+    """Cosine similarity of every pair of gradients, (Bx, By) float32: `exact_kernel` of gradients of unit length."""
+    lengths = []
+    for z in (x, y):
+        own = [exact_kernel(z[i : i + 1], z[i : i + 1])[0] for i in range(len(z))]
+        lengths.append(torch.cat(own).clamp_min(torch.finfo(torch.float32).tiny).sqrt())
+    return exact_kernel(x, y) / lengths[0][:, None] / lengths[1]
+
+
 def exact_kernel(x: Factors, y: Factors) -> torch.Tensor:
     """<G_i, G_j> for every pair, (Bx, By) float32: sum over n, m of (d_in . d_jm) (a_in . a_jm + 1), no projection.
 
     For one view or token a sample this is the elementwise product of two ordinary inner-product matrices.
     """
     (dx, ax), (dy, ay) = _factors(x), _factors(y)
+    if dx.shape[1] == dy.shape[1] == 1:
+        return (dx[:, 0] @ dy[:, 0].T) * (ax[:, 0] @ ay[:, 0].T)
     out = []
     for d, a in zip(dx, ax, strict=True):  # one sample of x at a time bounds the memory to n x By x n
         both = torch.einsum("no,jmo->jnm", d, dy).mul_(torch.einsum("ni,jmi->jnm", a, ay))
@@ -153,12 +179,18 @@ def exact_kernel(x: Factors, y: Factors) -> torch.Tensor:
     return torch.stack(out)
 
 
-def draw(kind: str, rows: int, d_out: int, d_in: int, *keys: object) -> "Rademacher | KhatriRao | TensorSketch":
+Projection = Rademacher | KhatriRao | TensorSketch | Exact
+KINDS = ("rademacher", "khatri-rao", "sketch", "exact")
+
+
+def draw(kind: str, rows: int, d_out: int, d_in: int, *keys: object) -> Projection:
     """The projection called ``kind`` for gradients (d_out, d_in); ``d_in`` counts the bias column."""
+    if kind not in KINDS:
+        raise ValueError(f"unknown projection {kind!r}; there are {', '.join(map(repr, KINDS))}")
+    if kind == "exact":
+        return Exact()
     if kind == "rademacher":
         return Rademacher(rows, d_out * d_in, *keys)
-    if kind not in ("khatri-rao", "sketch"):
-        raise ValueError(f"unknown projection {kind!r}; there are 'rademacher', 'khatri-rao' and 'sketch'")
     return (KhatriRao if kind == "khatri-rao" else TensorSketch)(rows, d_out, d_in, *keys)
 
 

@@ -84,6 +84,21 @@ class LinearCKA(Metric):
         return super()._apply(lambda t: t.to(fn(t.new_empty(0)).device), exclude_state)
 
 
+def gram_cka(k: np.ndarray, l: np.ndarray) -> float:  # noqa: E741
+    """Unbiased CKA from two kernels' Gram matrices (N, N), N >= 4: for kernels without a feature vector, such as the
+    exact inner products of gradients. `LinearCKA` gives the same from features, streaming.
+    """
+    n = len(k)
+    if k.shape != (n, n) or l.shape != (n, n) or n < 4:
+        raise ValueError(f"CKA needs two square Gram matrices of the same 4 or more rows, got {k.shape} and {l.shape}")
+    k, l = (np.where(np.eye(n, dtype=bool), 0, g).astype(np.float64) for g in (k, l))  # noqa: E741
+
+    def hsic(a, b):  # n (n - 3) times Song et al. 2012
+        return (a * b).sum() + a.sum() * b.sum() / ((n - 1) * (n - 2)) - 2 * a.sum(0) @ b.sum(0) / (n - 2)
+
+    return float(hsic(k, l) / np.sqrt(hsic(k, k) * hsic(l, l)))
+
+
 def cka_matrix(features: Mapping[str, np.ndarray], unbiased: bool = True, batch: int = 4096,
                device: str = "cpu") -> np.ndarray:  # fmt: skip
     """Symmetric (F, F) CKA of every pair of ``features`` (N, d_f), in the mapping's order; ones on the diagonal."""

@@ -273,3 +273,19 @@ def test_normalize_and_combine():
         combine(features, ["kl", "dino"])
     with pytest.raises(ValueError, match="'kl': 6, 'embedding': 5"):
         combine(features | {"embedding": features["embedding"][1:]}, ["kl", "embedding"])
+
+
+@pytest.mark.parametrize("k", [1, 5, 20])
+def test_knn_from_similarities_is_that_of_unit_vectors(k):
+    rng = np.random.default_rng(3)
+    train, test = (evaluate.normalize(rng.normal(size=(n, 6))) for n in (70, 30))
+    labels = rng.integers(0, 4, 70)
+    expected = evaluate.knn_predict(train, labels, test, k=k)
+    np.testing.assert_array_equal(evaluate.knn_by_similarity(test @ train.T, labels, k), expected)
+
+
+def test_knn_from_similarities_takes_equal_ones_in_order_and_checks_shapes():
+    assert evaluate.knn_by_similarity(np.array([[0.5, 0.9, 0.5]]), [7, 3, 1], k=2).tolist() == [3]  # 7 and 3 tie
+    assert evaluate.knn_by_similarity(np.array([[0.5, 0.1, 0.5]]), [7, 3, 1], k=1).tolist() == [7]
+    with pytest.raises(ValueError, match=r"got \(1, 3\), 2 labels, k = 1"):
+        evaluate.knn_by_similarity(np.zeros((1, 3)), [0, 1], k=1)

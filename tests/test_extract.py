@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import shrink_test_vit
 
-from fungi_core import backbones, datasets, evaluate, extract, fungi, pca, store, views
+from fungi_core import backbones, datasets, evaluate, extract, fungi, pca, projection, store, views
 from fungi_core import objectives as O
 from fungi_core.extract import features, fungi_features
 
@@ -367,3 +367,39 @@ def test_projections_have_stores_of_their_own(workplace):
     blocks = [digits(["kl"], projection=kind)[0] for kind in ("rademacher", "khatri-rao", "sketch")]
     assert len({rows.store_keys[1] for rows in blocks}) == 3 and len({rows.store_keys[0] for rows in blocks}) == 1
     assert not any(np.allclose(blocks[0].blocks["kl"], other.blocks["kl"]) for other in blocks[1:])
+
+
+def test_exact_similarities_are_those_of_the_whole_gradients():
+    train, test = digits(SMALL[:2], projection="exact")
+    assert train.blocks["kl"].activations.shape == (12, 1, 64) and len(test.blocks["dino"]) == 8
+    encoder = backbones.load(NAME)
+    size = encoder.gradient_size()
+    found = {}
+    for objective in SMALL[:2]:
+        parts = fungi.draw_parts(encoder, objective, 0)
+        parts.projection = projection.Rademacher(size, size, matrix=torch.eye(size))
+        found[objective.name] = [
+            evaluate.normalize(np.concatenate([g for _, _, g in fungi.rows(encoder, objective, parts, rows.data, 0)]))
+            for rows in (test, train)
+        ]
+    own = [evaluate.normalize(rows.blocks["embedding"]) for rows in (test, train)]
+    for letters, parts in (("K", ["kl"]), ("D", ["dino"]), ("E+K+D", ["kl", "dino", "embedding"])):
+        expected = sum(a @ b.T for a, b in ((found | {"embedding": own})[name] for name in parts))
+        np.testing.assert_allclose(extract.similarity(test, train, letters), expected, rtol=0, atol=2e-5)
+    few = train.take(np.array([4, 0]))
+    np.testing.assert_allclose(
+        extract.similarity(test, few, "D"), extract.similarity(test, train, "D")[:, [4, 0]], atol=1e-6
+    )
+    with pytest.raises(ValueError, match="E.K holds unprojected gradients, .*; use extract.similarity"):
+        fungi_features(train, test, "E+K")
+
+
+def test_similarity_of_projected_rows_is_the_joined_features_inner_product():
+    train, test = digits()
+    a, b = fungi_features(train, test, "E+K+S")
+    np.testing.assert_allclose(extract.similarity(test, train, "E+K+S"), b @ a.T, atol=1e-5)
+
+
+def test_exact_needs_a_class_token_at_its_own_layer():
+    with pytest.raises(ValueError, match="'exact' needs a class token at the last block, not .* blocks.0.attn.proj"):
+        digits(KL, projection="exact", layer="blocks.0.attn.proj")

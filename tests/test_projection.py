@@ -204,5 +204,5 @@ def test_tokens_of_another_layer_are_one_line():
 
 
 def test_an_unknown_projection_lists_what_exists():
-    with pytest.raises(ValueError, match="'gauss'; there are 'rademacher', 'khatri-rao' and 'sketch'"):
+    with pytest.raises(ValueError, match="'gauss'; there are 'rademacher', 'khatri-rao', 'sketch', 'exact'"):
         draw("gauss", 8, 4, 4)

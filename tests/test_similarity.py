@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from fungi_core import similarity
 from fungi_core.similarity import STATES, LinearCKA, cka_matrix
 
 
@@ -162,3 +163,12 @@ def test_errors(pair):
             stream(x, np.full((120, 7), 0.1), unbiased=unbiased).compute()
     with pytest.raises(ValueError, match="'a': 120, 'b': 119"):
         cka_matrix({"a": x, "b": y[1:]})
+
+
+def test_from_gram_matrices(pair):
+    x, y = pair
+    found = similarity.gram_cka(x @ x.T, y @ y.T)
+    assert found == pytest.approx(gram_cka(x, y), abs=1e-12)
+    assert found == pytest.approx(float(stream(x, y).compute()), abs=1e-12)
+    with pytest.raises(ValueError, match=r"two square Gram matrices .* got \(3, 3\) and \(3, 3\)"):
+        similarity.gram_cka(np.eye(3), np.eye(3))
