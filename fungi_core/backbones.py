@@ -7,7 +7,7 @@ To add a backbone, add one ``Spec`` to ``BACKBONES``; any other timm name works 
 import copy
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import timm
@@ -151,39 +151,72 @@ class Backbone:
         known = type(block) is Block and type(block.attn) is Attention and block.attn.gate is None
         return known and layers == [f"blocks.{len(model.blocks) - 1}.attn.proj"]
 
+    def at_size(self, size: int) -> "Backbone":
+        """The same network for ``size`` x ``size`` inputs, position embedding interpolated (bicubic). Kept for reuse.
+
+        Raises ValueError where that is no multiple of the patch, and for networks other than timm's transformers.
+        """
+        if size == self.size:
+            return self
+        if size not in self._sizes:
+            patch = self.model.patch_embed.patch_size[0] if hasattr(self.model, "set_input_size") else 0
+            if not patch or size % patch:
+                known = f"multiples of its patch, {patch} px" if patch else f"{self.size} px"
+                raise ValueError(f"{self.name} cannot take {size} px images; it takes {known}")
+            model = copy.deepcopy(self.model)
+            model.set_input_size((size, size))
+            model.requires_grad_(False)  # the interpolated position embedding is a new parameter
+            self._sizes[size] = replace(self, model=model, size=size)
+        return self._sizes[size]
+
+    @cached_property
+    def _sizes(self) -> dict[int, "Backbone"]:
+        return {}
+
     def factors(
-        self, views: torch.Tensor, loss, layers: list[str] | None = None, tokens: bool = False
+        self, views: torch.Tensor | list[torch.Tensor], loss, layers: list[str] | None = None, tokens: bool = False
     ) -> tuple[torch.Tensor, list[Factors]]:
         """Embeddings (B, V, D) float32 and factors at each layer; views (B, V, 3, s, s), loss: (B, V, D) -> (B,).
 
+        Views of another size than the backbone's own, or a list of views of several sizes, need the class-token path.
         ``tokens=True``: the loss takes, and the first value is, all tokens (B, V, 1 + patches, D).
         """
         layers = layers or [self.layer]
         if tokens:
             return tapped_factors(self.model, self.tokens, views, loss, layers)
+        groups = views if isinstance(views, list) else [views]
         if self.fast and self.reads_class_token(layers):
-            return self._class_token_factors(views, loss)
+            return self._class_token_factors(groups, loss)
+        if len(groups) > 1 or groups[0].shape[-1] != self.size:
+            raise ValueError(f"views at their own sizes need a class token at the last block, not {self.name} {layers}")
         return tapped_factors(self.model, self.embed, views, loss, layers)
 
-    def _class_token_factors(self, views, loss):
-        batch, count = views.shape[:2]
-        flat = views.flatten(0, 1)  # (B * V, 3, s, s)
-        proj = self.model.blocks[-1].attn.proj
-        attention = torch.empty(len(flat), proj.in_features, device=flat.device)
-        residual = torch.empty(len(flat), proj.out_features, device=flat.device)
-        tokens = self.model.patch_embed.num_patches + self.model.num_prefix_tokens
-        chunk = max(
-            1, (3200 if self.device == "cpu" else 65536) // tokens
-        )  # views at once: fill the machine, not its cache
+    def _class_token_factors(self, groups: list[torch.Tensor], loss):
+        batch, count = len(groups[0]), sum(views.shape[1] for views in groups)
         with torch.inference_mode():
-            for i in range(0, len(flat), chunk):
-                attention[i : i + chunk], residual[i : i + chunk] = class_token_trunk(self.model, flat[i : i + chunk])
-        tail = self._tail  # float32: a class-token row costs next to nothing, and keeps its precision
+            rows_of = [self.at_size(views.shape[-1])._class_token_rows(views) for views in groups]
+            both = (torch.cat(parts, 1).flatten(0, 1) for parts in zip(*rows_of))  # (B, V, .) -> (B * V, .)
+        attention, residual = (part.clone() for part in both)  # outside inference mode: autograd may read it
+        proj, tail = self.model.blocks[-1].attn.proj, self._tail
+        # The tail is float32: a class-token row costs next to nothing, and keeps its precision.
         with torch.enable_grad():
             output = F.linear(attention, tail.proj.weight, tail.proj.bias).requires_grad_()
             embeddings = tail(output, residual).unflatten(0, (batch, count))
             (gradient,) = loss_gradients(loss(embeddings), [output])
         return embeddings.detach(), [Factors(rows(attention, batch), rows(gradient, batch), proj.bias is not None)]
+
+    def _class_token_rows(self, views: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, V, 3, s, s) -> what `class_token_trunk` gives, (B, V, D) each, float32."""
+        flat = views.flatten(0, 1)  # (B * V, 3, s, s)
+        proj = self.model.blocks[-1].attn.proj
+        attention = torch.empty(len(flat), proj.in_features, device=flat.device)
+        residual = torch.empty(len(flat), proj.out_features, device=flat.device)
+        tokens = self.model.patch_embed.num_patches + self.model.num_prefix_tokens
+        # views at once: fill the machine, not its cache
+        chunk = max(1, (3200 if self.device == "cpu" else 65536) // tokens)
+        for i in range(0, len(flat), chunk):
+            attention[i : i + chunk], residual[i : i + chunk] = class_token_trunk(self.model, flat[i : i + chunk])
+        return attention.unflatten(0, views.shape[:2]), residual.unflatten(0, views.shape[:2])
 
     @cached_property
     def _tail(self) -> "ClassTokenTail":

@@ -23,7 +23,11 @@ from .gradients import Factors, linear_layer
 
 EXTRACTION = 1  # raise when the same settings would give other features than before
 ALL = ("kl", "dino", "simclr")
-LATER = {"head": True, "augmentation": "crops"}  # settings younger than EXTRACTION: no part of a key at these values
+LATER = {
+    "head": True,
+    "augmentation": "crops",
+    "native": False,
+}  # settings younger than EXTRACTION: no part of a key at these values
 LETTERS = {"embedding": "E", "kl": "K", "dino": "D", "simclr": "S", "deepcluster": "C", "ibot": "I"}
 
 

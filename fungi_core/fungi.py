@@ -63,7 +63,8 @@ def negative_latents(
     out = []
     with torch.inference_mode():
         for _, batch in view_batches(backbone, objective, [images[i] for i in chosen], seed):
-            latents = objective.latents(backbone.embed(batch.flatten(0, 1)).float(), heads)  # (B * V, dim)
+            encoder = backbone.at_size(batch.shape[-1])
+            latents = objective.latents(encoder.embed(batch.flatten(0, 1)).float(), heads)  # (B * V, dim)
             out.append(latents.unflatten(0, batch.shape[:2]))
     return objective.reference(torch.cat(out).clone(), generator).to(backbone.device)
 
@@ -76,7 +77,9 @@ def view_count(backbone: backbones.Backbone, objective) -> int:
 
 
 def view_batches(backbone, objective, images: Sequence, seed: int) -> Iterator[tuple[int, torch.Tensor]]:
-    """(start, views (B, V, 3, s, s) on the device) for all images, prepared by threads one batch ahead of the model."""
+    """(start, views on the device as `views.finish` gives them) for all images, prepared by threads one batch ahead of
+    the model.
+    """
     count = view_count(backbone, objective)
     pixels = 2**22 if backbone.device == "cpu" else 2**26
     size = max(1, min(256, pixels // (count * backbone.size**2)))
@@ -108,9 +111,9 @@ def _finished(start, future, backbone, objective):
     return start, views.finish(stack, objective, backbone.mean, backbone.std, backbone.dtype)
 
 
-def project_gradients(backbone, objective, parts: Parts, batch: torch.Tensor, layer: str | None = None):
-    """Embeddings (B, V, D) and projected gradients (B, d), float32, of views (B, V, 3, s, s): eq. 1 before
-    normalisation.
+def project_gradients(backbone, objective, parts: Parts, batch, layer: str | None = None):
+    """Embeddings (B, V, D) and projected gradients (B, d), float32, of views (B, V, 3, s, s), or a list of such tensors
+    of different sizes: eq. 1 before normalisation.
     """
     loss = lambda embeddings: objective.loss(embeddings, parts.heads, parts.negatives)
     tokens = takes_tokens(objective)
@@ -276,6 +279,8 @@ class Fungi(TransformerMixin, BaseEstimator):
         if self.pca not in ("paper", None) and not sized:
             raise ValueError(f"pca is 'paper', None or a positive size, got {self.pca!r}")
         self.backbone_ = backbones.load(self.backbone, layer=self.layer, device=self.device, dtype=self.dtype)
+        if isinstance(self.projection, str) and self.projection == "exact":
+            raise ValueError("projection 'exact' gives similarities, not features; see fungi_core.extract.similarity")
         kind = self.projection if isinstance(self.projection, str) else "rademacher"
         self.parts_ = {o.name: draw_parts(self.backbone_, o, self.seed, None, kind) for o in self.objectives}
         to = lambda tensor: (tensor if tensor.dtype == torch.bool else tensor.float()).to(self.backbone_.device)

@@ -74,18 +74,29 @@ def crops(image: Image.Image, size: int, objective, rng: np.random.Generator) ->
     """DINO's global, then local crops, each resized to size x size (bicubic). (V, s, s, 3) uint8.
 
     ``objective.augmentation``: "crops", as the paper takes them, no flip, no colour change; or "full", the same crops
-    with the rest of DINO's policy (Table 15).
+    with the rest of DINO's policy (Table 15). ``objective.native``: local crops have `local_size` px only, in the upper
+    left corner of their s x s pixels.
     """
     if objective.augmentation not in ("crops", "full"):
         raise ValueError(f"DINO augmentation {objective.augmentation!r} is unknown; use 'crops' or 'full'")
     scales = [objective.global_scale] * objective.global_crops + [objective.local_scale] * objective.local_crops
     boxes = crop_boxes(*image.size, np.array(scales), rng)
     cut = (image.crop(tuple(map(int, box))) for box in boxes)  # resize(box=...) would look at pixels outside the box
-    cut = [crop.resize((size, size), Image.BICUBIC) for crop in cut]
+    local = local_size(size) if getattr(objective, "native", False) else size
+    sides = [size] * objective.global_crops + [local] * objective.local_crops
+    cut = [crop.resize((side, side), Image.BICUBIC) for crop, side in zip(cut, sides, strict=True)]
     if objective.augmentation == "full":
         places = [0] + [1] * (objective.global_crops - 1) + [2] * objective.local_crops
         cut = [distort(view, place, rng) for view, place in zip(cut, places, strict=True)]
-    return np.stack([np.asarray(view) for view in cut])
+    out = np.zeros((len(cut), size, size, 3), np.uint8)
+    for canvas, view in zip(out, cut, strict=True):
+        canvas[: view.height, : view.width] = view
+    return out
+
+
+def local_size(size: int) -> int:
+    """DINO's own size of local crops, 96 px at 224, as whole patches of 8 px for other inputs: 24 px at 64."""
+    return size * 3 // 7 // 8 * 8
 
 
 BLUR, SOLARIZE = (1.0, 0.1, 0.5), (0.0, 0.2, 0.0)  # DINO's odds by place: first global crop, other global crops, local
@@ -129,8 +140,10 @@ def patch_count(size: int, grid: int = 2, stride_scale: int = 6) -> int:
     return ((size - patch) // (patch // stride_scale) + 1) ** 2
 
 
-def patches(images: torch.Tensor, grid: int = 2, stride_scale: int = 6) -> torch.Tensor:
-    """SimCLR's overlapping patches, each enlarged to the input size. (B, 1, 3, s, s) -> (B, V, 3, s, s)."""
+def patches(images: torch.Tensor, grid: int = 2, stride_scale: int = 6, enlarged: bool = True) -> torch.Tensor:
+    """SimCLR's overlapping patches, each enlarged to the input size: (B, 1, 3, s, s) -> (B, V, 3, s, s), or as they
+    are, (B, V, 3, s / grid, s / grid).
+    """
     size = images.shape[-1]
     patch = size // grid
     stride = patch // stride_scale
@@ -138,6 +151,8 @@ def patches(images: torch.Tensor, grid: int = 2, stride_scale: int = 6) -> torch
         raise ValueError(f"stride scale {stride_scale} is too fine for {patch} px patches; the largest is {patch}")
     cut = images.squeeze(1).unfold(2, patch, stride).unfold(3, patch, stride)  # (B, 3, r, c, p, p)
     cut = cut.permute(0, 2, 3, 1, 4, 5).flatten(1, 2)  # (B, V, 3, p, p)
+    if not enlarged:
+        return cut
     enlarge = bicubic_matrix(patch, size).to(images)
     return enlarge @ cut @ enlarge.T
 
@@ -169,12 +184,21 @@ def prepare(image: Image.Image, size: int, crop_ratio: float, objective, seed: i
     raise ValueError(f"unknown kind of views {kind!r}; there are 'whole', 'crops' and 'patches'")
 
 
-def finish(batch: torch.Tensor, objective, mean: torch.Tensor, std: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Normalise on the device and, for SimCLR, cut the patches. (B, n, s, s, 3) uint8 -> (B, V, 3, s, s)."""
+def finish(
+    batch: torch.Tensor, objective, mean: torch.Tensor, std: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor | list[torch.Tensor]:
+    """Normalise on the device and, for SimCLR, cut the patches. (B, n, s, s, 3) uint8 -> (B, V, 3, s, s).
+
+    Views at their own sizes (``objective.native``) come in a smaller s, DINO's as a list: global crops, local crops.
+    """
     images = batch.permute(0, 1, 4, 2, 3).to(mean.dtype).div(255)
     images = ((images - mean[:, None, None]) / std[:, None, None]).to(dtype)
+    native = getattr(objective, "native", False)
     if objective is not None and objective.views == "patches":
-        images = patches(images, objective.grid, objective.stride_scale)
+        return patches(images, objective.grid, objective.stride_scale, enlarged=not native)
+    if native:
+        local, count = local_size(images.shape[-1]), objective.global_crops
+        return [images[:, :count], images[:, count:, :, :local, :local]]
     return images
 
 

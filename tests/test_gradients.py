@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 from helpers import SMALL, encoder, parts, relative, views
+from PIL import Image
 
 from fungi_core import backbones
 from fungi_core import objectives as O
 from fungi_core.fungi import draw_parts, project_gradients
 from fungi_core.gradients import linear_layer, tap, tapped_factors
-from fungi_core.views import masked
+from fungi_core.views import finish, masked, prepare
 
 
 def autograd(backbone, objective, given, batch, path):
@@ -181,3 +182,51 @@ def test_bf16_features_stay_close_to_fp32():
         results.append((embeddings[:, 0], given.projection.apply(factors, backbone.dtype)))
     for exact, fast in zip(*results, strict=True):
         assert np.all(torch.cosine_similarity(exact, fast).numpy() > 0.99)
+
+
+NATIVE = (replace(SMALL[1], native=True), replace(SMALL[2], native=True, stride_scale=2))
+
+
+@pytest.mark.parametrize("objective", NATIVE, ids=lambda o: o.name)
+def test_views_at_their_own_sizes_equal_per_sample_autograd(objective):
+    backbone = encoder()  # 160 px: local crops of 64 px, patches of 80 px
+    given, generator = parts(backbone, objective), np.random.default_rng(0)
+    prepared = [
+        prepare(Image.fromarray(generator.integers(0, 256, (170, 160, 3), dtype=np.uint8)), 160, 1.0, objective, 0)
+        for _ in range(3)
+    ]
+    mean, std = torch.full((3,), 0.5), torch.full((3,), 0.25)
+    batch = finish(torch.from_numpy(np.stack(prepared)), objective, mean, std, torch.float32)
+    groups = batch if isinstance(batch, list) else [batch]
+    assert [g.shape[1:] for g in groups] == {"dino": [(2, 3, 160, 160), (10, 3, 64, 64)], "simclr": [(9, 3, 80, 80)]}[
+        objective.name
+    ]
+    expected = []
+    for i in range(3):  # one image at a time, each size through a network of its own
+        total = 0
+        resized = [backbone.at_size(g.shape[-1]) for g in groups]
+        layers = [linear_layer(one.model, backbone.layer) for one in resized]
+        for layer in layers:
+            layer.requires_grad_(True)
+        embeddings = torch.cat([one.embed(g[i]) for one, g in zip(resized, groups)])[None]
+        weights = [p for layer in layers for p in (layer.weight, layer.bias)]
+        grads = torch.autograd.grad(objective.loss(embeddings, given.heads, given.negatives).sum(), weights)
+        for weight, bias in zip(grads[::2], grads[1::2]):  # the weights are shared: gradients add up
+            total = total + torch.cat([weight, bias[:, None]], 1)
+        expected.append(total)
+    loss = lambda e: objective.loss(e, given.heads, given.negatives)
+    embeddings, (factors,) = backbone.factors(batch, loss)
+    assert relative(factors.gradient(), torch.stack(expected)) < 1e-5
+    assert embeddings.shape == (3, sum(g.shape[1] for g in groups), 64)
+
+
+def test_other_sizes_need_whole_patches_and_a_class_token():
+    backbone = encoder()
+    assert backbone.at_size(160) is backbone and backbone.at_size(96) is backbone.at_size(96)
+    with pytest.raises(ValueError, match="cannot take 50 px images; it takes multiples of its patch, 16 px"):
+        backbone.at_size(50)
+    with pytest.raises(ValueError, match="views at their own sizes need a class token"):
+        encoder("avg").factors(torch.zeros(1, 1, 3, 80, 80), lambda e: e.sum((1, 2)))
+    plain = backbones.load(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 4)), layer="1", device="cpu")
+    with pytest.raises(ValueError, match="cannot take 3 px images; it takes"):
+        plain.at_size(3)
