@@ -9,7 +9,7 @@ From a shell, one job of a larger plan: python -m fungi_core.extract BACKBONE DA
 import argparse
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 
@@ -148,24 +148,74 @@ def _split(encoder, data, train, names, seed, layer, projection="rademacher") ->
     return Rows(data, blocks, (embedding.key, *(rows.key for rows in opened.values())))
 
 
+def layer_features(
+    dataset: str,
+    backbone: str | backbones.Backbone,
+    objective,
+    layers: Sequence[str],
+    *,
+    n_train: int | None = None,
+    n_test: int | None = None,
+    seed: int = 0,
+) -> dict[str, tuple[Rows, Rows]]:
+    """Gradients of one objective at many linear layers, from one pass for all of them: {layer: (train, test)}.
+
+    Rows are those of `features` with the same ``layer``, up to rounding, and hold the gradient's block alone.
+    """
+    encoder = backbones.load(backbone) if isinstance(backbone, str) else backbone
+    objective = objectives.by_name(objective) if isinstance(objective, str) else objective
+    train, test = _load(dataset, n_train, n_test)
+    splits = []
+    for data in (train, test):
+        opened = {}
+        for layer in layers:
+            linear_layer(encoder.model, layer)  # a wrong one raises before anything is extracted
+            meta = _meta(encoder, data, train, objective, seed, layer, "rademacher")
+            opened[layer] = store.open_rows(meta, len(data), encoder.width)
+        if encoder.layer in opened and not opened[encoder.layer].complete:  # on its own, usually shorter, path
+            _split(encoder, data, train, [objective], seed, encoder.layer)
+        targets = {layer: rows for layer, rows in opened.items() if layer != encoder.layer and not rows.complete}
+        if targets:
+            parts = {layer: fungi.draw_parts(encoder, objective, seed, layer) for layer in targets}
+            if objective.negatives:
+                drawn = _negatives(encoder, objective, next(iter(parts.values())).heads, train, seed)
+                for part in parts.values():
+                    part.negatives = drawn
+            label = f"{data.name} {data.split} {encoder.name} {objective.name} x {len(targets)} layers"
+            _fill(targets, data, label, lambda part, p=parts: fungi.layer_rows(encoder, objective, p, part, seed))
+        splits.append({layer: Rows(data, {objective.name: rows.read()}, (rows.key,)) for layer, rows in opened.items()})
+    return {layer: (splits[0][layer], splits[1][layer]) for layer in layers}
+
+
 def _extract(encoder, data, train, objective, targets, embedding, seed, layer, projection="rademacher") -> None:
+    parts = fungi.draw_parts(encoder, objective, seed, layer, projection)
+    if objective.negatives:
+        parts.negatives = _negatives(encoder, objective, parts.heads, train, seed)
+
+    def blocks(part):
+        for start, embeddings, gradients in fungi.rows(encoder, objective, parts, part, seed, layer):
+            yield start, {"embedding": embeddings, objective.name: gradients}
+
+    named = {"embedding" if rows is embedding else objective.name: rows for rows in targets}
+    _fill(named, data, f"{data.name} {data.split} {encoder.name} {objective.name}", blocks)
+
+
+def _fill(targets: dict[str, "store.Rows"], data, label: str, blocks: Callable) -> None:
+    """Write the rows that the targets lack: ``blocks(images)`` yields (start, {target's name: values})."""
     with ExitStack() as locks:
-        for target in targets:  # always the embedding first, so that two processes cannot wait for each other
-            locks.enter_context(target.lock())
-        gaps = _union(gap for target in targets for gap in target.missing())
+        for rows in sorted(
+            targets.values(), key=lambda rows: rows.key
+        ):  # one order for all: no two wait for each other
+            locks.enter_context(rows.lock())
+        gaps = _union(gap for rows in targets.values() for gap in rows.missing())
         if not gaps:
             return  # another process was faster
-        parts = fungi.draw_parts(encoder, objective, seed, layer, projection)
-        if objective.negatives:
-            parts.negatives = _negatives(encoder, objective, parts.heads, train, seed)
-        label = f"{data.name} {data.split} {encoder.name} {objective.name}"
         with progress(sum(stop - start for start, stop in gaps), label) as bar:
             for first, stop in gaps:
-                part = data.take(np.arange(first, stop))
-                for start, embeddings, gradients in fungi.rows(encoder, objective, parts, part, seed, layer):
-                    for target in targets:
-                        target.write(first + start, embeddings if target is embedding else gradients)
-                    bar.update(len(gradients))
+                for start, values in blocks(data.take(np.arange(first, stop))):
+                    for name, rows in targets.items():
+                        rows.write(first + start, values[name])
+                    bar.update(len(values[name]))
 
 
 def _union(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -131,6 +131,18 @@ def rows(backbone, objective, parts: Parts, images: Sequence, seed: int, layer: 
         yield start, embeddings, projected.cpu().numpy()
 
 
+def layer_rows(backbone, objective, parts: dict[str, Parts], images: Sequence, seed: int):
+    """Yields (start, {layer: gradients (B, d)}) for the layers of ``parts``, all from one forward and backward pass."""
+    first, layers = next(iter(parts.values())), list(parts)
+    loss = lambda embeddings: objective.loss(embeddings, first.heads, first.negatives)
+    few = 2 if backbone.device == "cpu" else 8  # images at once: every layer's activations are held
+    for start, batch in view_batches(backbone, objective, images, seed):
+        for i in range(0, len(batch), few):
+            _, factors = backbone.factors(batch[i : i + few], loss, layers)
+            projected = [parts[layer].projection.apply(f, backbone.dtype) for layer, f in zip(layers, factors)]
+            yield start + i, {layer: g.cpu().numpy() for layer, g in zip(layers, projected)}
+
+
 class Fungi(TransformerMixin, BaseEstimator):
     """Images in, FUNGI features out (eq. 2 and 3): L2-normalised gradients and embedding, concatenated, then PCA.
 

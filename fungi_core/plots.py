@@ -171,6 +171,81 @@ def curves(df: pd.DataFrame, *, x: str, label: str) -> Figure:
     return fig
 
 
+def views_and_speed(df: pd.DataFrame) -> Figure:
+    """Fig. 12: accuracy (left, a panel for each data set and backbone) and images/s (right) against views an image.
+
+    `df`: features, views, value with low and high (percent), speed and floor (images/s). The floor is a dashed line.
+    """
+    df = _need(df, "features", "views", "value", "speed", "floor")
+    df = df.assign(panel=_join(df, "dataset", "backbone"))
+    panels = list(df["panel"].unique())
+    fig, axes = figure(1, len(panels) + 1, width=min(WIDE, 2.5 * (len(panels) + 1)), height=2.8)
+    ticks = sorted(df["views"].unique())
+    for ax, panel in zip(axes[0], panels, strict=False):
+        for kind, part in df[df["panel"] == panel].groupby("features", sort=False):
+            ax.fill_between(part["views"], part["low"], part["high"], color=colour(kind), alpha=0.18, linewidth=0)
+            ax.plot(part["views"], part["value"], color=colour(kind), marker="o", markersize=3)
+        ax.set_title(panel)
+        ax.grid(axis="y")
+    axes[0, 0].set_ylabel("accuracy (%)")
+    speed = axes[0, -1]
+    for name, part in df.drop_duplicates(["backbone", "views"] if "backbone" in df else "views").groupby(
+        "backbone" if "backbone" in df else lambda _: "", sort=False
+    ):
+        speed.plot(part["views"], part["speed"], color=INK, marker="o", markersize=3)
+        speed.plot(part["views"], part["floor"], color=PALE, linestyle=(0, (4, 3)))
+        last = part.iloc[0]
+        speed.annotate(name, (last["views"], last["speed"]), (5, 3), textcoords="offset points", size=7.5)
+    speed.set(yscale="log", ylabel="images/s", title="speed (dashed: floor)")
+    speed.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    speed.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    speed.yaxis.set_minor_formatter(NullFormatter())
+    for ax in axes[0]:
+        ax.set(xlabel="views an image", xscale="log")
+        ax.set_xticks(ticks, [str(t) for t in ticks], size=7.5)
+        ax.minorticks_off()
+    _legend(fig, {NAMES.get(k, k): {"color": colour(k)} for k in df["features"].unique()}, None)
+    return fig
+
+
+def trade_off(df: pd.DataFrame) -> Figure:
+    """Accuracy gained over the embedding against images/s, a panel for each data set and backbone; what no other point
+    beats in both is joined by a line.
+
+    `df`: features, label (written at the point), native (open mark), speed (images/s), gain, gain_low, gain_high.
+    """
+    df = _need(df, "features", "label", "native", "speed", "gain", "gain_low", "gain_high")
+    df = df.assign(panel=_join(df, "dataset", "backbone"))
+    panels = list(df["panel"].unique())
+    cols = min(2, len(panels))
+    rows = -(-len(panels) // cols)
+    fig, axes = figure(rows, cols, width=min(WIDE, 1.35 * COLUMN * cols), height=0.6 + 2.7 * rows)
+    for ax in axes.flat[len(panels) :]:
+        ax.axis("off")
+    for ax, panel in zip(axes.flat, panels, strict=False):
+        here = df[df["panel"] == panel].sort_values("speed", ascending=False)
+        best = here[here["gain"] > here["gain"].cummax().shift(fill_value=-np.inf)]
+        ax.plot(best["speed"], best["gain"], color=PALE, linewidth=0.8, zorder=0)
+        for _, r in here.iterrows():
+            ink = colour(r["features"])
+            ax.plot([r["speed"]] * 2, [r["gain_low"], r["gain_high"]], color=ink, linewidth=1, alpha=0.5)
+            face = "white" if r["native"] else ink
+            ax.plot(r["speed"], r["gain"], marker="o", color=ink, markerfacecolor=face, linestyle="none")
+            ax.annotate(r["label"], (r["speed"], r["gain"]), (4, 3), textcoords="offset points", size=7, color=ink)
+        ax.axhline(0, color=PALE, linewidth=0.7, linestyle=(0, (4, 3)), zorder=0)
+        ax.set(xscale="log", xlabel="images/s", title=panel)
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        ax.xaxis.set_minor_formatter(NullFormatter())
+        ax.margins(x=0.12)
+        ax.grid(axis="y")
+    for ax in axes[:, 0]:
+        ax.set_ylabel("gain over the embedding (points)")
+    kinds = {NAMES.get(k, k): {"color": colour(k)} for k in df["features"].unique()}
+    _legend(fig, kinds | {"views at their own size": {"markerfacecolor": "white"}}, None)
+    return fig
+
+
 def backbone_bars(df: pd.DataFrame) -> Figure:
     """Figs 5 and 11: embedding ("E") against FUNGI (any other `features`) for each backbone, a column for each setting.
 

@@ -403,3 +403,29 @@ def test_similarity_of_projected_rows_is_the_joined_features_inner_product():
 def test_exact_needs_a_class_token_at_its_own_layer():
     with pytest.raises(ValueError, match="'exact' needs a class token at the last block, not .* blocks.0.attn.proj"):
         digits(KL, projection="exact", layer="blocks.0.attn.proj")
+
+
+@pytest.mark.parametrize("objective", SMALL, ids=lambda o: o.name)
+def test_many_layers_in_one_pass_are_each_layer_alone(objective, monkeypatch, tmp_path):
+    layers = ["blocks.0.attn.qkv", "blocks.2.mlp.fc1", "blocks.5.attn.proj", "blocks.5.mlp.fc2"]
+    together = extract.layer_features("digits", NAME, objective, layers, n_train=6, n_test=5, seed=2)
+    monkeypatch.setenv("FUNGI_STORE", str(tmp_path / "alone"))
+    for layer in layers:
+        for rows, alone in zip(together[layer], digits([objective], 6, 5, seed=2, layer=layer), strict=True):
+            block, expected = rows.blocks[objective.name], alone.blocks[objective.name]
+            assert np.linalg.norm(block - expected) < 1e-4 * np.linalg.norm(expected)
+            assert rows.labels.tolist() == alone.labels.tolist() and list(rows.blocks) == [objective.name]
+
+
+def test_layers_are_stored_under_the_keys_of_single_ones(monkeypatch):
+    layers = ["blocks.1.attn.proj", "blocks.5.attn.proj"]
+    together = extract.layer_features("digits", NAME, KL[0], layers, n_train=6, n_test=5)
+    digits((), 6, 5)  # the embedding
+    forbid(monkeypatch)
+    monkeypatch.setattr(fungi, "layer_rows", lambda *_: pytest.fail("something was extracted"))
+    for layer in layers:
+        alone = digits(KL, 6, 5, layer=layer)[0]
+        np.testing.assert_array_equal(alone.blocks["kl"], together[layer][0].blocks["kl"])
+    extract.layer_features("digits", NAME, KL[0], layers[::-1], n_train=6, n_test=5)
+    with pytest.raises(ValueError, match="has no layer 'blocks.9.attn.proj'"):
+        extract.layer_features("digits", NAME, KL[0], ["blocks.9.attn.proj"], n_train=6, n_test=5)
