@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import pandas as pd
 import seaborn
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
@@ -41,6 +42,46 @@ def pair_matrix(
             n = len(labels)
             ax.add_patch(Rectangle((n - 1, 0), 1, 1, facecolor="none", edgecolor="black", linewidth=1.2, clip_on=False))
             ax.text(n - 1.12, 0.5, "all", ha="right", va="center_baseline", size=7.5)
+    return fig
+
+
+def source_layers(df: pd.DataFrame) -> Figure:
+    """Fig. 8: accuracy of the gradients at every linear layer, a column of panels for each objective.
+
+    `df`: features, kind (which layer of a block), block (from 1), value, low, high (percent), base (the embedding's
+    accuracy). Above a heat map of the difference from the embedding with the accuracy written in, below lines.
+    """
+    kinds, objectives = list(df["kind"].unique()), list(df["features"].unique())
+    blocks = sorted(df["block"].unique())
+    inks = dict(zip(kinds, ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"), strict=False))
+    size = {"height": 1.3 + 0.3 * len(kinds) + 2.2, "height_ratios": [0.3 * len(kinds) + 0.2, 2.0]}
+    fig, axes = figure(2, len(objectives), sharex="row", sharey="row", **size)
+    reach = max(0.1, (df["value"] - df["base"]).abs().max())
+    for (top, bottom), name in zip(axes.T, objectives, strict=True):
+        here = df[df["features"] == name]
+        wide = here.pivot(index="kind", columns="block", values="value").loc[kinds, blocks]
+        base = here["base"].iloc[0]
+        mesh = top.pcolormesh(wide - base, norm=Normalize(-reach, reach), cmap="RdBu", edgecolors="white", linewidth=1)
+        for i, j in np.ndindex(wide.shape):
+            ink = contrast(mesh.to_rgba(wide.iloc[i, j] - base))
+            text = f"{wide.iloc[i, j]:.0f}"
+            top.text(j + 0.5, i + 0.5, text, ha="center", va="center_baseline", size=7, color=ink)
+        top.set(ylim=(len(kinds), 0), title=f"{NAMES[name]} gradient")
+        top.set_xticks(np.arange(len(blocks)) + 0.5, blocks)
+        top.set_yticks(np.arange(len(kinds)) + 0.5, kinds)
+        top.spines[:].set_visible(False)
+        top.tick_params(length=0)
+        for kind in kinds:
+            part = here[here["kind"] == kind].sort_values("block")
+            bottom.fill_between(part["block"], part["low"], part["high"], color=inks[kind], alpha=0.1, linewidth=0)
+            bottom.plot(part["block"], part["value"], color=inks[kind], marker="o", markersize=3, label=kind)
+        bottom.axhline(base, color=colour("E"), linewidth=1, linestyle=(0, (4, 3)), label="embedding")
+        bottom.set(xlabel="block", xticks=blocks)
+        bottom.grid(axis="y")
+    axes[1, 0].set_ylabel("accuracy (%)")
+    bar = fig.colorbar(mesh, ax=axes[0], aspect=8, pad=0.02, label="points above\nthe embedding")
+    bar.outline.set_visible(False)
+    fig.legend(*axes[1, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(kinds) + 1)
     return fig
 
 

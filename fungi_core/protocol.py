@@ -127,6 +127,17 @@ def variants(
     return pd.DataFrame(rows, columns=["variant", *QUANTITIES[:6]])
 
 
+def contrast(a: Sequence[tuple], b: Sequence[tuple], *, k: int = 20, seed: int = 0) -> evaluate.Interval:
+    """Mean accuracy of the feature sets ``a`` minus that of ``b``, in points, on the same test images.
+
+    Both are sequences of (letters, train, test); an image counts with the share of the sets that classify it correctly.
+    """
+    test = a[0][2]
+    per_class = test.labels if test.data.metric == "mean-per-class" else None
+    share = [np.mean([_correct(train, test, letters, k, None) for letters, train, test in side], 0) for side in (a, b)]
+    return evaluate.bootstrap(*share, generator=views.generator("bootstrap", seed, "contrast"), labels=per_class)
+
+
 def over_seeds(
     pairs: Sequence[tuple[extract.Rows, extract.Rows]], letters: Sequence[str] = COMBINATIONS, *, k: int = 20,
     pca: int | None = None, seed: int = 0,

@@ -171,3 +171,13 @@ def test_the_scoreboard_reads_what_notebooks_wrote(monkeypatch, tmp_path):
     assert board.loc["table2-k", "verdict"] == "agrees" and (board["verdict"] != "not run").sum() == 1
     with pytest.raises(ValueError, match="02_complementarity has no claim 'table2-k'"):
         paper.save_measured(measured, "02_complementarity", "mini")
+
+
+def test_contrast_is_the_paired_difference_of_mean_accuracies():
+    good, noise = (rows(200, 0), rows(120, 1)), (rows(200, 0, "dino"), rows(120, 1, "dino"))
+    found = protocol.contrast([("K", *good), ("E", *good)], [("K", *noise)])
+    alone = {x: protocol.knn(*pair, [x])["value"][0] for x, pair in (("K", good), ("E", good))}
+    expected = (alone["K"] + alone["E"]) / 2 - protocol.knn(*noise, ["K"])["value"][0]
+    assert found.mean == pytest.approx(expected) and found.low < found.mean < found.high
+    same = protocol.contrast([("K", *good)], [("K", *good)])
+    assert tuple(same) == (0, 0, 0)
