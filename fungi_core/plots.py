@@ -107,12 +107,12 @@ def accuracy_by_features(df: pd.DataFrame) -> Figure:
     return fig
 
 
-def variants(df: pd.DataFrame, *, against: str) -> Figure:
-    """Tables 6 and 15, Fig. 10: paired difference of each setting from the one called `against`, in the frame's order.
+def variants(df: pd.DataFrame, *, against: str, interval: str = "95 % interval") -> Figure:
+    """Tables 6, 9, 15, Fig. 10: paired difference of each setting from the one called `against`, in the frame's order.
 
     `df`: column (a column of panels each), variant, features (its colour), value (percent, written beside), gain,
-    gain_low, gain_high (points). A row of panels for each data set and backbone. `paper`: the published difference,
-    points. A `value` of NaN is marked not applicable.
+    gain_low, gain_high (points; `interval` says what they are). A row of panels for each data set and backbone.
+    `paper`: the published difference, points. A `value` of NaN is marked not applicable.
     """
     df = _need(df, "column", "variant", "features", "value", "gain", "gain_low", "gain_high")
     df = df.assign(row=_join(df, "dataset", "backbone", by=", "))
@@ -131,15 +131,15 @@ def variants(df: pd.DataFrame, *, against: str) -> Figure:
             if np.isnan(r["value"]):
                 ax.text(0.5, y, "not applicable", ha="center", color=PALE, **beside)
             else:
-                ax.text(1.02, y, f"{r['value']:.1f}", color=ink, **beside)
-        ax.axvline(0, color=PALE, linewidth=0.7, linestyle=(0, (4, 3)), zorder=0)
+                ax.text(1.02, y, f"{r['value']:.1f}", color=INK, **beside)
+        ax.axvline(0, color=INK, linewidth=0.7, linestyle=(0, (4, 3)))
         ax.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.4, -0.6))
         ax.tick_params(axis="y", length=0)
         ax.grid(axis="x")
         ax.set_title(f"{col}\n{row}" if row and (len(rows) > 1 or not j) else col)
     for ax in axes[-1]:
         ax.set_xlabel(f"difference from {against}\n(points; right: accuracy in %)")
-    _legend(fig, {"ours, 95 % interval": {}}, "the paper's difference" if df["paper"].notna().any() else None)
+    _legend(fig, {f"ours, {interval}": {}}, "the paper's difference" if df["paper"].notna().any() else None)
     return fig
 
 

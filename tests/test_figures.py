@@ -197,6 +197,22 @@ def test_figures_are_forgotten_by_pyplot_and_have_the_page_width():
     assert {"output projection", "SimCLR: 49 patches", "PCA", "kNN"} <= labels(fig)
 
 
+def test_variants():
+    rows = [("neither", np.nan, np.nan), ("head", 66.4, -2.0), ("both", 68.4, 0.0)]
+    df = pd.DataFrame(rows, columns=["variant", "value", "gain"])
+    df = df.assign(gain_low=df["gain"] - 1, gain_high=df["gain"] + 1, column="SimCLR gradient", features="S")
+    df = pd.concat([df.assign(dataset=name) for name in ("dtd", "cifar10")])
+    df["paper"] = [np.nan, -1.0, np.nan] * 2
+    fig = plots.variants(df, against="the default")
+    first, second = fig.axes
+    assert [line.get_xydata()[0].tolist() for line in filled(first)] == [[-2, 1], [0, 2]]
+    assert [line.get_xdata()[0] for line in opened(first)] == [-1] and len(filled(second)) == 2
+    assert {"not applicable", "66.4", "neither", "SimCLR gradient\ncifar10", "the paper's difference"} <= labels(fig)
+    assert [t.get_text() for t in first.get_yticklabels()] == ["neither", "head", "both"]
+    with pytest.raises(ValueError, match="needs column 'gain_high'"):
+        plots.variants(df.drop(columns="gain_high"), against="x")
+
+
 def test_cka_heatmaps():
     matrix = np.array([[1, 0.25, 0.5], [0.25, 1, 0.75], [0.5, 0.75, 1.0]])
     fig = grids.cka_heatmaps({"dtd": (LETTERS[:3], matrix), "cifar10": (LETTERS[:3], matrix)})
