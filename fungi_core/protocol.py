@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from IPython.display import display
 
-from . import backbones, datasets, evaluate, extract, figures, similarity, views
+from . import backbones, datasets, evaluate, extract, figures, probe, similarity, views
 
 QUANTITIES = ["value", "low", "high", "gain", "gain_low", "gain_high", "step", "step_low", "step_high"]
 COMBINATIONS = ("E", "E+K", "E+K+D", "E+K+D+S")  # Table 2's rows
@@ -90,8 +90,29 @@ def knn(train: extract.Rows, test: extract.Rows, letters: Sequence[str] = COMBIN
     """
     if shots:
         train = train.take(evaluate.few_shot_indices(train.labels, shots))
-    per_class = test.labels if test.data.metric == "mean-per-class" else None
     correct = {name: _correct(train, test, name, k, pca) for name in dict.fromkeys(("E", *letters))}
+    return _compare(correct, test, letters, shots, seed)
+
+
+def linear(train: extract.Rows, test: extract.Rows, letters: Sequence[str] = COMBINATIONS, *, shots: int | None = None,
+           pca: int | None = None, seed: int = 0) -> pd.DataFrame:  # fmt: skip
+    """`knn`'s table for a linear probe (`probe.predict`), and ``strength``: the one chosen for each feature set.
+
+    Every feature set has the same validation rows (``seed``). PCA is fitted on all training rows that are used.
+    """
+    if shots:
+        train = train.take(evaluate.few_shot_indices(train.labels, shots))
+    done = {}
+    for name in dict.fromkeys(("E", *letters)):
+        a, b = extract.fungi_features(train, test, name, pca)
+        done[name] = probe.predict(a, train.labels, b, seed=seed)
+    table = _compare({name: x.labels == test.labels for name, x in done.items()}, test, letters, shots, seed)
+    return table.assign(strength=[done[name].strength for name in letters])
+
+
+def _compare(correct: dict[str, np.ndarray], test, letters, shots, seed) -> pd.DataFrame:
+    """Values, gains and steps with their intervals from which test images each feature set got right."""
+    per_class = test.labels if test.data.metric == "mean-per-class" else None
 
     def interval(name, other=None):  # a generator each: adding a feature set does not move another one's interval
         against = None if other is None else correct[other]

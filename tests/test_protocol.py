@@ -6,7 +6,7 @@ import pytest
 from sklearn.decomposition import PCA
 from sklearn.neighbors import KNeighborsClassifier
 
-from fungi_core import evaluate, extract, paper, protocol
+from fungi_core import evaluate, extract, paper, probe, protocol
 from fungi_core.images import Images
 
 
@@ -55,6 +55,21 @@ def test_gains_and_steps_are_paired_differences_with_intervals_around_them():
             assert row[low] <= row[q] <= row[high]
         previous = name
     assert table.loc["E+K", "gain_low"] > 10  # the KL block alone knows the class
+
+
+@pytest.mark.parametrize("shots", [None, 5])
+def test_linear_probe_is_split_choice_and_refit_on_the_joined_features(shots):
+    train, test = rows(200, 0), rows(120, 1)
+    table = protocol.linear(train, test, ["E", "E+K"], shots=shots, pca=12, seed=4).set_index("features")
+    used = train.take(np.arange(20)) if shots else train
+    joined = [np.hstack([evaluate.normalize(r.blocks[b]) for b in ("embedding", "kl")]) for r in (used, test)]
+    pca = PCA(12, svd_solver="full").fit(joined[0])
+    expected = probe.predict(pca.transform(joined[0]), used.labels, pca.transform(joined[1]), seed=4)
+    assert table.loc["E+K", "value"] == pytest.approx(100 * np.mean(expected.labels == test.labels), abs=0.9)
+    assert table.loc["E+K", "strength"] == expected.strength
+    assert table.loc["E+K", "gain"] == pytest.approx(table.loc["E+K", "value"] - table.loc["E", "value"])
+    assert table.loc["E+K", "gain_low"] > 10 and table.loc["E", "gain"] == 0
+    assert set(table["setting"]) == {f"{shots}-shot" if shots else "full"}
 
 
 def test_few_shot_uses_the_first_images_of_each_class_only():
