@@ -63,7 +63,7 @@ def test_the_papers_tolerance_is_close_to_the_minimum():
 
 
 def test_prediction_is_split_choose_refit_with_scikit_learn():
-    (x, y), (test_x, test_y) = problem(400, 16, 5, spread=0.5), problem(150, 16, 5, spread=0.5, seed=1)
+    (x, y), (test_x, _) = problem(400, 16, 5, spread=0.5), problem(150, 16, 5, spread=0.5, seed=1)
     strengths = (1e-5, 1e-3, 1e-1, 10.0)
     done = probe.predict(x, y, test_x, seed=3, strengths=strengths)
     kept, held = next(StratifiedShuffleSplit(1, train_size=0.8, random_state=3).split(x, y))
