@@ -37,7 +37,7 @@ class Entry:
     source: Callable[[Path, bool, bool], Split] | None = None  # (root, train, download); None: packed file only
     folder: str = ""  # what the source reads, inside the downloads folder
     get: str = ""  # how to get it where download=True cannot
-    metric: str = "accuracy"  # or "mean-per-class" (section C)
+    metric: str = "accuracy"  # or "mean-per-class" (section C), "mAP" of a ground truth of its own (section A.1)
     column: str = ""  # its column in the paper's tables
     note: str = ""
 
@@ -46,6 +46,9 @@ _PACKED = "put {name}.npz into the folder FUNGI_DATA names, or make it with pyth
 _CARS = "gone from its official address; from a mirror: cars_train, cars_test, devkit, cars_test_annos_withlabels.mat"
 _IN1K = "register at image-net.org and unpack as train/<wnid>/ and val/<wnid>/ there"
 _IN100 = "put Labels.json (WordNet id -> name, 100 of them) there, with images in train*/, val*/ or in imagenet/"
+_LANDMARKS = "put gnd_{name}.pkl (cmp.felk.cvut.cz/revisitop) there, the images (robots.ox.ac.uk/~vgg/data) into jpg/"
+_PHOTOS = "Unknown (Flickr photographs)"
+_ROLES = "train is the database, test the queries; scored by their ground truth"
 _CC0 = "CC0 or public domain; china.jpg, flower.jpg CC BY 2.0"
 _NC = "Custom (Research Only, Non Commercial)"
 _MPC = "mean-per-class"
@@ -85,6 +88,10 @@ DATASETS: dict[str, Entry] = {
               official.imagenet1k, "imagenet", _IN1K, column="IN1K"),
         Entry("imagenet100", "ImageNet 100", "paper", _NC, None, 5_000, 100, 14,
               official.imagenet100, "imagenet100", _IN100),
+        Entry("roxford5k", "Revisited Oxford", "paper", _PHOTOS, 4_993, 70, 1, 2.0,
+              official.roxford5k, "roxford5k", _LANDMARKS, "mAP", note=_ROLES),
+        Entry("rparis6k", "Revisited Paris", "paper", _PHOTOS, 6_322, 70, 1, 2.6,
+              official.rparis6k, "rparis6k", _LANDMARKS, "mAP", note=_ROLES),
     )
 }  # fmt: skip
 

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from IPython.display import display
 
-from . import backbones, datasets, evaluate, extract, figures, probe, similarity, views
+from . import backbones, datasets, evaluate, extract, figures, paths, probe, retrieval, similarity, views
 
 QUANTITIES = ["value", "low", "high", "gain", "gain_low", "gain_high", "step", "step_low", "step_high"]
 COMBINATIONS = ("E", "E+K", "E+K+D", "E+K+D+S")  # Table 2's rows
@@ -91,7 +91,7 @@ def knn(train: extract.Rows, test: extract.Rows, letters: Sequence[str] = COMBIN
     if shots:
         train = train.take(evaluate.few_shot_indices(train.labels, shots))
     correct = {name: _correct(train, test, name, k, pca) for name in dict.fromkeys(("E", *letters))}
-    return _compare(correct, test, letters, shots, seed)
+    return _compare(correct, letters, *_metric(test, shots), seed)
 
 
 def linear(train: extract.Rows, test: extract.Rows, letters: Sequence[str] = COMBINATIONS, *, shots: int | None = None,
@@ -107,21 +107,56 @@ def linear(train: extract.Rows, test: extract.Rows, letters: Sequence[str] = COM
     for name in dict.fromkeys(("E", *letters)):
         a, b = extract.fungi_features(train, test, name, pca)
         done[name] = probe.predict(a, train.labels, b, seed=seed, epochs=epochs)
-    table = _compare({name: x.labels == test.labels for name, x in done.items()}, test, letters, shots, seed)
-    return table.assign(strength=[done[name].strength for name in letters])
+    correct = {name: x.labels == test.labels for name, x in done.items()}
+    return _compare(correct, letters, *_metric(test, shots), seed).assign(
+        strength=[done[name].strength for name in letters]
+    )
 
 
-def _compare(correct: dict[str, np.ndarray], test, letters, shots, seed) -> pd.DataFrame:
-    """Values, gains and steps with their intervals from which test images each feature set got right."""
-    per_class = test.labels if test.data.metric == "mean-per-class" else None
+def retrieve(train: extract.Rows, test: extract.Rows, letters: Sequence[str], *, pca: int | None = None,
+             seed: int = 0) -> pd.DataFrame:  # fmt: skip
+    """`knn`'s table for retrieval (Table 10): mean average precision in percent, its gains paired by query.
+
+    The training rows are the database, the test rows the queries, ranked by cosine. ``setting``: "medium" and "hard"
+    for the revisited landmarks, "same class" for any other set.
+    """
+    data = train.data
+    if data.metric == "mAP":
+        known = retrieval.ground_truth(paths.downloads_dir() / data.name / f"gnd_{data.name}.pkl")
+        if (len(data), len(test.data)) != (len(known["imlist"]), len(known["qimlist"])):
+            raise ValueError(f"{data.name} is scored whole: set n_train and n_test to 0, not to {len(data)} images")
+        truth, settings = known["gnd"], {"medium": "medium", "hard": "hard"}
+    else:
+        truth, settings = retrieval.same_class(test.labels, train.labels), {"same class": "medium"}
+    rankings = {}
+    for name in dict.fromkeys(("E", *letters)):
+        database, queries = extract.fungi_features(train, test, name, pca)
+        rankings[name] = retrieval.rank(queries, database)
+    frames = []
+    for setting, protocol in settings.items():
+        found = {name: retrieval.scores(ranking, truth, protocol) for name, ranking in rankings.items()}
+        counted = ~np.isnan(found["E"])  # queries with a positive, the same for every feature set
+        frames.append(_compare({name: x[counted] for name, x in found.items()}, letters, setting, None, seed))
+    return pd.concat(frames, ignore_index=True)
+
+
+def _metric(test: extract.Rows, shots: int | None) -> tuple[str, np.ndarray | None]:
+    """What the setting is called, and the labels where the data set's metric is the mean per class."""
+    if test.data.metric == "mAP":
+        raise ValueError(f"{test.data.name} has no classes, only a ground truth for retrieval: see 10_retrieval")
+    return f"{shots}-shot" if shots else "full", test.labels if test.data.metric == "mean-per-class" else None
+
+
+def _compare(scored: dict[str, np.ndarray], letters, setting: str, labels: np.ndarray | None, seed) -> pd.DataFrame:
+    """Values, gains and steps with their intervals from each feature set's score on each test image, in [0, 1]."""
 
     def interval(name, other=None):  # a generator each: adding a feature set does not move another one's interval
-        against = None if other is None else correct[other]
+        against = None if other is None else scored[other]
         return evaluate.bootstrap(
-            correct[name], against, generator=views.generator("bootstrap", seed, name, other), labels=per_class
+            scored[name], against, generator=views.generator("bootstrap", seed, name, other), labels=labels
         )
 
-    setting, before = f"{shots}-shot" if shots else "full", [letters[0], *letters[:-1]]
+    before = [letters[0], *letters[:-1]]
     rows = [
         (x, setting, *interval(x), *interval(x, "E"), *interval(x, last))
         for x, last in zip(letters, before, strict=True)

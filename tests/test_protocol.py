@@ -1,12 +1,14 @@
 """The evaluation protocol on small synthetic rows, and the scoreboard's rules."""
 
+import pickle
+
 import numpy as np
 import pandas as pd
 import pytest
 from sklearn.decomposition import PCA
 from sklearn.neighbors import KNeighborsClassifier
 
-from fungi_core import evaluate, extract, paper, probe, protocol
+from fungi_core import evaluate, extract, paper, probe, protocol, retrieval
 from fungi_core.images import Images
 
 
@@ -70,6 +72,38 @@ def test_linear_probe_is_split_choice_and_refit_on_the_joined_features(shots):
     assert table.loc["E+K", "gain"] == pytest.approx(table.loc["E+K", "value"] - table.loc["E", "value"])
     assert table.loc["E+K", "gain_low"] > 10 and table.loc["E", "gain"] == 0
     assert set(table["setting"]) == {f"{shots}-shot" if shots else "full"}
+
+
+def test_retrieval_among_classes_is_torchmetrics_at_the_right_side_of_each_positive():
+    train, test = rows(80, 0), rows(24, 1)
+    table = protocol.retrieve(train, test, ["E", "K", "E+K"]).set_index("features")
+    a, b = (evaluate.normalize(r.blocks["kl"]) for r in (test, train))
+    order = np.argsort(-(a @ b.T), 1)
+    hits = (train.labels[order] == test.labels[:, None]).astype(float)  # (queries, database), best first
+    found, place = hits.cumsum(1), np.arange(1, 81)
+    before = np.where(place > 1, (found - hits) / np.maximum(place - 1, 1), 1)
+    by_hand = (hits * (found / place + before) / 2).sum(1) / hits.sum(1)
+    assert table.loc["K", "value"] == pytest.approx(100 * by_hand.mean(), abs=1e-3)
+    assert table.loc["K", "gain"] == pytest.approx(table.loc["K", "value"] - table.loc["E", "value"])
+    assert table.loc["E+K", "gain_low"] > 10 and set(table["setting"]) == {"same class"}
+    assert table.loc["E", "low"] <= table.loc["E", "value"] <= table.loc["E", "high"]
+
+
+def test_retrieval_of_landmarks_takes_their_ground_truth(monkeypatch, tmp_path):
+    monkeypatch.setenv("FUNGI_DATA", str(tmp_path))
+    train, test = rows(9, 0, metric="mAP"), rows(3, 1, metric="mAP")
+    own = {"easy": [4], "hard": [2, 7], "junk": [0, 1]}
+    truth = {"imlist": list("abcdefghi"), "qimlist": list("xyz"), "gnd": [own, own, own | {"hard": []}]}
+    (tmp_path / "toy").mkdir()
+    (tmp_path / "toy" / "gnd_toy.pkl").write_bytes(pickle.dumps(truth))
+    table = protocol.retrieve(train, test, ["E", "E+K"]).set_index(["setting", "features"])
+    order = retrieval.rank(evaluate.normalize(test.blocks["embedding"]), evaluate.normalize(train.blocks["embedding"]))
+    for name in ("medium", "hard"):
+        scores = retrieval.scores(order, retrieval.ground_truth(tmp_path / "toy" / "gnd_toy.pkl")["gnd"], name)
+        assert np.isnan(scores).tolist() == [False, False, name == "hard"]  # a query without positives is left out
+        assert table.loc[(name, "E"), "value"] == pytest.approx(100 * np.nanmean(scores))
+    with pytest.raises(ValueError, match="toy is scored whole: set n_train and n_test to 0"):
+        protocol.retrieve(train.take(np.arange(5)), test, ["E"])
 
 
 def test_few_shot_uses_the_first_images_of_each_class_only():
