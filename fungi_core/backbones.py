@@ -281,7 +281,7 @@ def how_to_get(name: str) -> str | None:
         return None if file.is_file() else f"make {file.name}: python data/backbones/train.py {name}"
     if spec is not None and spec.url:
         file = _file(spec)
-        return None if file.is_file() else f"put {spec.url} into {file.parent}"
+        return None if file.is_file() else f"into checkpoints: {spec.url}"
     if name.startswith("random:") or spec is None:
         _known(name)
         return None

@@ -133,7 +133,9 @@ def read_source(entry: Entry, train: bool, download: bool = False) -> Split:
 
 
 def table() -> list[dict]:
-    """One row per data set of the table and per further packed file: its `Entry`, ``available`` and ``reason``."""
+    """One row per data set of the table and per further packed file: its `Entry`, ``available``, and if it is not here
+    ``reason`` (one line with everything) and ``get`` (what to put into which folder).
+    """
     entries = [*DATASETS.values(), *(_entry(name) for name in _packed_names() if name not in DATASETS)]
     keys = ("name", "title", "profile", "metric", "licence", "n_train", "n_test", "n_classes", "gb", "column", "note")
     rows = []
@@ -142,7 +144,8 @@ def table() -> list[dict]:
         reason = "" if path else _missing(entry, download=False)
         origin = path.name if path else entry.folder or ("installed packages" if entry.source else "packed file")
         row = {key: getattr(entry, key) for key in keys}
-        rows.append(row | {"origin": origin, "available": not reason, "reason": reason})
+        get = f"into {entry.folder or '.'}: {_get(entry)}" if reason else ""
+        rows.append(row | {"origin": origin, "available": not reason, "reason": reason, "get": get})
     return rows
 
 
@@ -175,5 +178,8 @@ def _missing(entry: Entry, download: bool) -> str:
 
 def _line(entry: Entry, what: str) -> str:
     place = downloads_dir() / entry.folder
-    get = entry.get.format(name=entry.name) or f"load({entry.name!r}, ..., download=True) or unpack its archive there"
-    return f"{entry.name} ({entry.title}) {what}: {place}; {entry.gb:g} GB, licence {entry.licence}; {get}"
+    return f"{entry.name} ({entry.title}) {what}: {place}; {entry.gb:g} GB, licence {entry.licence}; {_get(entry)}"
+
+
+def _get(entry: Entry) -> str:
+    return entry.get.format(name=entry.name) or f"its archive, or datasets.load({entry.name!r}, 'train', download=True)"

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from IPython.display import display
 
-from . import backbones, datasets, evaluate, extract, figures, paths, probe, retrieval, similarity, views
+from . import backbones, datasets, evaluate, explore, extract, figures, paths, probe, retrieval, views
 
 QUANTITIES = ["value", "low", "high", "gain", "gain_low", "gain_high", "step", "step_low", "step_high"]
 COMBINATIONS = ("E", "E+K", "E+K+D", "E+K+D+S")  # Table 2's rows
@@ -30,25 +30,33 @@ def collect(
     seed: int,
     **options,
 ) -> list[Run]:
-    """(backbone, data set, train, test) for every pair that can be run here; a notebook's first call.
+    """(backbone, data set, train, test) for every pair that can be run `here`; a notebook's first call.
 
-    What is missing is shown as a table. Where nothing can be run the notebook ends there, as a success: papermill takes
-    an exit status of 0 for one. ``options`` go to `extract.features` (``layer``, ``projection``).
+    ``options`` go to `extract.features` (``layer``, ``projection``).
     """
-    lacking = missing(encoders, sets)
-    absent = set(lacking["name"])
-    here = [[name for name in wanted if name not in absent] for wanted in (encoders, sets)]
-    if absent:
-        display(lacking)
-    if not all(here):
-        print("Nothing can be run here without what the table names; see README, Profiles.")
-        raise SystemExit(0)
+    encoders, sets = here(encoders, sets)
     sizes = dict(n_train=n_train, n_test=n_test, seed=seed)
     runs = []
-    for backbone in here[0]:
+    for backbone in encoders:
         encoder = backbones.load(backbone)
-        runs += [(backbone, name, *extract.features(name, encoder, names, **sizes, **options)) for name in here[1]]
+        runs += [(backbone, name, *extract.features(name, encoder, names, **sizes, **options)) for name in sets]
     return runs
+
+
+def here(encoders: Sequence[str], sets: Sequence[str] | None = None) -> tuple[list[str], list[str]]:
+    """Which of the backbones and data sets are on this machine; what is missing is shown as a table.
+
+    Where no backbone, or no data set of those asked for, is left the notebook ends there, as a success (`explore.end`).
+    """
+    lacking = missing(encoders, sets or [])
+    found = [[name for name in wanted if name not in set(lacking["name"])] for wanted in (encoders, sets or [])]
+    if len(lacking):
+        print(f"Not run for want of these (folders of data sets: in {paths.downloads_dir()}):")
+        with pd.option_context("display.max_colwidth", None, "display.max_rows", None):
+            display(lacking.set_index("name"))
+    if not found[0] or (sets is not None and not found[1]):
+        explore.end("Nothing can be run here without what the table names; see README, Profiles.")
+    return found[0], found[1]
 
 
 def provenance(notebook: str, started: float, runs: Sequence, **parameters) -> dict:
@@ -68,16 +76,20 @@ def on(runs: Sequence) -> str:
 
 
 def missing(encoders: Sequence[str], sets: Sequence[str]) -> pd.DataFrame:
-    """What the grid needs and this machine has not: name and one line (size, licence, how to get it). Unknown names
+    """What the grid needs and this machine has not: name, size (of the download), licence, how to get it. Unknown names
     raise.
     """
     known = {row["name"]: row for row in datasets.table()}
     unknown = [name for name in sets if name not in known]
     if unknown:
         raise ValueError(f"unknown data set {unknown[0]!r}; there are {', '.join(known)}")
-    lines = [(name, known[name]["reason"]) for name in sets if not known[name]["available"]]
-    lines += [(name, reason) for name in encoders if (reason := backbones.unavailable(name))]
-    return pd.DataFrame(lines, columns=["name", "not run: needs"])
+    lines = [(x["name"], x["gb"], x["licence"], x["get"])
+             for x in map(known.get, dict.fromkeys(sets)) if not x["available"]]  # fmt: skip
+    lacking = [(backbones.BACKBONES[x], get) for x in dict.fromkeys(encoders) if (get := backbones.how_to_get(x))]
+    lines += [(spec.name, spec.gb, spec.licence, get) for spec, get in lacking]
+    frame = pd.DataFrame(lines, columns=["name", "size", "licence", "how to get it"])
+    frame["size"] = [f"{gb:g} GB" if gb else "–" for gb in frame["size"]]
+    return frame
 
 
 def knn(train: extract.Rows, test: extract.Rows, letters: Sequence[str] = COMBINATIONS, *, k: int = 20,
@@ -243,6 +255,8 @@ def pairs(
     train: extract.Rows, test: extract.Rows, *, k: int = 20, pca: int | None = None, seed: int = 0
 ) -> pd.DataFrame:
     """Fig. 2 for every pair of features: a, b, cka (unbiased, test rows), value, gain over the better one alone."""
+    from . import similarity  # here: torchmetrics takes long to import, and a notebook that cannot run should end fast
+
     names = [extract.LETTERS[name] for name in test.blocks]
     normalized = {extract.LETTERS[name]: evaluate.normalize(block) for name, block in test.blocks.items()}
     cka = similarity.cka_matrix(normalized)

@@ -82,16 +82,16 @@ def tiny_moco(model) -> dict:
 def tiny(monkeypatch, tmp_path):
     """A row of the table whose weights are a file, and that file's place."""
     spec = backbones.Spec("tiny.moco", "tiny", "free", None, "blocks.5.attn.proj", 160, 0.5, 0.875,
-                          timm="test_vit", url="https://example.org/tiny.pth.tar", convert=checkpoints.moco)  # fmt: skip
+                          timm="test_vit", url="https://example.org/tiny.tar", convert=checkpoints.moco)  # fmt: skip
     monkeypatch.setitem(backbones.BACKBONES, spec.name, spec)
     monkeypatch.setenv("FUNGI_DATA", str(tmp_path))
     (tmp_path / "checkpoints").mkdir()
-    return tmp_path / "checkpoints" / "tiny.pth.tar"
+    return tmp_path / "checkpoints" / "tiny.tar"
 
 
 def test_moco_weights_from_a_file(tiny):
     with pytest.raises(
-        FileNotFoundError, match=r"tiny.moco needs its weights \(0.5 GB, free\): put https://example.org"
+        FileNotFoundError, match=r"tiny.moco needs its weights \(0.5 GB, free\): into checkpoints: https://example.org"
     ):
         backbones.load("tiny.moco")
     model = timm.create_model("test_vit", num_classes=0).eval()
@@ -124,7 +124,7 @@ def test_a_file_with_something_else_is_one_line(tiny, monkeypatch, fault):
     torch.save(content, tiny)
     if fault == "text":
         tiny.write_text("not found")
-    with pytest.raises(ValueError, match="tiny.pth.tar does not hold the weights it should") as caught:
+    with pytest.raises(ValueError, match="tiny.tar does not hold the weights it should") as caught:
         backbones.load("tiny.moco")
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 600 and not (tiny.parent / "hit").exists()
 

@@ -8,7 +8,7 @@ import pytest
 from sklearn.decomposition import PCA
 from sklearn.neighbors import KNeighborsClassifier
 
-from fungi_core import evaluate, extract, paper, probe, protocol, retrieval
+from fungi_core import backbones, evaluate, extract, paper, probe, protocol, retrieval
 from fungi_core.images import Images
 
 
@@ -151,13 +151,38 @@ def test_means_add_independent_errors_in_squares_and_shared_ones_as_they_are():
 
 def test_missing_lists_what_is_absent_and_unknown_names_raise(monkeypatch, tmp_path):
     monkeypatch.setenv("FUNGI_DATA", str(tmp_path))
-    lacking = protocol.missing(["vit_base_patch16_224.dino", "random:test_vit"], ["digits", "flowers102"])
-    assert set(lacking["name"]) == {"flowers102", "vit_base_patch16_224.dino"}
-    assert all("\n" not in line and len(line) > 20 for line in lacking["not run: needs"])
+    encoders = ["vit_base_patch16_224.dino", "random:test_vit", "vit_b_16.moco_v3", "vit_base_patch16_224.dino"]
+    monkeypatch.setattr(backbones, "try_to_load_from_cache", lambda *_: None)
+    lacking = protocol.missing(encoders, ["digits", "flowers102", "roxford5k"]).set_index("name")
+    assert lacking.columns.tolist() == ["size", "licence", "how to get it"]
+    assert lacking.loc["flowers102"].tolist() == [
+        "0.35 GB", "Unknown", "into flowers-102: its archive, or datasets.load('flowers102', 'train', download=True)",
+    ]  # fmt: skip
+    assert lacking.loc["vit_base_patch16_224.dino"].tolist() == [
+        "0.34 GB", "Apache 2.0", "hf download timm/vit_base_patch16_224.dino",
+    ]  # fmt: skip
+    assert lacking.loc["vit_b_16.moco_v3", "how to get it"].startswith("into checkpoints: https://dl.fbaipublicfiles")
+    assert lacking.index.tolist() == ["flowers102", "roxford5k", "vit_base_patch16_224.dino", "vit_b_16.moco_v3"]
+    assert "gnd_roxford5k.pkl" in lacking.loc["roxford5k", "how to get it"]
     with pytest.raises(ValueError, match="unknown data set 'flowers'.*digits"):
         protocol.missing([], ["flowers"])
     with pytest.raises(ValueError, match="unknown backbone 'vit_huge_lala'.*vit_mini.sup_tin100"):
         protocol.missing(["vit_huge_lala"], [])
+
+
+def test_here_is_what_can_be_run_and_ends_the_notebook_where_nothing_can(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("FUNGI_DATA", str(tmp_path))
+    monkeypatch.setattr(backbones, "try_to_load_from_cache", lambda *_: None)
+    dino, ours = "vit_base_patch16_224.dino", "vit_micro.sup_tin100"
+    assert protocol.here([ours], ["digits"]) == ([ours], ["digits"]) and capsys.readouterr().out == ""
+    assert protocol.here([dino, ours], ["flowers102", "digits"]) == ([ours], ["digits"])
+    shown = capsys.readouterr().out
+    assert "hf download timm/vit_base_patch16_224.dino" in shown and "its archive, or datasets.load('flow" in shown
+    assert protocol.here([ours]) == ([ours], [])
+    for encoders, sets in (([dino], ["digits"]), ([ours], ["flowers102"]), ([dino], None)):
+        with pytest.raises(SystemExit) as ended:
+            protocol.here(encoders, sets)
+        assert ended.value.code == 0 and "Nothing can be run here" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
