@@ -7,19 +7,21 @@ To add a backbone, add one ``Spec`` to ``BACKBONES``; any other timm name works 
 import copy
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
 import timm
 import torch
 import torch.nn.functional as F
 from huggingface_hub import try_to_load_from_cache
 from safetensors.torch import load_file
-from timm.data import resolve_data_config
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resolve_data_config
 from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 
-from . import paths
+from . import checkpoints, paths
 from .gradients import Factors, linear_layer, loss_gradients, rows, tapped_factors
 
 MINI = {  # 64 px, patch 8; trained by data/backbones/train.py
@@ -34,33 +36,51 @@ class Spec:
 
     name: str
     title: str
-    licence: str
+    licence: str  # Table 21
     pca: int | None = None
     layer: str = "blocks.11.attn.proj"
     size: int = 224
+    gb: float = 0.0  # of the download
+    crop: float | None = None  # centre crop of the published code's transform; None: what timm has for these weights
+    head: bool = False  # embeddings behind the model's own head: the published code reads CLIP in image-text space
+    timm: str = ""  # architecture, where the weights are no timm name
+    url: str = ""  # and the file with them, for FUNGI_DATA/checkpoints
+    convert: Callable | None = None  # its keys to timm's names
 
 
 TIN = "trained on ImageNet images: non-commercial research"
+DEIT = "Apache 2.0 (Table 21); torchvision BSD 3-Clause"
+META, TORCH = "https://dl.fbaipublicfiles.com/moco-v3/vit-b-300ep/", "https://download.pytorch.org/models/"
 BACKBONES: dict[str, Spec] = {
     spec.name: spec
     for spec in (
         Spec("vit_mini.sup_tin100", "mini, supervised", TIN, layer="blocks.8.attn.proj", size=64),
         Spec("vit_micro.sup_tin100", "micro, supervised", TIN, layer="blocks.5.attn.proj", size=64),
         Spec("vit_mini.simclr_tin100", "mini, SimCLR", TIN, layer="blocks.8.attn.proj", size=64),
-        Spec("vit_base_patch14_dinov2.lvd142m", "DINOv2 ViT-B/14", "Apache 2.0", 512),
-        Spec("vit_base_patch16_224.dino", "DINO ViT-B/16", "Apache 2.0", 512),
-        Spec("vit_small_patch16_224.dino", "DINO ViT-S/16", "Apache 2.0", 384),
-        Spec("deit_base_patch16_224.fb_in1k", "DeiT ViT-B/16", "Apache 2.0", 512),
-        Spec("vit_small_patch16_224.augreg_in1k", "AugReg IN1K ViT-S/16", "Apache 2.0", 384),
-        Spec("vit_base_patch16_224.augreg_in1k", "AugReg IN1K ViT-B/16", "Apache 2.0", 512),
-        Spec("vit_small_patch16_224.augreg_in21k", "AugReg IN21K ViT-S/16", "Apache 2.0", 384),
-        Spec("vit_base_patch16_224.augreg_in21k", "AugReg IN21K ViT-B/16", "Apache 2.0", 512),
-        Spec("vit_large_patch16_224.augreg_in21k", "AugReg IN21K ViT-L/16", "Apache 2.0", 512, "blocks.23.attn.proj"),
-        Spec("vit_base_patch16_224.mae", "MAE ViT-B/16", "CC BY-NC 4.0", 512),
-        Spec("vit_base_patch16_clip_224.openai", "CLIP ViT-B/16", "MIT", 512),
-        Spec("eva02_base_patch16_clip_224.merged2b", "EVA CLIP ViT-B/16", "MIT", 512),
+        # the 13 vision encoders of Tables 2, 8, 13 and 14
+        Spec("vit_base_patch14_dinov2.lvd142m", "DINOv2 ViT-B/14", "Apache 2.0", 512, gb=0.35, crop=0.875),
+        Spec("vit_base_patch16_224.dino", "DINO ViT-B/16", "Apache 2.0", 512, gb=0.34, crop=0.875),
+        Spec("vit_b_16.tv_in1k", "DeiT ViT-B/16", DEIT, 512, gb=0.33, crop=0.875, timm="deit_base_patch16_224",
+             url=TORCH + "vit_b_16-c867db91.pth", convert=checkpoints.torchvision),
+        Spec("vit_b_16.moco_v3", "MoCov3 ViT-B/16", "CC BY-NC 4.0", 512, gb=1.7, crop=0.875,
+             timm="deit_base_patch16_224", url=META + "vit-b-300ep.pth.tar", convert=checkpoints.moco),
+        Spec("vit_b_32.tv_in1k", "DeiT ViT-B/32", DEIT, 512, gb=0.34, crop=0.875, timm="vit_base_patch32_224",
+             url=TORCH + "vit_b_32-d86f8d99.pth", convert=checkpoints.torchvision),
+        Spec("vit_base_patch16_224.augreg_in1k", "AugReg IN1K ViT-B/16", "Apache 2.0", 512, gb=0.35),
+        Spec("vit_small_patch16_224.augreg_in1k", "AugReg IN1K ViT-S/16", "Apache 2.0", 384, gb=0.09),
+        Spec("eva02_base_patch16_clip_224.merged2b", "EVA CLIP ViT-B/16", "MIT", 512, gb=0.35, head=True),
+        Spec("vit_large_patch16_224.augreg_in21k", "AugReg IN21K ViT-L/16", "Apache 2.0", 512, "blocks.23.attn.proj",
+             gb=1.3),
+        Spec("vit_base_patch16_clip_224.openai", "CLIP ViT-B/16", "MIT", 512, gb=0.35, head=True),
+        Spec("vit_base_patch16_224.augreg_in21k", "AugReg IN21K ViT-B/16", "Apache 2.0", 512, gb=0.41),
+        Spec("vit_small_patch16_224.augreg_in21k", "AugReg IN21K ViT-S/16", "Apache 2.0", 384, gb=0.12),
+        Spec("vit_base_patch16_224.mae", "MAE ViT-B/16", "CC BY-NC 4.0", 512, gb=0.34),
+        # Tables 3, 4 and 7
+        Spec("vit_small_patch16_224.dino", "DINO ViT-S/16", "Apache 2.0", 384, gb=0.09, crop=0.875),
+        # What Table 21 cites as DeiT; the published code loads torchvision's ViT under that name, above
+        Spec("deit_base_patch16_224.fb_in1k", "DeiT ViT-B/16, Touvron's weights", "Apache 2.0", 512, gb=0.35),
     )
-}
+}  # fmt: skip
 
 
 def auto_device() -> str:
@@ -87,15 +107,16 @@ class Backbone:
     pca: int | None = None
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
+    head: bool = False  # the embedding is what the model's head makes of it (CLIP's image-text space)
     given: bool = False  # an nn.Module of the caller's, not a named architecture
     fast: bool = True  # False forces the general path (tests, comparisons)
 
     def embed(self, views: torch.Tensor) -> torch.Tensor:
         """(N, 3, s, s) in the backbone's dtype -> (N, D): pooled and normalised as timm reads it out, before any
-        classifier.
+        classifier (behind the head where ``head`` says so).
         """
         if hasattr(self.model, "forward_head"):
-            return self.model.forward_head(self.model.forward_features(views), pre_logits=True)
+            return self.model.forward_head(self.model.forward_features(views), pre_logits=not self.head)
         return self.model(views)
 
     def tokens(self, views: torch.Tensor) -> torch.Tensor:
@@ -220,24 +241,24 @@ class Backbone:
 
     @cached_property
     def _tail(self) -> "ClassTokenTail":
-        return ClassTokenTail(self.model)
+        return ClassTokenTail(self.model, self.head)
 
 
 class ClassTokenTail(torch.nn.Module):
     """What lies behind the last attention's output projection, for the class token's row alone, in float32."""
 
-    def __init__(self, model: VisionTransformer):
+    def __init__(self, model: VisionTransformer, head: bool = False):
         super().__init__()
         block = model.blocks[-1]
         parts = dict(proj=block.attn.proj, ls1=block.ls1, norm2=block.norm2, mlp=block.mlp, ls2=block.ls2)
-        parts |= dict(norm=model.norm, fc_norm=model.fc_norm)
+        parts |= dict(norm=model.norm, fc_norm=model.fc_norm, head=model.head if head else torch.nn.Identity())
         for name, part in parts.items():
             self.add_module(name, copy.deepcopy(part).float().eval())
 
     def forward(self, output: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         x = residual + self.ls1(output)  # (N, D)
         x = x + self.ls2(self.mlp(self.norm2(x)))
-        return self.fc_norm(self.norm(x))
+        return self.head(self.fc_norm(self.norm(x)))
 
 
 def class_token_trunk(model: VisionTransformer, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -296,24 +317,44 @@ def load(
     linear_layer(model, layer)
     size, mean, std, ratio = _input(model, spec)
     tensor = lambda values: torch.tensor(values, device=device, dtype=torch.float32)
-    pca, given = spec.pca if spec else None, not isinstance(name, str)
-    return Backbone(title, model, layer, size, tensor(mean), tensor(std), ratio, pca, device, resolved, given)
+    pca, head, given = spec.pca if spec else None, bool(spec and spec.head), not isinstance(name, str)
+    return Backbone(title, model, layer, size, tensor(mean), tensor(std), ratio, pca, device, resolved, head, given)
 
 
 def unavailable(name: str) -> str | None:
     """Why ``name`` cannot be loaded on this machine without a download, in one line; None when it can. Unknown names
     raise.
     """
+    get, spec = how_to_get(name), BACKBONES.get(name)
+    return get and f"its weights{f' ({spec.gb:g} GB, {spec.licence})' if spec and spec.gb else ''}: {get}"
+
+
+def how_to_get(name: str) -> str | None:
+    """What to do for the weights of ``name``, in one line; None when they are here."""
     spec = BACKBONES.get(name)
     if spec is not None and spec.size == 64:
         file = paths.backbones_dir() / f"{name}.safetensors"
-        return None if file.is_file() else f"{file.name}, made by: python data/backbones/train.py {name}"
+        return None if file.is_file() else f"make {file.name}: python data/backbones/train.py {name}"
+    if spec is not None and spec.url:
+        file = _file(spec)
+        return None if file.is_file() else f"into checkpoints: {spec.url}"
     if name.startswith("random:") or spec is None:
         _known(name)
         return None
     hub = timm.get_pretrained_cfg(name).hf_hub_id
     cached = hub and try_to_load_from_cache(hub, "model.safetensors")
-    return None if isinstance(cached, str) else f"its weights from the hub ({spec.licence}): hf download {hub}"
+    return None if isinstance(cached, str) else f"hf download {hub}"
+
+
+def _file(spec: Spec) -> Path:
+    return paths.downloads_dir() / "checkpoints" / spec.url.rpartition("/")[2]
+
+
+def skeleton(spec: Spec, pretrained: bool = False) -> torch.nn.Module:
+    """The architecture of a row of the paper's, with timm's weights if ``pretrained``, else untrained."""
+    resize = dict(img_size=224) if "dinov2" in spec.name else {}  # timm's default there is 518 px
+    classes = {} if spec.head else dict(num_classes=0)
+    return timm.create_model(spec.timm or spec.name, pretrained=pretrained, **classes, **resize)
 
 
 def _known(name: str) -> str:
@@ -335,14 +376,17 @@ def _create(name: str, spec: Spec | None) -> torch.nn.Module:
         model = VisionTransformer(**MINI[name.split(".")[0]], num_classes=0)
         model.load_state_dict(state)
         return model
+    if spec is not None and spec.url:
+        if how_to_get(name):
+            raise FileNotFoundError(f"{name} needs {unavailable(name)}")
+        return checkpoints.load_into(skeleton(spec), _file(spec), spec.convert)
     architecture = _known(name)
-    resize = dict(img_size=224) if spec is not None and "dinov2" in name else {}  # timm's default there is 518 px
     if name != architecture:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             return timm.create_model(architecture, pretrained=False, num_classes=0)
     try:
-        return timm.create_model(name, pretrained=True, num_classes=0, **resize)
+        return skeleton(spec, True) if spec else timm.create_model(name, pretrained=True, num_classes=0)
     except Exception as error:  # the hub client raises many kinds; the cause is kept
         raise ConnectionError(
             f"the weights of {name} are not on this machine and could not be downloaded: {error}"
@@ -365,6 +409,9 @@ def _input(model: torch.nn.Module, spec: Spec | None) -> tuple[int, tuple, tuple
     """Input size, channel mean and deviation, and crop ratio of the evaluation transform."""
     if spec is not None and spec.size == 64:
         return 64, (0.5,) * 3, (0.25,) * 3, 1.0
+    if spec is not None and spec.url:  # not timm's weights, so not its transform either
+        return spec.size, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, spec.crop
     config = resolve_data_config({}, model=model)
     size = getattr(getattr(model, "patch_embed", None), "img_size", None) or config["input_size"][-2:]
-    return int(size[0]), tuple(config["mean"]), tuple(config["std"]), float(config["crop_pct"])
+    ratio = spec.crop if spec is not None and spec.crop else config["crop_pct"]
+    return int(size[0]), tuple(config["mean"]), tuple(config["std"]), float(ratio)

@@ -37,7 +37,7 @@ class Entry:
     source: Callable[[Path, bool, bool], Split] | None = None  # (root, train, download); None: packed file only
     folder: str = ""  # what the source reads, inside the downloads folder
     get: str = ""  # how to get it where download=True cannot
-    metric: str = "accuracy"  # or "mean-per-class" (section C)
+    metric: str = "accuracy"  # or "mean-per-class" (section C), "mAP" of a ground truth of its own (section A.1)
     column: str = ""  # its column in the paper's tables
     note: str = ""
 
@@ -46,6 +46,9 @@ _PACKED = "put {name}.npz into the folder FUNGI_DATA names, or make it with pyth
 _CARS = "gone from its official address; from a mirror: cars_train, cars_test, devkit, cars_test_annos_withlabels.mat"
 _IN1K = "register at image-net.org and unpack as train/<wnid>/ and val/<wnid>/ there"
 _IN100 = "put Labels.json (WordNet id -> name, 100 of them) there, with images in train*/, val*/ or in imagenet/"
+_LANDMARKS = "put gnd_{name}.pkl (cmp.felk.cvut.cz/revisitop) there, the images (robots.ox.ac.uk/~vgg/data) into jpg/"
+_PHOTOS = "Unknown (Flickr photographs)"
+_ROLES = "train is the database, test the queries; scored by their ground truth"
 _CC0 = "CC0 or public domain; china.jpg, flower.jpg CC BY 2.0"
 _NC = "Custom (Research Only, Non Commercial)"
 _MPC = "mean-per-class"
@@ -85,6 +88,10 @@ DATASETS: dict[str, Entry] = {
               official.imagenet1k, "imagenet", _IN1K, column="IN1K"),
         Entry("imagenet100", "ImageNet 100", "paper", _NC, None, 5_000, 100, 14,
               official.imagenet100, "imagenet100", _IN100),
+        Entry("roxford5k", "Revisited Oxford", "paper", _PHOTOS, 4_993, 70, 1, 2.0,
+              official.roxford5k, "roxford5k", _LANDMARKS, "mAP", note=_ROLES),
+        Entry("rparis6k", "Revisited Paris", "paper", _PHOTOS, 6_322, 70, 1, 2.6,
+              official.rparis6k, "rparis6k", _LANDMARKS, "mAP", note=_ROLES),
     )
 }  # fmt: skip
 
@@ -126,7 +133,9 @@ def read_source(entry: Entry, train: bool, download: bool = False) -> Split:
 
 
 def table() -> list[dict]:
-    """One row per data set of the table and per further packed file: its `Entry`, ``available`` and ``reason``."""
+    """One row per data set of the table and per further packed file: its `Entry`, ``available``, and if it is not here
+    ``reason`` (one line with everything) and ``get`` (what to put into which folder).
+    """
     entries = [*DATASETS.values(), *(_entry(name) for name in _packed_names() if name not in DATASETS)]
     keys = ("name", "title", "profile", "metric", "licence", "n_train", "n_test", "n_classes", "gb", "column", "note")
     rows = []
@@ -135,7 +144,8 @@ def table() -> list[dict]:
         reason = "" if path else _missing(entry, download=False)
         origin = path.name if path else entry.folder or ("installed packages" if entry.source else "packed file")
         row = {key: getattr(entry, key) for key in keys}
-        rows.append(row | {"origin": origin, "available": not reason, "reason": reason})
+        get = f"into {entry.folder or '.'}: {_get(entry)}" if reason else ""
+        rows.append(row | {"origin": origin, "available": not reason, "reason": reason, "get": get})
     return rows
 
 
@@ -168,5 +178,8 @@ def _missing(entry: Entry, download: bool) -> str:
 
 def _line(entry: Entry, what: str) -> str:
     place = downloads_dir() / entry.folder
-    get = entry.get.format(name=entry.name) or f"load({entry.name!r}, ..., download=True) or unpack its archive there"
-    return f"{entry.name} ({entry.title}) {what}: {place}; {entry.gb:g} GB, licence {entry.licence}; {get}"
+    return f"{entry.name} ({entry.title}) {what}: {place}; {entry.gb:g} GB, licence {entry.licence}; {_get(entry)}"
+
+
+def _get(entry: Entry) -> str:
+    return entry.get.format(name=entry.name) or f"its archive, or datasets.load({entry.name!r}, 'train', download=True)"

@@ -31,7 +31,7 @@ class Images:
     split: str  # "train" | "test"
     labels: np.ndarray  # int64 (N,), index into classes
     classes: list[str]
-    metric: str  # "accuracy" | "mean-per-class"
+    metric: str  # "accuracy" | "mean-per-class" | "mAP"
     names: list[str]  # N names, unique within the data set
     items: Sequence = field(repr=False)  # see Split, indexed by rows
     rows: np.ndarray = field(repr=False)  # int64 (N,)

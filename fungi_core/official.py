@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from . import retrieval
 from .images import Split
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
@@ -154,3 +155,21 @@ def imagenet100(root: Path, train: bool, download: bool) -> Split:
     wnids: dict[str, str] = json.loads((base / "Labels.json").read_text())
     folders = sorted(path for path in base.glob(f"{part}*") if path.is_dir()) or [root / "imagenet" / part]
     return image_folder(folders, root, list(wnids))._replace(classes=list(wnids.values()))
+
+
+def roxford5k(root: Path, train: bool, download: bool) -> Split:
+    return _landmarks(root / "roxford5k", train)
+
+
+def rparis6k(root: Path, train: bool, download: bool) -> Split:
+    return _landmarks(root / "rparis6k", train)
+
+
+def _landmarks(base: Path, train: bool) -> Split:
+    """The revisited benchmarks' layout: gnd_NAME.pkl and jpg/. The database is "train", the queries are "test".
+
+    Queries are whole images, as in the published code; the official evaluation crops them to the building.
+    """
+    known = retrieval.ground_truth(base / f"gnd_{base.name}.pkl")
+    paths = [base / "jpg" / f"{name}.jpg" for name in known["imlist" if train else "qimlist"]]
+    return _files(paths, np.zeros(len(paths)), ["landmark"], base)

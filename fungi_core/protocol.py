@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from IPython.display import display
 
-from . import backbones, datasets, evaluate, extract, figures, similarity, views
+from . import backbones, datasets, evaluate, explore, extract, figures, paths, probe, retrieval, views
 
 QUANTITIES = ["value", "low", "high", "gain", "gain_low", "gain_high", "step", "step_low", "step_high"]
 COMBINATIONS = ("E", "E+K", "E+K+D", "E+K+D+S")  # Table 2's rows
@@ -30,25 +30,33 @@ def collect(
     seed: int,
     **options,
 ) -> list[Run]:
-    """(backbone, data set, train, test) for every pair that can be run here; a notebook's first call.
+    """(backbone, data set, train, test) for every pair that can be run `here`; a notebook's first call.
 
-    What is missing is shown as a table. Where nothing can be run the notebook ends there, as a success: papermill takes
-    an exit status of 0 for one. ``options`` go to `extract.features` (``layer``, ``projection``).
+    ``options`` go to `extract.features` (``layer``, ``projection``).
     """
-    lacking = missing(encoders, sets)
-    absent = set(lacking["name"])
-    here = [[name for name in wanted if name not in absent] for wanted in (encoders, sets)]
-    if absent:
-        display(lacking)
-    if not all(here):
-        print("Nothing can be run here without what the table names; see README, Profiles.")
-        raise SystemExit(0)
+    encoders, sets = here(encoders, sets)
     sizes = dict(n_train=n_train, n_test=n_test, seed=seed)
     runs = []
-    for backbone in here[0]:
+    for backbone in encoders:
         encoder = backbones.load(backbone)
-        runs += [(backbone, name, *extract.features(name, encoder, names, **sizes, **options)) for name in here[1]]
+        runs += [(backbone, name, *extract.features(name, encoder, names, **sizes, **options)) for name in sets]
     return runs
+
+
+def here(encoders: Sequence[str], sets: Sequence[str] | None = None) -> tuple[list[str], list[str]]:
+    """Which of the backbones and data sets are on this machine; what is missing is shown as a table.
+
+    Where no backbone, or no data set of those asked for, is left the notebook ends there, as a success (`explore.end`).
+    """
+    lacking = missing(encoders, sets or [])
+    found = [[name for name in wanted if name not in set(lacking["name"])] for wanted in (encoders, sets or [])]
+    if len(lacking):
+        print(f"Not run for want of these (folders of data sets: in {paths.downloads_dir()}):")
+        with pd.option_context("display.max_colwidth", None, "display.max_rows", None):
+            display(lacking.set_index("name"))
+    if not found[0] or (sets is not None and not found[1]):
+        explore.end("Nothing can be run here without what the table names; see README, Profiles.")
+    return found[0], found[1]
 
 
 def provenance(notebook: str, started: float, runs: Sequence, **parameters) -> dict:
@@ -68,16 +76,20 @@ def on(runs: Sequence) -> str:
 
 
 def missing(encoders: Sequence[str], sets: Sequence[str]) -> pd.DataFrame:
-    """What the grid needs and this machine has not: name and one line (size, licence, how to get it). Unknown names
+    """What the grid needs and this machine has not: name, size (of the download), licence, how to get it. Unknown names
     raise.
     """
     known = {row["name"]: row for row in datasets.table()}
     unknown = [name for name in sets if name not in known]
     if unknown:
         raise ValueError(f"unknown data set {unknown[0]!r}; there are {', '.join(known)}")
-    lines = [(name, known[name]["reason"]) for name in sets if not known[name]["available"]]
-    lines += [(name, reason) for name in encoders if (reason := backbones.unavailable(name))]
-    return pd.DataFrame(lines, columns=["name", "not run: needs"])
+    lines = [(x["name"], x["gb"], x["licence"], x["get"])
+             for x in map(known.get, dict.fromkeys(sets)) if not x["available"]]  # fmt: skip
+    lacking = [(backbones.BACKBONES[x], get) for x in dict.fromkeys(encoders) if (get := backbones.how_to_get(x))]
+    lines += [(spec.name, spec.gb, spec.licence, get) for spec, get in lacking]
+    frame = pd.DataFrame(lines, columns=["name", "size", "licence", "how to get it"])
+    frame["size"] = [f"{gb:g} GB" if gb else "–" for gb in frame["size"]]
+    return frame
 
 
 def knn(train: extract.Rows, test: extract.Rows, letters: Sequence[str] = COMBINATIONS, *, k: int = 20,
@@ -90,16 +102,73 @@ def knn(train: extract.Rows, test: extract.Rows, letters: Sequence[str] = COMBIN
     """
     if shots:
         train = train.take(evaluate.few_shot_indices(train.labels, shots))
-    per_class = test.labels if test.data.metric == "mean-per-class" else None
     correct = {name: _correct(train, test, name, k, pca) for name in dict.fromkeys(("E", *letters))}
+    return _compare(correct, letters, *_metric(test, shots), seed)
+
+
+def linear(train: extract.Rows, test: extract.Rows, letters: Sequence[str] = COMBINATIONS, *, shots: int | None = None,
+           pca: int | None = None, seed: int = 0) -> pd.DataFrame:  # fmt: skip
+    """`knn`'s table for a linear probe (`probe.predict`), and ``strength``: the one chosen for each feature set.
+
+    Every feature set has the same validation rows (``seed``). PCA is fitted on all training rows that are used.
+    """
+    if shots:
+        train = train.take(evaluate.few_shot_indices(train.labels, shots))
+    epochs = 30 if test.data.name == "imagenet1k" else probe.EPOCHS  # section A.3
+    done = {}
+    for name in dict.fromkeys(("E", *letters)):
+        a, b = extract.fungi_features(train, test, name, pca)
+        done[name] = probe.predict(a, train.labels, b, seed=seed, epochs=epochs)
+    correct = {name: x.labels == test.labels for name, x in done.items()}
+    return _compare(correct, letters, *_metric(test, shots), seed).assign(
+        strength=[done[name].strength for name in letters]
+    )
+
+
+def retrieve(train: extract.Rows, test: extract.Rows, letters: Sequence[str], *, pca: int | None = None,
+             seed: int = 0) -> pd.DataFrame:  # fmt: skip
+    """`knn`'s table for retrieval (Table 10): mean average precision in percent, its gains paired by query.
+
+    The training rows are the database, the test rows the queries, ranked by cosine. ``setting``: "medium" and "hard"
+    for the revisited landmarks, "same class" for any other set.
+    """
+    data = train.data
+    if data.metric == "mAP":
+        known = retrieval.ground_truth(paths.downloads_dir() / data.name / f"gnd_{data.name}.pkl")
+        if (len(data), len(test.data)) != (len(known["imlist"]), len(known["qimlist"])):
+            raise ValueError(f"{data.name} is scored whole: set n_train and n_test to 0, not to {len(data)} images")
+        truth, settings = known["gnd"], {"medium": "medium", "hard": "hard"}
+    else:
+        truth, settings = retrieval.same_class(test.labels, train.labels), {"same class": "medium"}
+    rankings = {}
+    for name in dict.fromkeys(("E", *letters)):
+        database, queries = extract.fungi_features(train, test, name, pca)
+        rankings[name] = retrieval.rank(queries, database)
+    frames = []
+    for setting, protocol in settings.items():
+        found = {name: retrieval.scores(ranking, truth, protocol) for name, ranking in rankings.items()}
+        counted = ~np.isnan(found["E"])  # queries with a positive, the same for every feature set
+        frames.append(_compare({name: x[counted] for name, x in found.items()}, letters, setting, None, seed))
+    return pd.concat(frames, ignore_index=True)
+
+
+def _metric(test: extract.Rows, shots: int | None) -> tuple[str, np.ndarray | None]:
+    """What the setting is called, and the labels where the data set's metric is the mean per class."""
+    if test.data.metric == "mAP":
+        raise ValueError(f"{test.data.name} has no classes, only a ground truth for retrieval: see 10_retrieval")
+    return f"{shots}-shot" if shots else "full", test.labels if test.data.metric == "mean-per-class" else None
+
+
+def _compare(scored: dict[str, np.ndarray], letters, setting: str, labels: np.ndarray | None, seed) -> pd.DataFrame:
+    """Values, gains and steps with their intervals from each feature set's score on each test image, in [0, 1]."""
 
     def interval(name, other=None):  # a generator each: adding a feature set does not move another one's interval
-        against = None if other is None else correct[other]
+        against = None if other is None else scored[other]
         return evaluate.bootstrap(
-            correct[name], against, generator=views.generator("bootstrap", seed, name, other), labels=per_class
+            scored[name], against, generator=views.generator("bootstrap", seed, name, other), labels=labels
         )
 
-    setting, before = f"{shots}-shot" if shots else "full", [letters[0], *letters[:-1]]
+    before = [letters[0], *letters[:-1]]
     rows = [
         (x, setting, *interval(x), *interval(x, "E"), *interval(x, last))
         for x, last in zip(letters, before, strict=True)
@@ -252,6 +321,8 @@ def pairs(
     train: extract.Rows, test: extract.Rows, *, k: int = 20, pca: int | None = None, seed: int = 0
 ) -> pd.DataFrame:
     """Fig. 2 for every pair of features: a, b, cka (unbiased, test rows), value, gain over the better one alone."""
+    from . import similarity  # here: torchmetrics takes long to import, and a notebook that cannot run should end fast
+
     names = [extract.LETTERS[name] for name in test.blocks]
     normalized = {extract.LETTERS[name]: evaluate.normalize(block) for name, block in test.blocks.items()}
     cka = similarity.cka_matrix(normalized)

@@ -201,6 +201,29 @@ def build_imagenet100(root, monkeypatch):
     return [0, 1], [0, 1], ["hen", "tench"]
 
 
+def build_landmarks(root, name):
+    truth = {"easy": [0], "hard": [2], "junk": [1], "bbx": [0.0, 0.0, 4.0, 4.0]}
+    known = {"imlist": ["hall_1", "hall_2", "gate_1"], "qimlist": ["hall_0", "gate_0"], "gnd": [truth, truth]}
+    (root / name).mkdir()
+    (root / name / f"gnd_{name}.pkl").write_bytes(pickle.dumps(known))
+    for key, train in (("imlist", True), ("qimlist", False)):
+        for image in known[key]:
+            picture(root / name / "jpg" / f"{image}.jpg", 0, train)
+    return [0, 0, 0], [0, 0], ["landmark"]
+
+
+def build_roxford5k(root, monkeypatch):
+    return build_landmarks(root, "roxford5k")
+
+
+def build_rparis6k(root, monkeypatch):
+    return build_landmarks(root, "rparis6k")
+
+
+METRICS = dict.fromkeys(("flowers102", "aircraft", "pets"), "mean-per-class")
+METRICS |= dict.fromkeys(("roxford5k", "rparis6k"), "mAP")
+
+
 @pytest.mark.parametrize("name", PAPER)
 def test_official_layout(name, root, monkeypatch):
     train, test, classes = globals()[f"build_{name}"](root, monkeypatch)
@@ -210,8 +233,9 @@ def test_official_layout(name, root, monkeypatch):
         assert images.classes[: len(classes)] == classes
         official = getattr(DATASETS[name], f"n_{split}")
         kind = "training" if split == "train" else "test"
-        assert images.note == (f"{len(expected)} of {official} official {kind} images" if official else "")
-        assert images.metric == ("mean-per-class" if name in {"flowers102", "aircraft", "pets"} else "accuracy")
+        short = f"{len(expected)} of {official} official {kind} images" if official else ""
+        assert images.note == "; ".join(filter(None, (short, DATASETS[name].note)))
+        assert images.metric == METRICS.get(name, "accuracy")
     assert {row["name"]: row["available"] for row in table()}[name]
     out = root / f"{name}.npz"
     pack.main([name, str(out), "--torchvision"])  # and every one of them can be packed, and is then preferred
@@ -230,8 +254,8 @@ def test_the_table_has_the_sizes_and_metrics_of_the_paper():
     assert {entry.column for entry in DATASETS.values() if entry.column} == {
         "Cars", "CUB", "DTD", "ESAT", "C100", "C10", "Pets", "Food", "IN1K", "FGVC", "Flowers",
     }  # fmt: skip
-    assert len(PAPER) == 12
-    assert [name for name in PAPER if DATASETS[name].metric != "accuracy"] == ["pets", "aircraft", "flowers102"]
+    assert len(PAPER) == 12 + 2  # with ImageNet-100, and the two sets of landmarks
+    assert {name: DATASETS[name].metric for name in PAPER if DATASETS[name].metric != "accuracy"} == METRICS
     assert DATASETS["eurosat"].n_train == 0.8 * 27_000 and DATASETS["eurosat"].n_test == 0.2 * 27_000
     assert DATASETS["cub200"].n_train + DATASETS["cub200"].n_test == 11_788
 

@@ -181,6 +181,12 @@ def test_derived_claims_are_the_mean_best_gain(claim, tables):
     assert paper.claims().set_index("id").loc[claim, "paper_delta"] == round(best.mean(), 1)
 
 
+def test_the_retrieval_claim_is_the_mean_over_all_backbones_but_dinov2():
+    gains = paper.load(10).query("row == 'E+K+D' and column != 'DINOv2 ViT-B/14'")["delta"]
+    assert len(gains) == 16
+    assert paper.claims().set_index("id").loc["table10-mean", "paper_delta"] == round(gains.mean(), 1)
+
+
 def test_beside_keeps_both_sides():
     ours = pd.DataFrame({"row": ["KL", "mine"], "metric": ["images/s"] * 2, "value": [50.0, 7.0], "low": [49.0, 6.0]})
     both = paper.beside(ours, 22, on=["row", "metric"])

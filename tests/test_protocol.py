@@ -1,12 +1,14 @@
 """The evaluation protocol on small synthetic rows, and the scoreboard's rules."""
 
+import pickle
+
 import numpy as np
 import pandas as pd
 import pytest
 from sklearn.decomposition import PCA
 from sklearn.neighbors import KNeighborsClassifier
 
-from fungi_core import evaluate, extract, paper, protocol
+from fungi_core import backbones, evaluate, extract, paper, probe, protocol, retrieval
 from fungi_core.images import Images
 
 
@@ -88,6 +90,51 @@ def test_over_seeds_is_mean_and_population_deviation_of_each_seed(metric):
         assert row["gain"] == pytest.approx(np.mean(gains)) and row["gain_spread"] == pytest.approx(np.std(gains))
         assert row["gain_low"] <= row["gain"] <= row["gain_high"]
     assert table.loc["E", "spread"] == 0 < table.loc["E+K", "spread"]
+@pytest.mark.parametrize("shots", [None, 5])
+def test_linear_probe_is_split_choice_and_refit_on_the_joined_features(shots):
+    train, test = rows(200, 0), rows(120, 1)
+    table = protocol.linear(train, test, ["E", "E+K"], shots=shots, pca=12, seed=4).set_index("features")
+    used = train.take(np.arange(20)) if shots else train
+    joined = [np.hstack([evaluate.normalize(r.blocks[b]) for b in ("embedding", "kl")]) for r in (used, test)]
+    pca = PCA(12, svd_solver="full").fit(joined[0])
+    expected = probe.predict(pca.transform(joined[0]), used.labels, pca.transform(joined[1]), seed=4)
+    assert table.loc["E+K", "value"] == pytest.approx(100 * np.mean(expected.labels == test.labels), abs=0.9)
+    assert table.loc["E+K", "strength"] == expected.strength
+    assert table.loc["E+K", "gain"] == pytest.approx(table.loc["E+K", "value"] - table.loc["E", "value"])
+    assert table.loc["E+K", "gain_low"] > 10 and table.loc["E", "gain"] == 0
+    assert set(table["setting"]) == {f"{shots}-shot" if shots else "full"}
+
+
+def test_retrieval_among_classes_is_torchmetrics_at_the_right_side_of_each_positive():
+    train, test = rows(80, 0), rows(24, 1)
+    table = protocol.retrieve(train, test, ["E", "K", "E+K"]).set_index("features")
+    a, b = (evaluate.normalize(r.blocks["kl"]) for r in (test, train))
+    order = np.argsort(-(a @ b.T), 1)
+    hits = (train.labels[order] == test.labels[:, None]).astype(float)  # (queries, database), best first
+    found, place = hits.cumsum(1), np.arange(1, 81)
+    before = np.where(place > 1, (found - hits) / np.maximum(place - 1, 1), 1)
+    by_hand = (hits * (found / place + before) / 2).sum(1) / hits.sum(1)
+    assert table.loc["K", "value"] == pytest.approx(100 * by_hand.mean(), abs=1e-3)
+    assert table.loc["K", "gain"] == pytest.approx(table.loc["K", "value"] - table.loc["E", "value"])
+    assert table.loc["E+K", "gain_low"] > 10 and set(table["setting"]) == {"same class"}
+    assert table.loc["E", "low"] <= table.loc["E", "value"] <= table.loc["E", "high"]
+
+
+def test_retrieval_of_landmarks_takes_their_ground_truth(monkeypatch, tmp_path):
+    monkeypatch.setenv("FUNGI_DATA", str(tmp_path))
+    train, test = rows(9, 0, metric="mAP"), rows(3, 1, metric="mAP")
+    own = {"easy": [4], "hard": [2, 7], "junk": [0, 1]}
+    truth = {"imlist": list("abcdefghi"), "qimlist": list("xyz"), "gnd": [own, own, own | {"hard": []}]}
+    (tmp_path / "toy").mkdir()
+    (tmp_path / "toy" / "gnd_toy.pkl").write_bytes(pickle.dumps(truth))
+    table = protocol.retrieve(train, test, ["E", "E+K"]).set_index(["setting", "features"])
+    order = retrieval.rank(evaluate.normalize(test.blocks["embedding"]), evaluate.normalize(train.blocks["embedding"]))
+    for name in ("medium", "hard"):
+        scores = retrieval.scores(order, retrieval.ground_truth(tmp_path / "toy" / "gnd_toy.pkl")["gnd"], name)
+        assert np.isnan(scores).tolist() == [False, False, name == "hard"]  # a query without positives is left out
+        assert table.loc[(name, "E"), "value"] == pytest.approx(100 * np.nanmean(scores))
+    with pytest.raises(ValueError, match="toy is scored whole: set n_train and n_test to 0"):
+        protocol.retrieve(train.take(np.arange(5)), test, ["E"])
 
 
 def test_few_shot_uses_the_first_images_of_each_class_only():
@@ -135,13 +182,38 @@ def test_means_add_independent_errors_in_squares_and_shared_ones_as_they_are():
 
 def test_missing_lists_what_is_absent_and_unknown_names_raise(monkeypatch, tmp_path):
     monkeypatch.setenv("FUNGI_DATA", str(tmp_path))
-    lacking = protocol.missing(["vit_base_patch16_224.dino", "random:test_vit"], ["digits", "flowers102"])
-    assert set(lacking["name"]) == {"flowers102", "vit_base_patch16_224.dino"}
-    assert all("\n" not in line and len(line) > 20 for line in lacking["not run: needs"])
+    encoders = ["vit_base_patch16_224.dino", "random:test_vit", "vit_b_16.moco_v3", "vit_base_patch16_224.dino"]
+    monkeypatch.setattr(backbones, "try_to_load_from_cache", lambda *_: None)
+    lacking = protocol.missing(encoders, ["digits", "flowers102", "roxford5k"]).set_index("name")
+    assert lacking.columns.tolist() == ["size", "licence", "how to get it"]
+    assert lacking.loc["flowers102"].tolist() == [
+        "0.35 GB", "Unknown", "into flowers-102: its archive, or datasets.load('flowers102', 'train', download=True)",
+    ]  # fmt: skip
+    assert lacking.loc["vit_base_patch16_224.dino"].tolist() == [
+        "0.34 GB", "Apache 2.0", "hf download timm/vit_base_patch16_224.dino",
+    ]  # fmt: skip
+    assert lacking.loc["vit_b_16.moco_v3", "how to get it"].startswith("into checkpoints: https://dl.fbaipublicfiles")
+    assert lacking.index.tolist() == ["flowers102", "roxford5k", "vit_base_patch16_224.dino", "vit_b_16.moco_v3"]
+    assert "gnd_roxford5k.pkl" in lacking.loc["roxford5k", "how to get it"]
     with pytest.raises(ValueError, match="unknown data set 'flowers'.*digits"):
         protocol.missing([], ["flowers"])
     with pytest.raises(ValueError, match="unknown backbone 'vit_huge_lala'.*vit_mini.sup_tin100"):
         protocol.missing(["vit_huge_lala"], [])
+
+
+def test_here_is_what_can_be_run_and_ends_the_notebook_where_nothing_can(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("FUNGI_DATA", str(tmp_path))
+    monkeypatch.setattr(backbones, "try_to_load_from_cache", lambda *_: None)
+    dino, ours = "vit_base_patch16_224.dino", "vit_micro.sup_tin100"
+    assert protocol.here([ours], ["digits"]) == ([ours], ["digits"]) and capsys.readouterr().out == ""
+    assert protocol.here([dino, ours], ["flowers102", "digits"]) == ([ours], ["digits"])
+    shown = capsys.readouterr().out
+    assert "hf download timm/vit_base_patch16_224.dino" in shown and "its archive, or datasets.load('flow" in shown
+    assert protocol.here([ours]) == ([ours], [])
+    for encoders, sets in (([dino], ["digits"]), ([ours], ["flowers102"]), ([dino], None)):
+        with pytest.raises(SystemExit) as ended:
+            protocol.here(encoders, sets)
+        assert ended.value.code == 0 and "Nothing can be run here" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from pathlib import Path
 import nbformat
 import papermill
 import pytest
+import yaml
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from fungi_core import paths, run
@@ -213,3 +214,28 @@ def test_contract(slug, tmp_path, monkeypatch):
     if slug != "17_throughput":  # measures time
         assert contents(figures, ".png", ".pdf", ".csv") == drawn, "the second run drew other figures"
     assert sorted(os.listdir(tmp_path)) == ["first.ipynb", "second.ipynb"], "a notebook wrote into the caller's folder"
+
+
+@pytest.mark.contract
+@pytest.mark.parametrize(
+    "slug", [s if s == "01_method" else pytest.param(s, marks=pytest.mark.slow) for s in run.notebooks()])
+def test_without_data_or_network_the_papers_profile_ends_with_one_table(slug, tmp_path, monkeypatch):
+    """Plain papermill, as a reader has it: a success, no traceback, no word of IPython's on how to quit."""
+    monkeypatch.setenv("FUNGI_DATA", str(tmp_path))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))  # no weights there
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # and none to be had
+    monkeypatch.setenv("FUNGI_FIGURES", str(tmp_path / "figures"))
+    profile = yaml.safe_load((run.NOTEBOOKS / "profiles" / "paper.yaml").read_text())
+    nb = papermill.execute_notebook(run.NOTEBOOKS / f"{slug}.ipynb", tmp_path / "out.ipynb", profile,
+                                    progress_bar=False)  # fmt: skip
+    outputs = [out for cell in nb.cells for out in cell.get("outputs", [])]
+    if "protocol." not in "".join(cell.source for cell in nb.cells):
+        return  # needs nothing: it ran through
+    assert [out["text"] for out in outputs if out.get("name") == "stderr"] == []
+    *_, table, end = outputs
+    assert (end["ename"], end["evalue"], len(end["traceback"])) == ("SystemExit", "0", 1)
+    assert end["traceback"][0].startswith("Nothing can be run here")
+    tables = [out for out in outputs if out.output_type == "display_data"]
+    assert tables == [table]
+    for part in ("size", "licence", "how to get it", "0.35 GB", "hf download timm/vit_base_patch14_dinov2.lvd142m"):
+        assert part in table["data"]["text/html"]

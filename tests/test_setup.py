@@ -24,7 +24,7 @@ EXTRAS = {name: [Requirement(line) for line in rows] for name, rows in PROJECT["
 LOCK = [line for line in (ROOT / "requirements.lock").read_text().splitlines() if line and not line.startswith("#")]
 PINS = {canonicalize_name(r.name): r for r in map(Requirement, LOCK)}
 DISTRIBUTION = {"PIL": "pillow", "sklearn": "scikit-learn", "skimage": "scikit-image", "yaml": "pyyaml"}
-BROUGHT = {"nbformat", "nbclient", "ipython", "scipy", "packaging", "huggingface-hub", "triton"}  # by papermill, timm ...
+BROUGHT = {"nbformat", "nbclient", "ipython", "scipy", "packaging", "huggingface-hub", "triton"}  # by papermill, timm
 
 
 def test_the_lock_pins_one_plain_pypi_version_each():
