@@ -84,7 +84,7 @@ def fungi_features(train: Rows, test: Rows, letters: str, size: int | None = Non
     As in the published code, PCA is skipped where ``size`` is None or not below both rows and columns; the embedding
     alone gets it too (Table 16).
     """
-    names = _names(letters)
+    names = named(letters)
     if any(isinstance(train.blocks[name], Factors) for name in names):
         raise ValueError(f"{letters} holds unprojected gradients, which have no feature vector; use extract.similarity")
     a, b = (evaluate.combine(rows.blocks, names) for rows in (train, test))
@@ -100,7 +100,7 @@ def similarity(a: Rows, b: Rows, letters: str) -> np.ndarray:
     vectors, and for unprojected gradients what no vector is needed for.
     """
     total = np.zeros((len(a.data), len(b.data)), np.float32)
-    for name in _names(letters):
+    for name in named(letters):
         x, y = a.blocks[name], b.blocks[name]
         if isinstance(x, Factors):
             total += projections.exact_cosine(x, y).numpy()
@@ -109,7 +109,8 @@ def similarity(a: Rows, b: Rows, letters: str) -> np.ndarray:
     return total
 
 
-def _names(letters: str) -> list[str]:
+def named(letters: str) -> list[str]:
+    """The features that letters stand for: "E+K" -> ["embedding", "kl"]. ValueError for an unknown letter."""
     by_letter = {letter: name for name, letter in LETTERS.items()}
     unknown = [letter for letter in letters.split("+") if letter not in by_letter]
     if unknown:

@@ -246,6 +246,43 @@ def trade_off(df: pd.DataFrame) -> Figure:
     return fig
 
 
+def projections(df: pd.DataFrame) -> Figure:
+    """Ways to project the same gradients: accuracy, distortion of distances (percent), seconds for 1,000 images.
+
+    `df`: kind ("exact" first), size, value with low and high, distortion, seconds; a row of panels for each data set
+    and backbone. The exact similarity is the dashed line with its interval as a band.
+    """
+    df = _need(df, "kind", "size", "value", "distortion", "seconds")
+    df = df.assign(row=_join(df, "dataset", "backbone", by=", "), name=df["kind"] + ", " + df["size"])
+    rows, names = list(df["row"].unique()), list(df.loc[df["kind"] != "exact", "name"].unique())
+    inks = dict(zip(df["kind"].unique(), (INK, "#0072B2", "#D55E00", "#009E73"), strict=False))
+    fig, axes = figure(len(rows), 3, height=0.5 + len(rows) * (0.55 + 0.19 * len(names)), sharex="col", sharey=True)
+    for (left, middle, right), row in zip(axes, rows, strict=True):
+        here = df[df["row"] == row].set_index("name")
+        exact = here[here["kind"] == "exact"].iloc[0]
+        left.axvspan(exact["low"], exact["high"], color=PALE, alpha=0.15, linewidth=0)
+        left.axvline(exact["value"], color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
+        for y, name in enumerate(names):
+            r = here.loc[name]
+            ink = inks[r["kind"]]
+            _interval(left, r["value"], y, r, ink, horizontal=True)
+            for ax, column, text in ((middle, "distortion", "{:.1f}"), (right, "seconds", "{:.3f}")):
+                ax.barh(y, r[column], height=0.55, color=ink)
+                beside = {"textcoords": "offset points", "va": "center_baseline", "size": 7.5}
+                ax.annotate(text.format(r[column]), (r[column], y), (3, 0), **beside)
+        left.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.4, -0.6), title=row)
+        left.grid(axis="x")
+        for ax in (left, middle, right):
+            ax.tick_params(axis="y", length=0)
+    for ax in axes.flat:
+        ax.margins(x=0.2)
+    axes[-1, 0].set_xlabel("accuracy (%), range of the draws")
+    axes[-1, 1].set_xlabel("error of distances (%)")
+    axes[-1, 2].set_xlabel("seconds for 1,000 images")
+    _legend(fig, {"exact similarity, 95 % interval": {"marker": None, "linestyle": (0, (4, 3))}}, None)
+    return fig
+
+
 def backbone_bars(df: pd.DataFrame) -> Figure:
     """Figs 5 and 11: embedding ("E") against FUNGI (any other `features`) for each backbone, a column for each setting.
 

@@ -4,6 +4,7 @@ Chosen before any result was seen: k = 20 and the first 5 training images of eac
 training rows that are used; 95 % percentile bootstrap over test images; gains as paired differences on the same images.
 """
 
+import time
 from collections.abc import Mapping, Sequence
 from itertools import combinations_with_replacement
 
@@ -11,7 +12,19 @@ import numpy as np
 import pandas as pd
 from IPython.display import display
 
-from . import backbones, datasets, evaluate, explore, extract, figures, paths, probe, retrieval, views
+from . import (
+    backbones,
+    datasets,
+    evaluate,
+    explore,
+    extract,
+    figures,
+    paths,
+    probe,
+    projection,
+    retrieval,
+    views,
+)
 
 QUANTITIES = ["value", "low", "high", "gain", "gain_low", "gain_high", "step", "step_low", "step_high"]
 COMBINATIONS = ("E", "E+K", "E+K+D", "E+K+D+S")  # Table 2's rows
@@ -293,6 +306,51 @@ def pca_curve(
             value = evaluate.bootstrap(correct, generator=draw("own"))
             rows.append((name, size, *value, *evaluate.bootstrap(correct, plain, generator=draw("paired"))))
     return pd.DataFrame(rows, columns=["features", "size", "value", "low", "high", "gain", "gain_low", "gain_high"])
+
+
+PROJECTIONS = {"dense ±1": "rademacher", "rank-one ±1": "khatri-rao", "sketch": "sketch"}
+
+
+def projections(train: extract.Rows, test: extract.Rows, letter: str, *, draws: int, multiples: Sequence[int],
+                k: int, seed: int) -> pd.DataFrame:  # fmt: skip
+    """What each kind of projection makes of the same gradients, given as factors (``projection="exact"``).
+
+    kind, size ("d", "4 d": output size over the embedding's width), value (accuracy, percent, mean of the draws) with
+    low and high (the draws' range; for "exact" the interval over test images), gain over the exact similarity with its
+    paired interval, joined (accuracy with the embedding), distortion (root mean square error of the distance of two
+    test images, percent), seconds (for 1,000 images, from factors to features; NaN for "exact").
+    """
+    name = extract.named(letter)[0]
+    factors, width = (train.blocks[name], test.blocks[name]), train.blocks["embedding"].shape[1]
+    shape = factors[0].output_gradients.shape[2], factors[0].activations.shape[2] + factors[0].bias
+    exact = {x: evaluate.knn_by_similarity(extract.similarity(test, train, x), train.labels, k) == test.labels
+             for x in (letter, f"E+{letter}")}  # fmt: skip
+    draw = lambda *keys: views.generator("bootstrap", seed, "projection", *keys)
+    pairs = np.triu_indices(min(len(test.labels), 200), 1)
+    length = lambda cosines: np.sqrt(np.maximum(2 - 2 * cosines[pairs], 0))
+    true = length(projection.exact_cosine(factors[1], factors[1]).numpy())
+    own = evaluate.bootstrap(exact[letter], generator=draw("exact"))
+    rows = [("exact", "", *own, 0.0, 0.0, 0.0, 100 * exact[f"E+{letter}"].mean(), 0.0, np.nan)]
+    for kind, multiple in ((kind, m) for kind in PROJECTIONS for m in multiples):
+        hits, joined, errors, seconds = [], [], [], []
+        for i in range(draws):
+            made = projection.draw(PROJECTIONS[kind], multiple * width, *shape, "draw", i)
+            made.apply(factors[1][:1])  # its bits are drawn and unpacked
+            start = time.perf_counter()
+            blocks = [made.apply(f).numpy() for f in factors]
+            seconds.append(1000 * (time.perf_counter() - start) / sum(map(len, factors)))
+            a, b = (extract.Rows(r.data, r.blocks | {name: x}, ()) for r, x in zip((train, test), blocks, strict=True))
+            hits.append(_correct(a, b, letter, k, None))
+            joined.append(_correct(a, b, f"E+{letter}", k, None).mean())
+            unit = evaluate.normalize(blocks[1])
+            errors.append(np.sqrt(np.mean((length(unit @ unit.T)[true > 0] / true[true > 0] - 1) ** 2)))
+        each = 100 * np.mean(hits, 1)
+        gain = evaluate.bootstrap(np.mean(hits, 0), exact[letter], generator=draw(kind, multiple))
+        size = "d" if multiple == 1 else f"{multiple} d"
+        rows.append((kind, size, each.mean(), each.min(), each.max(), *gain, 100 * np.mean(joined),
+                     100 * np.mean(errors), np.median(seconds)))  # fmt: skip
+    columns = ["kind", "size", *QUANTITIES[:6], "joined", "distortion", "seconds"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def mean_interval(values: Sequence[float], seed: int) -> tuple[float, float, float]:

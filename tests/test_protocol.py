@@ -5,6 +5,7 @@ import pickle
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from sklearn.decomposition import PCA
 from sklearn.neighbors import KNeighborsClassifier
 
@@ -90,6 +91,8 @@ def test_over_seeds_is_mean_and_population_deviation_of_each_seed(metric):
         assert row["gain"] == pytest.approx(np.mean(gains)) and row["gain_spread"] == pytest.approx(np.std(gains))
         assert row["gain_low"] <= row["gain"] <= row["gain_high"]
     assert table.loc["E", "spread"] == 0 < table.loc["E+K", "spread"]
+
+
 @pytest.mark.parametrize("shots", [None, 5])
 def test_linear_probe_is_split_choice_and_refit_on_the_joined_features(shots):
     train, test = rows(200, 0), rows(120, 1)
@@ -253,3 +256,28 @@ def test_contrast_is_the_paired_difference_of_mean_accuracies():
     assert found.mean == pytest.approx(expected) and found.low < found.mean < found.high
     same = protocol.contrast([("K", *good)], [("K", *good)])
     assert tuple(same) == (0, 0, 0)
+
+
+def test_projections_of_factors_approach_the_exact_similarity():
+    from fungi_core.gradients import Factors
+
+    g = torch.Generator().manual_seed(0)
+    splits = []
+    for n, seed in ((120, 0), (60, 1)):
+        plain = rows(n, seed)
+        a, d = torch.randn(n, 1, 8, generator=g), torch.randn(n, 1, 12, generator=g) * 0.3
+        d[torch.arange(n), 0, torch.from_numpy(plain.labels)] += 2  # the output gradient knows the class
+        splits.append(extract.Rows(plain.data, plain.blocks | {"kl": Factors(a, d, True)}, ()))
+    table = protocol.projections(*splits, "K", draws=3, multiples=(1, 16), k=5, seed=0).set_index(["kind", "size"])
+    assert len(table) == 1 + 3 * 2
+    exact = table.loc[("exact", "")]
+    similar = extract.similarity(splits[1], splits[0], "K")
+    assert exact["value"] == pytest.approx(
+        100 * np.mean(evaluate.knn_by_similarity(similar, splits[0].labels, 5) == splits[1].labels)
+    )
+    for kind in protocol.PROJECTIONS:
+        small, large = table.loc[(kind, "d")], table.loc[(kind, "16 d")]
+        assert large["distortion"] < 0.5 * small["distortion"] and small["seconds"] > 0
+        assert small["low"] <= small["value"] <= small["high"]
+        assert small["gain"] == pytest.approx(small["value"] - exact["value"])
+    assert table.loc[("dense ±1", "16 d"), "distortion"] < 8  # 1 / sqrt(2 * 192) and a little
