@@ -111,7 +111,7 @@ def provenance(
         "datasets": [known(d) for d in datasets],
         **_git(),
         "versions": {"python": platform.python_version()} | {p: _version(p) for p in packages},
-        "device": {"cpu": _cpu(), "cores": cores, "cuda": cuda},
+        "device": {"cpu": cpu(), "cores": cores, "cuda": cuda},
         "wall_seconds": None if started is None else round(time.time() - started, 1),
     }
     return json.loads(_json(record))
@@ -238,7 +238,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _cpu() -> str:
+def cpu() -> str:
     info = Path("/proc/cpuinfo")
     model = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
     return model[1] if model else platform.processor() or platform.machine()

@@ -237,6 +237,7 @@ def trade_off(df: pd.DataFrame) -> Figure:
         ax.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
         ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         ax.xaxis.set_minor_formatter(NullFormatter())
+        ax.minorticks_off()
         ax.margins(x=0.12)
         ax.grid(axis="y")
     for ax in axes[:, 0]:
@@ -250,36 +251,38 @@ def projections(df: pd.DataFrame) -> Figure:
     """Ways to project the same gradients: accuracy, distortion of distances (percent), seconds for 1,000 images.
 
     `df`: kind ("exact" first), size, value with low and high, distortion, seconds; a row of panels for each data set
-    and backbone. The exact similarity is the dashed line with its interval as a band.
+    and backbone. The exact similarity's accuracy is the dashed line.
     """
     df = _need(df, "kind", "size", "value", "distortion", "seconds")
-    df = df.assign(row=_join(df, "dataset", "backbone", by=", "), name=df["kind"] + ", " + df["size"])
-    rows, names = list(df["row"].unique()), list(df.loc[df["kind"] != "exact", "name"].unique())
+    df = df.assign(row=_join(df, "dataset", "backbone", by=", "))
+    df = df.assign(name=df["kind"] + (", " + df["size"]).where(df["size"] != "", ""))
+    rows, names = list(df["row"].unique()), list(df["name"].unique())
     inks = dict(zip(df["kind"].unique(), (INK, "#0072B2", "#D55E00", "#009E73"), strict=False))
     fig, axes = figure(len(rows), 3, height=0.5 + len(rows) * (0.55 + 0.19 * len(names)), sharex="col", sharey=True)
     for (left, middle, right), row in zip(axes, rows, strict=True):
         here = df[df["row"] == row].set_index("name")
-        exact = here[here["kind"] == "exact"].iloc[0]
-        left.axvspan(exact["low"], exact["high"], color=PALE, alpha=0.15, linewidth=0)
-        left.axvline(exact["value"], color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
+        left.axvline(here.loc["exact", "value"], color=INK, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
         for y, name in enumerate(names):
             r = here.loc[name]
             ink = inks[r["kind"]]
+            beside = {"textcoords": "offset points", "va": "center_baseline", "size": 7.5}
             _interval(left, r["value"], y, r, ink, horizontal=True)
-            for ax, column, text in ((middle, "distortion", "{:.1f}"), (right, "seconds", "{:.3f}")):
-                ax.barh(y, r[column], height=0.55, color=ink)
-                beside = {"textcoords": "offset points", "va": "center_baseline", "size": 7.5}
-                ax.annotate(text.format(r[column]), (r[column], y), (3, 0), **beside)
+            middle.barh(y, r["distortion"], height=0.55, color=ink)
+            middle.annotate(f"{r['distortion']:.1f}", (r["distortion"], y), (3, 0), **beside)
+            right.plot(r["seconds"], y, marker="o", color=ink, linestyle="none")
+            right.annotate(f"{r['seconds']:.2g}", (r["seconds"], y), (5, 0), **beside)
         left.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.4, -0.6), title=row)
-        left.grid(axis="x")
+        right.set(xscale="log")
+        right.minorticks_off()
+        for ax in (left, right):
+            ax.grid(axis="x")
         for ax in (left, middle, right):
             ax.tick_params(axis="y", length=0)
     for ax in axes.flat:
         ax.margins(x=0.2)
-    axes[-1, 0].set_xlabel("accuracy (%), range of the draws")
+    axes[-1, 0].set_xlabel("accuracy (%)")
     axes[-1, 1].set_xlabel("error of distances (%)")
     axes[-1, 2].set_xlabel("seconds for 1,000 images")
-    _legend(fig, {"exact similarity, 95 % interval": {"marker": None, "linestyle": (0, (4, 3))}}, None)
     return fig
 
 
