@@ -14,6 +14,7 @@ from IPython.display import display
 
 from . import (
     backbones,
+    clustering,
     datasets,
     evaluate,
     explore,
@@ -163,6 +164,26 @@ def retrieve(train: extract.Rows, test: extract.Rows, letters: Sequence[str], *,
         counted = ~np.isnan(found["E"])  # queries with a positive, the same for every feature set
         frames.append(_compare({name: x[counted] for name, x in found.items()}, letters, setting, None, seed))
     return pd.concat(frames, ignore_index=True)
+
+
+def cluster(train: extract.Rows, test: extract.Rows, letters: Sequence[str] = COMBINATIONS, *, pca: int | None = None,
+            runs: int = 5, seed: int = 0) -> pd.DataFrame:  # fmt: skip
+    """`knn`'s table for k-means on the test rows, as many clusters as classes: accuracy after matching clusters to
+    classes, mean of ``runs`` k-means seeds; ``spread``: its deviation over them; ``nmi`` and ``nmi_spread`` likewise.
+
+    The training rows serve the PCA alone. An interval is over images, their clusters and names as found: it leaves out
+    how clusters would change with other images. All feature sets have the same k-means seeds.
+    """
+    seeds = views.generator("kmeans", seed).integers(2**31, size=runs).tolist()
+    right, rows = {}, {}
+    for name in dict.fromkeys(("E", *letters)):
+        x = extract.fungi_features(train, test, name, pca)[1]
+        found = [clustering.kmeans(x, len(np.unique(test.labels)), s) for s in seeds]
+        hits = np.stack([clustering.match(clusters, test.labels) == test.labels for clusters in found])  # (runs, N)
+        nmi = [clustering.mutual_information(clusters, test.labels) for clusters in found]
+        right[name], rows[name] = hits.mean(0), (100 * hits.mean(1).std(), np.mean(nmi), np.std(nmi))
+    extra = pd.DataFrame([rows[name] for name in letters], columns=["spread", "nmi", "nmi_spread"])
+    return pd.concat([_compare(right, letters, "k-means", None, seed), extra], axis=1)
 
 
 def _metric(test: extract.Rows, shots: int | None) -> tuple[str, np.ndarray | None]:

@@ -22,7 +22,7 @@ MEAN_SLIPS: dict[tuple, tuple] = {}  # Table 1 has none
 NOTEBOOKS = {"00_start_here", "01_method", "02_complementarity", "03_image_classification", "04_data_efficiency",
              "05_scene_understanding", "06_text", "07_projection_head", "08_source_layer", "09_seeds", "10_retrieval",
              "11_audio", "12_linear_probe", "13_other_objectives", "14_dino_ablations", "15_pca", "16_simclr_views",
-             "17_throughput", "18_discrepancies", "19_scoreboard", "20_your_own_data"}
+             "17_throughput", "18_discrepancies", "19_scoreboard", "20_your_own_data", "22_clustering"}
 
 
 def key_of(frame: pd.DataFrame) -> list[str]:
@@ -151,7 +151,7 @@ def test_claims():
     assert set(frame["expected"]) <= {"+", "-", ""}
     assert (frame[["id", "item", "claim", "paper_number"]] != "").all(axis=None)
     figures, tabled = (2, 3, 5, 6, 8, 9, 10, 11, 12), (*range(1, 12), 13, 14, 15, 16, 22)
-    assert set(frame["item"]) == {f"Fig. {n}" for n in figures} | {f"Table {n}" for n in tabled}
+    assert set(frame["item"]) == {f"Fig. {n}" for n in figures} | {f"Table {n}" for n in tabled} | {"Clustering"}
     numbers = frame[frame["paper_delta"].notna()]
     assert (numbers[numbers["expected"] == "+"]["paper_delta"] > 0).all()
     assert (numbers[numbers["expected"] == "-"]["paper_delta"] < 0).all()

@@ -6,10 +6,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 from sklearn.neighbors import KNeighborsClassifier
 
-from fungi_core import backbones, evaluate, extract, paper, probe, protocol, retrieval
+from fungi_core import backbones, clustering, evaluate, extract, paper, probe, protocol, retrieval, views
 from fungi_core.images import Images
 
 
@@ -138,6 +139,24 @@ def test_retrieval_of_landmarks_takes_their_ground_truth(monkeypatch, tmp_path):
         assert table.loc[(name, "E"), "value"] == pytest.approx(100 * np.nanmean(scores))
     with pytest.raises(ValueError, match="toy is scored whole: set n_train and n_test to 0"):
         protocol.retrieve(train.take(np.arange(5)), test, ["E"])
+
+
+def test_clustering_of_the_block_that_knows_the_class_is_right_and_the_same_every_time():
+    train, test = rows(60, 0), rows(80, 1)
+    table = protocol.cluster(train, test, ["E", "K", "E+K"], runs=3, seed=2).set_index("features")
+    assert table.loc["K", "value"] > 95 and table.loc["K", "nmi"] > 85 and table.loc["E", "nmi"] < 30
+    assert table.loc["K", "gain"] == pytest.approx(table.loc["K", "value"] - table.loc["E", "value"])
+    assert table.loc["K", "gain_low"] > 20 and 25 <= table.loc["E", "value"] < 60
+    seeds = views.generator("kmeans", 2).integers(2**31, size=3).tolist()
+    x = evaluate.normalize(test.blocks["embedding"])
+    scores = []
+    for s in seeds:
+        named = clustering.match(KMeans(4, n_init=10, random_state=s).fit_predict(x.astype(float)), test.labels)
+        scores.append(100 * np.mean(named == test.labels))
+    assert table.loc["E", ["value", "spread"]].tolist() == pytest.approx([np.mean(scores), np.std(scores)])
+    pd.testing.assert_frame_equal(
+        table, protocol.cluster(train, test, table.index, runs=3, seed=2).set_index("features")
+    )
 
 
 def test_few_shot_uses_the_first_images_of_each_class_only():
