@@ -133,6 +133,8 @@ def main() -> None:
         print(f"{pair['ratio']:.1f} times; peak {fast['peak_bytes'] >> 20} against {slow['peak_bytes'] >> 20} MiB")
     if args.out:
         machine = dict(processor=figures.cpu(), cores=os.cpu_count(), torch=torch.__version__)
+        if args.device != "cpu":
+            machine["gpu"] = torch.cuda.get_device_name()
         record = dict(backbone=args.backbone, device=args.device, dtype=str(encoder.dtype), machine=machine)
         record |= dict(stock=stock.to_dict("records"), published=against, per_token=tokens)
         args.out.parent.mkdir(parents=True, exist_ok=True)

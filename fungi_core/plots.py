@@ -360,6 +360,38 @@ def throughput(df: pd.DataFrame) -> Figure:
     return fig
 
 
+def against_published(df: pd.DataFrame) -> Figure:
+    """Ours and the published library on the same images: images/s (log axis, the ratio written) and peak memory.
+
+    `df`: machine, backbone, features, value, published (images/s), ratio, memory, published_memory (GiB).
+    """
+    df = _need(df, "machine", "features", "value", "published", "ratio", "memory", "published_memory")
+    many = df["machine"].nunique() > 1
+    names = df["features"].map(NAMES) + (", " + df["machine"] if many else "")
+    fig, axes = figure(1, 2, height=0.9 + 0.32 * len(df), sharey=True)
+    speed, memory = axes[0]
+    for y, (_, r) in enumerate(df.iterrows()):
+        ink = colour(r["features"])
+        speed.plot([r["published"], r["value"]], [y, y], color=ink, linewidth=1, alpha=0.5)
+        speed.plot(r["value"], y, marker="o", color=ink)
+        speed.plot(r["published"], y, color=ink, **OPEN)
+        beside = {"textcoords": "offset points", "va": "center_baseline", "size": 7.5, "color": ink}
+        speed.annotate(f"x {r['ratio']:.1f}", (r["value"], y), (6, 0), **beside)
+        memory.plot(r["memory"], y, marker="o", color=ink)
+        memory.plot(r["published_memory"], y, color=ink, **OPEN)
+    speed.set(yticks=range(len(df)), yticklabels=names, ylim=(len(df) - 0.5, -0.5), xscale="log", xlabel="images/s")
+    speed.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    speed.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    speed.minorticks_off()
+    speed.margins(x=0.2)
+    memory.set(xlabel="peak memory of the process (GiB)", xlim=(0, None))
+    for ax in (speed, memory):
+        ax.grid(axis="x")
+        ax.tick_params(axis="y", length=0)
+    _legend(fig, {"ours": {}}, "the published library")
+    return fig
+
+
 def scoreboard(df: pd.DataFrame) -> Figure:
     """Every claim in a row: the paper's gain (open) against ours (filled, with interval), coloured by verdict.
 

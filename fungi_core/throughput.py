@@ -1,14 +1,16 @@
 """Images per second of features against the stock forward pass, as ratios within one run on one machine (Table 22)."""
 
+import json
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import timm
 import torch
 
-from . import backbones, fungi, objectives, views
+from . import backbones, fungi, objectives, paths, views
 from .extract import LETTERS
 
 
@@ -74,6 +76,49 @@ def measure(backbone: backbones.Backbone, names: Sequence = ("kl", "dino", "simc
             )
         )
     return pd.DataFrame(rows, columns=["features", "views", "value", "floor", "ratio", "ratio_low", "ratio_high"])
+
+
+def precision(
+    name: str, images: Sequence, names: Sequence[str] = ("kl", "dino", "simclr"), *, seed: int = 0
+) -> pd.DataFrame:
+    """Cosine of the default dtype's features to float32's on the same images: features, mean, lowest.
+
+    Heads, projection, views and negatives (the images' own, in float32) are the same in both.
+    """
+    low, full = backbones.load(name), backbones.load(name, dtype="float32")
+    rows = []
+    for objective in map(objectives.by_name, names):
+        parts = fungi.draw_parts(full, objective, seed)
+        if objective.negatives:
+            parts.negatives = fungi.negative_latents(full, objective, parts.heads, images, seed)
+        found = [list(fungi.rows(encoder, objective, parts, images, seed)) for encoder in (low, full)]
+        pairs = [tuple(np.concatenate([gradients for _, _, gradients in done]) for done in found)]
+        letters = [LETTERS[objective.name]]
+        if objective.views == "whole":
+            pairs.insert(0, tuple(np.concatenate([embeddings for _, embeddings, _ in done]) for done in found))
+            letters.insert(0, "E")
+        for letter, (a, b) in zip(letters, pairs, strict=True):
+            cosine = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+            rows.append((letter, str(low.dtype).removeprefix("torch."), cosine.mean(), cosine.min()))
+    return pd.DataFrame(rows, columns=["features", "dtype", "mean", "lowest"])
+
+
+def against_published(folder: Path = paths.ROOT / "benchmarks" / "results") -> pd.DataFrame:
+    """What `benchmarks/run.py` measured against the published library: machine, backbone, features, images/s of both
+    (value, published), their ratio, and peak memory of both in GiB (memory, published_memory).
+    """
+    rows = []
+    for file in sorted(folder.glob("speed_*.json")):
+        record = json.loads(file.read_text())
+        for name, pair in record["published"].items():
+            ours, theirs = pair["ours"], pair["published"]
+            machine = f"{record['machine']['processor']}, {record['machine']['cores']} cores"
+            machine = record["machine"].get("gpu") or machine
+            speed = ours["images_per_second"], theirs["images_per_second"], pair["ratio"]
+            memory = ours["peak_bytes"] / 2**30, theirs["peak_bytes"] / 2**30
+            rows.append((machine, record["backbone"].removeprefix("random:"), LETTERS[name], *speed, *memory))
+    columns = ["machine", "backbone", "features", "value", "published", "ratio", "memory", "published_memory"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def _seconds(call: Callable[[], object], device: str) -> float:
