@@ -13,14 +13,18 @@ def live() -> bool:
 
 
 def interact(show: Callable, **choices):
-    """``ipywidgets.interact`` over ``choices`` (lists, or (low, high) ranges); without a reader, ``show`` of each first
-    choice.
+    """``ipywidgets.interact`` over ``choices``: lists, (low, high) ranges or sliders (low, high, start).
+
+    Without a reader, ``show`` of each first choice, or each slider's start.
     """
+    sliders = {name: choice for name, choice in choices.items() if isinstance(choice, tuple) and len(choice) == 3}
     if not live():
-        return show(**{name: choice[0] for name, choice in choices.items()})
+        return show(**{name: choice[2 if name in sliders else 0] for name, choice in choices.items()})
+    from ipywidgets import IntSlider
     from ipywidgets import interact as widgets
 
-    widgets(show, **choices)
+    slide = lambda low, high, start: IntSlider(min=low, max=high, value=start, continuous_update=False)
+    widgets(show, **choices | {name: slide(*choice) for name, choice in sliders.items()})
 
 
 class _End(Exception):

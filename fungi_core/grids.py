@@ -5,9 +5,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 import seaborn
-from matplotlib.colors import Normalize
+from matplotlib.colors import Normalize, to_rgb
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+from matplotlib.patches import Patch, Rectangle
+from PIL import Image
 
 from fungi_core.figures import NAMES, VERDICTS, WIDE, colour, contrast, figure
 
@@ -108,6 +109,97 @@ def image_grid(
             ax.set_title(titles[i], loc="center", size=7, pad=3)
         if frames and frames[i] is not None:
             ax.spines[:].set(visible=True, linewidth=2.5, color=VERDICTS["agrees" if frames[i] else "disagrees"])
+    return fig
+
+
+MASKS = ("#88CCEE", "#DDCC77", "#AA4499", "#7A7A7A", "#EE7733", "#117733", "#CC6677", "#44AA99", "#332288", "#882255",
+         "#111111", "#999933")  # after Tol's muted scheme, safe for colour-blind readers  # fmt: skip
+
+
+def class_colours(classes: int) -> np.ndarray:
+    """A colour for each class, (classes, 3) in [0, 1]; beyond a dozen hues alternate in lightness."""
+    if classes <= len(MASKS):
+        return np.array([to_rgb(ink) for ink in MASKS[:classes]])
+    light, dark = (np.array(seaborn.husl_palette(classes, s=0.85, l=tone)) for tone in (0.72, 0.45))
+    order = np.argsort(np.arange(classes) * 0.618 % 1)  # neighbours in the list are far apart in hue
+    return np.where(np.arange(classes)[:, None] % 2 == 0, light, dark)[order]
+
+
+def painted(image, mask: np.ndarray, classes: int) -> np.ndarray:
+    """A mask over its image in grey, borders between classes dark, void as the grey image; RGB in [0, 1]."""
+    fine = -(-400 // mask.shape[1])  # small images are enlarged, so that a border stays a thin line
+    image, mask = (np.repeat(np.repeat(x, fine, 0), fine, 1) for x in (np.asarray(image), mask))
+    grey = np.asarray(Image.fromarray(image).convert("L"))[..., None] / 255
+    known = (mask < classes)[..., None]
+    colours = class_colours(classes)[np.where(mask < classes, mask, 0)]
+    out = np.where(known, 0.78 * colours + 0.22 * grey, 0.35 + 0.65 * grey)
+    border = np.zeros(mask.shape, bool)
+    border[:, 1:] |= mask[:, 1:] != mask[:, :-1]
+    border[1:] |= mask[1:] != mask[:-1]
+    return np.where(border[..., None], 0.08, out)
+
+
+def mask_rows(rows: Sequence[Mapping], names: Sequence[str]) -> Figure:
+    """Fig. 7: image, mask from the embedding, from FUNGI, and the truth, a row an image; the same colours everywhere.
+
+    Each of `rows`: title, image (H, W, 3) uint8, masks {title: (H, W) class indices, else void}; `names`: classes.
+    """
+    wide, high = np.asarray(rows[0]["image"]).shape[1::-1]
+    columns = 1 + len(rows[0]["masks"])
+    cell = WIDE / columns
+    seen = np.unique(np.concatenate([np.unique(mask) for row in rows for mask in row["masks"].values()]))
+    shown = [int(c) for c in seen if c < len(names)]
+    lines = -(-len(shown) // 6)
+    height = len(rows) * (cell * high / wide + 0.2) + 0.25 + 0.18 * lines
+    fig, axes = figure(len(rows), columns, width=WIDE, height=height)
+    for ax in axes.flat:
+        ax.set(xticks=[], yticks=[])
+        ax.spines[:].set_visible(False)
+    for line, row in zip(axes, rows, strict=True):
+        line[0].imshow(row["image"])
+        line[0].set_title(row["title"], size=7.5, pad=3)
+        for ax, (title, mask) in zip(line[1:], row["masks"].items(), strict=True):
+            ax.imshow(painted(row["image"], mask, len(names)), interpolation="nearest")
+            ax.set_title(title, size=7.5, pad=3)
+    colours = class_colours(len(names))
+    handles = [Patch(facecolor=colours[c], edgecolor="#333333", linewidth=0.5, label=names[c]) for c in shown]
+    if len(shown) < len(seen):
+        handles.append(Patch(facecolor="#CFCFCF", edgecolor="#333333", linewidth=0.5, label="void (not scored)"))
+    fig.legend(handles=handles, loc="outside lower center", ncols=6, handlelength=1.2, columnspacing=1.2)
+    return fig
+
+
+def patch_neighbours(query: Mapping, found: Mapping[str, Sequence[Mapping]]) -> Figure:
+    """A patch of a test image and, a row a feature set, the patches of the memory nearest to it with their labels.
+
+    `query` and each neighbour: image (H, W, 3) uint8, box (left, top, side) of the patch, and title.
+    """
+    count = max(map(len, found.values()))
+    side = (WIDE - 1.9) / count
+    height, ratios = len(found) * (side + 0.42) + 0.1, [1.9 / side, *[1] * count]
+    fig, axes = figure(len(found), count + 1, height=height, width_ratios=ratios)
+    for ax in axes.flat:
+        ax.set(xticks=[], yticks=[])
+        ax.spines[:].set_visible(False)
+    grid = axes[0, 0].get_gridspec()
+    for ax in axes[:, 0]:
+        ax.remove()
+    tiles = [(fig.add_subplot(grid[:, 0]), query, None)]
+    for line, (name, some) in zip(axes, found.items(), strict=True):
+        line[1].set_ylabel(name)
+        tiles += [(ax, one, 3.5) for ax, one in zip(line[1:], some, strict=False)]
+    for ax, one, reach in tiles:
+        left, top, width = one["box"]
+        ax.imshow(one["image"], interpolation="nearest" if reach else "bilinear")
+        for ink, line in (("white", 2.6), ("black", 1.2)):
+            frame = {"facecolor": "none", "edgecolor": ink, "linewidth": line}
+            ax.add_patch(Rectangle((left - 0.5, top - 0.5), width, width, **frame))
+        if reach:  # the patch and what is around it
+            ax.set_xlim(left - reach * width, left + (reach + 1) * width)
+            ax.set_ylim(top + (reach + 1) * width, top - reach * width)
+        ax.set(xticks=[], yticks=[])
+        ax.set_title(one["title"], size=7, pad=3, loc="center" if reach else "left")
+        ax.spines[:].set_visible(False)
     return fig
 
 

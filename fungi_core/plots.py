@@ -324,6 +324,75 @@ def backbone_bars(df: pd.DataFrame) -> Figure:
     return fig
 
 
+def miou_by_memory(df: pd.DataFrame) -> Figure:
+    """Tables 3 and 7: mIoU of embedding and FUNGI by memory size, and beside it their paired difference.
+
+    `df`: memory (patches), share (of the training patches), features ("E" or any other, FUNGI), value, low, high, gain,
+    gain_low, gain_high; a row of panels for each data set and backbone. `paper`: the published gain, points.
+    """
+    df = _need(df, "memory", "share", "features", "value", "gain", "gain_low", "gain_high")
+    df = df.assign(row=_join(df, "dataset", "backbone", by=", "))
+    rows = list(df["row"].unique())
+    fig, axes = figure(len(rows), 2, height=0.55 + 1.9 * len(rows), width_ratios=[1.25, 1])
+    for (level, gains), row in zip(axes, rows, strict=True):
+        here = df[df["row"] == row]
+        sizes = sorted(here["memory"].unique())
+        for kind, part in here.groupby("features", sort=False):
+            part, ink, shift = part.sort_values("memory"), *((COLOURS["E"], -0.04) if kind == "E" else (FUNGI, 0.04))
+            level.plot(np.arange(len(part)) + shift, part["value"], color=ink, linewidth=0.9)
+            for x, (_, r) in enumerate(part.iterrows()):
+                _interval(level, x + shift, r["value"], r, ink, horizontal=False, zorder=3)
+                if kind != "E":
+                    gain = {"value": r["gain"], "low": r["gain_low"], "high": r["gain_high"]}
+                    _interval(gains, x, r["gain"], gain, ink, horizontal=False, zorder=3)
+                    gains.plot(x + 0.15, r["paper"], color=ink, **OPEN)
+        shares = here.groupby("memory")["share"].first()
+        ticks = [f"{size:,}\n({100 * shares[size]:.0f} %)" for size in sizes]
+        for ax in (level, gains):
+            ax.set_xticks(range(len(sizes)), ticks)
+            ax.set_xlim(-0.4, len(sizes) - 0.6)
+            ax.grid(axis="y")
+        level.set(ylabel="mIoU (%)", title=row)
+        gains.axhline(0, color=INK, linewidth=0.7)
+        gains.set(ylabel="points", title="FUNGI − embedding")
+    for ax in axes[-1]:
+        ax.set_xlabel("patches in the memory\n(share of the training patches)")
+    keys = {"embedding": {"color": COLOURS["E"]}, "FUNGI": {"color": FUNGI}}
+    _legend(fig, keys, "the paper's gain" if df["paper"].notna().any() else None)
+    return fig
+
+
+def class_iou(df: pd.DataFrame) -> Figure:
+    """IoU of each class with the embedding and with FUNGI, sorted by their difference.
+
+    `df`: class, share (of the test pixels, percent), features ("E" or any other, FUNGI), value; a panel for each data
+    set and backbone. A class that does not occur in the test images has no bar.
+    """
+    df = _need(df, "class", "share", "features", "value").assign(panel=_join(df, "dataset", "backbone", by=", "))
+    panels = list(df["panel"].unique())
+    many = max(df.groupby("panel")["class"].nunique())
+    fig, axes = figure(1, len(panels), width=min(WIDE, 4.6 * len(panels)), height=0.8 + 0.25 * many)
+    for ax, panel in zip(axes[0], panels, strict=True):
+        wide = df[df["panel"] == panel].assign(side=lambda d: np.where(d["features"] == "E", "E", "FUNGI"))
+        table = wide.pivot_table(index=["class", "share"], columns="side", values="value", sort=False).reset_index()
+        table = table.assign(gain=table["FUNGI"] - table["E"]).sort_values("gain", ascending=False)
+        y = np.arange(len(table))
+        ax.barh(y - 0.2, table["E"], height=0.38, color=COLOURS["E"])
+        ax.barh(y + 0.2, table["FUNGI"], height=0.38, color=FUNGI)
+        for at, (_, r) in zip(y, table.iterrows(), strict=True):
+            edge = np.nanmax([r["E"], r["FUNGI"], 0])
+            text = f"{r['gain']:+.1f}".replace("-", "−")
+            ax.annotate(text, (edge, at), (4, 0), textcoords="offset points", va="center_baseline", size=7.5)
+        ax.set_yticks(y, [f"{c} ({share:.1f} %)" for c, share in zip(table["class"], table["share"], strict=True)])
+        ax.set(ylim=(len(table) - 0.4, -0.6), xlabel="IoU (%)", title=panel)
+        ax.margins(x=0.12)
+        ax.grid(axis="x")
+        ax.tick_params(axis="y", length=0)
+    keys = {"embedding": {"color": COLOURS["E"], "marker": "s"}, "FUNGI": {"color": FUNGI, "marker": "s"}}
+    _legend(fig, keys, None)
+    return fig
+
+
 def throughput(df: pd.DataFrame) -> Figure:
     """Table 22: images/s of each feature (log axis) and the fraction of its floor that is reached.
 

@@ -1,8 +1,11 @@
 """Images per second of features against the stock forward pass, as ratios within one run on one machine (Table 22)."""
 
+import ctypes
 import json
+import re
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -129,3 +132,26 @@ def _seconds(call: Callable[[], object], device: str) -> float:
     if device != "cpu":
         torch.cuda.synchronize()
     return time.perf_counter() - start
+
+
+def peak_memory(call: Callable[[], object]) -> float:
+    """MiB that ``call`` took at its peak beyond what was in use before: of the card, or of this process (Linux).
+
+    NaN where neither can be told.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if not reset.exists():
+        call()
+        return float("nan")
+    kib = lambda field: int(re.search(rf"{field}:\s+(\d+)", status.read_text())[1])
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed before would otherwise hide what is taken now
+    reset.write_text("5")  # the peak starts again from what is resident now
+    before = kib("VmRSS")
+    call()
+    return (kib("VmHWM") - before) / 1024

@@ -23,8 +23,14 @@ CORE = [Requirement(line) for line in PROJECT["dependencies"]]
 EXTRAS = {name: [Requirement(line) for line in rows] for name, rows in PROJECT["optional-dependencies"].items()}
 LOCK = [line for line in (ROOT / "requirements.lock").read_text().splitlines() if line and not line.startswith("#")]
 PINS = {canonicalize_name(r.name): r for r in map(Requirement, LOCK)}
+<<<<<<< HEAD
 DISTRIBUTION = {"PIL": "pillow", "sklearn": "scikit-learn", "skimage": "scikit-image", "yaml": "pyyaml"}
 BROUGHT = {"nbformat", "nbclient", "ipython", "scipy", "packaging", "huggingface-hub", "triton"}  # by papermill, timm
+=======
+DISTRIBUTION = {"PIL": "pillow", "sklearn": "scikit-learn", "skimage": "scikit-image", "yaml": "pyyaml",
+                "faiss": "faiss-cpu"}  # fmt: skip
+BROUGHT = {"nbformat", "nbclient", "ipython", "scipy", "packaging", "huggingface-hub", "triton"}  # by papermill, timm and others
+>>>>>>> 2bde456 (In-context scene understanding: segmentation sets, per-token features, memory, label transfer, mIoU; notebook 05)
 
 
 def test_the_lock_pins_one_plain_pypi_version_each():
@@ -75,7 +81,7 @@ def test_every_requirement_says_what_it_is_for():
     assert all(re.search(r"# \w", row) for row in rows)
 
 
-@pytest.mark.parametrize("folder, extras", [("fungi_core", ["text", "audio"]), ("data/backbones", []),
+@pytest.mark.parametrize("folder, extras", [("fungi_core", ["text", "audio", "scenes"]), ("data/backbones", []),
                                             ("tests", ["test"]), ("benchmarks", ["test"])])  # fmt: skip
 def test_every_import_is_declared(folder, extras):
     """Third-party modules imported under a folder are requirements of the package or of the extras named."""
