@@ -63,6 +63,7 @@ def negative_latents(
     out = []
     with torch.inference_mode():
         for _, batch in view_batches(backbone, objective, [images[i] for i in chosen], seed):
+            batch = batch[:, : getattr(objective, "global_crops", None)]  # DeepCluster clusters no local crops
             encoder = backbone.at_size(batch.shape[-1])
             latents = objective.latents(encoder.embed(batch.flatten(0, 1)).float(), heads)  # (B * V, dim)
             out.append(latents.unflatten(0, batch.shape[:2]))
