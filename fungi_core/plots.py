@@ -71,7 +71,7 @@ def class_deltas(df: pd.DataFrame) -> Figure:
     return fig
 
 
-def accuracy_by_features(df: pd.DataFrame, label: str = "accuracy (%)") -> Figure:
+def accuracy_by_features(df: pd.DataFrame, label: str = "accuracy (%)", ours: str = "ours, 95 % interval") -> Figure:
     """Tables 2 and 8: accuracy as gradients are added, in the frame's order; `df`: features, value, ...
 
     A column of panels for each data set, a row for each (backbone, setting). `paper` is the published *gain* over the
@@ -103,7 +103,7 @@ def accuracy_by_features(df: pd.DataFrame, label: str = "accuracy (%)") -> Figur
         ax.set_title(_join(here, "title", *["backbone"] * ("backbone" in df)).iloc[0] if len(here) else f"{col}\n{row}")
     for ax in axes[:, 0]:
         ax.set_ylabel(label)
-    _legend(fig, {"ours, 95 % interval": {}}, "our embedding + the paper's gain" if df["paper"].notna().any() else None)
+    _legend(fig, {ours: {}}, "our embedding + the paper's gain" if df["paper"].notna().any() else None)
     return fig
 
 
