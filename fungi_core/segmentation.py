@@ -121,10 +121,14 @@ def memory_contrast(case: Case, small: dict, large: dict) -> iou.Interval:
     return iou.contrast(terms, generator=draw)
 
 
-def few_shot(case: Case, counts: Sequence[int]) -> pd.DataFrame:
-    """Table 4 for one case: `scores` with ``counts`` labelled images and Table 18's few-shot column; their names."""
+def few_shot(case: Case, counts: Sequence[float]) -> pd.DataFrame:
+    """Table 4 for one case: `scores` with few labelled images and Table 18's few-shot column; the images' names.
+
+    ``counts``: how many images, or, below 1, which share of the training images.
+    """
     frames = []
-    for count in counts:
+    for asked in counts:
+        count = int(asked) if asked >= 1 else max(1, round(asked * len(case.train)))
         train = case.train.draw(count, case.seed)
         _, found = predict(case, train=train, **scenes.FEW)
         frames.append(scores(found, seed=case.seed).assign(setting=f"{count} images", images=", ".join(train.names)))
