@@ -146,14 +146,7 @@ def retrieve(train: extract.Rows, test: extract.Rows, letters: Sequence[str], *,
     The training rows are the database, the test rows the queries, ranked by cosine. ``setting``: "medium" and "hard"
     for the revisited landmarks, "same class" for any other set.
     """
-    data = train.data
-    if data.metric == "mAP":
-        known = retrieval.ground_truth(paths.downloads_dir() / data.name / f"gnd_{data.name}.pkl")
-        if (len(data), len(test.data)) != (len(known["imlist"]), len(known["qimlist"])):
-            raise ValueError(f"{data.name} is scored whole: set n_train and n_test to 0, not to {len(data)} images")
-        truth, settings = known["gnd"], {"medium": "medium", "hard": "hard"}
-    else:
-        truth, settings = retrieval.same_class(test.labels, train.labels), {"same class": "medium"}
+    truth, settings = relevant(train, test)
     rankings = {}
     for name in dict.fromkeys(("E", *letters)):
         database, queries = extract.fungi_features(train, test, name, pca)
@@ -164,6 +157,17 @@ def retrieve(train: extract.Rows, test: extract.Rows, letters: Sequence[str], *,
         counted = ~np.isnan(found["E"])  # queries with a positive, the same for every feature set
         frames.append(_compare({name: x[counted] for name, x in found.items()}, letters, setting, None, seed))
     return pd.concat(frames, ignore_index=True)
+
+
+def relevant(train: extract.Rows, test: extract.Rows) -> tuple[list[dict], dict[str, str]]:
+    """The ground truth of every test row among the training rows (`retrieval`), and setting -> protocol to score."""
+    data = train.data
+    if data.metric == "mAP":
+        known = retrieval.ground_truth(paths.downloads_dir() / data.name / f"gnd_{data.name}.pkl")
+        if (len(data), len(test.data)) != (len(known["imlist"]), len(known["qimlist"])):
+            raise ValueError(f"{data.name} is scored whole: set n_train and n_test to 0, not to {len(data)} images")
+        return known["gnd"], {"medium": "medium", "hard": "hard"}
+    return retrieval.same_class(test.labels, train.labels), {"same class": "medium"}
 
 
 def cluster(train: extract.Rows, test: extract.Rows, letters: Sequence[str] = COMBINATIONS, *, pca: int | None = None,
