@@ -18,7 +18,7 @@ try:
 except ValueError as error:
     sys.exit(str(error))  # one line, under --quiet too
 SCOREBOARD = "19_scoreboard"
-ALONE = {"17_throughput"}  # timings: nothing else runs beside these
+ALONE = {"16_simclr_views", "17_throughput"}  # timings: nothing else runs beside these
 
 FEATURES = ["embedding", "kl", "dino", "simclr"]
 # A job starts Python and torch, which takes seconds: as long as the mini extraction itself. So one job makes all four
@@ -29,8 +29,9 @@ PRESENT |= {name for p in PARAMETERS.values() for name in p.get("backbones", ())
 
 CODE = sorted(Path("fungi_core").glob("*.py"))
 # Modules that change no feature; a change in any other runs the features jobs again, which then find their rows stored.
-AFTER_FEATURES = {"diagram", "evaluate", "explore", "figures", "grids", "paper", "pca", "plots", "protocol", "run",
-                  "similarity"}
+AFTER_FEATURES = {"clustering", "diagram", "evaluate", "explore", "figures", "grids", "iou", "masks", "neighbours", "paper",
+                  "pca", "plots", "probe", "protocol", "retrieval", "run", "scenes", "segmentation", "similarity",
+                  "throughput", "tokens"}
 
 
 def features(slug):
