@@ -13,6 +13,7 @@ import pandas as pd
 from IPython.display import display
 
 from . import backbones, explore, iou, masks, scenes, throughput, tokens, views
+from . import neighbours as nearest
 
 PAIR = ("embedding", "rademacher")  # every kind of `tokens.KINDS` can be asked for; the paper compares these
 CHOICES = {  # readings of the loss that the sources leave open
@@ -189,6 +190,25 @@ def cost(case: Case, share: float, repeats: int = 3) -> pd.DataFrame:
             clock.append(1000 * (time.perf_counter() - start))
         lines.append((kind, min(clock), throughput.peak_memory(call)))
     return pd.DataFrame(lines, columns=["features", "ms an image", "peak MiB"])
+
+
+def approximate(case: Case, share: float, images: int = 4) -> list[str]:
+    """A line for each approximate index: its recall of the exact neighbours of ``images`` test images' patches, with
+    the settings of Table 18; or what it needs.
+    """
+    extractor = tokens.Extractor(case.encoder, ["embedding"])
+    memory = scenes.build(case.train, case.encoder, case.setup(memory=case.memory(share)), extractor)
+    shown = range(min(images, len(case.test)))
+    pictures = [scenes.squeeze(*case.test[i], case.encoder.size)[0] for i in shown]
+    queries = extractor(pictures, [case.test.names[i] for i in shown])["embedding"].flatten(0, 1)
+    find = lambda index: scenes.searcher(memory, "embedding", case.encoder, case.setup(index=index))(queries)[1]
+    exact, lines = find("exact"), []
+    for name in scenes.INDICES:
+        try:
+            lines.append(f"{name}: {100 * nearest.recall(find(name), exact):.1f} % of the exact neighbours")
+        except ImportError as error:
+            lines.append(f"{name}: {error}")
+    return lines
 
 
 def neighbours(
