@@ -335,6 +335,7 @@ def test_segment_is_bilinear():
 def test_tables_and_figures_of_a_toy_case(encoder):
     case = segmentation.Case("toy", "tiny", encoder, toy(6), toy(4, "test"))
     assert (case.patches, case.memory(0.25), case.memory(0.001)) == (16, 24, 6)
+    assert (case.memory(32), case.memory(10**6)) == (30, 96)  # above 1: patches, as in the paper
     table, found, soft = segmentation.by_memory(case, [0.1, 0.9])
     assert table["memory"].tolist() == [12, 12, 84, 84] and table["features"].tolist() == ["E", "FUNGI"] * 2
     base = table[table["features"] == "E"]
