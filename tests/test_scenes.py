@@ -251,6 +251,30 @@ def test_the_store_answers_the_second_time(encoder, tmp_path, monkeypatch):
         assert np.array_equal(first[kind], second[kind])
 
 
+def test_a_killed_run_goes_on_where_its_shards_end(encoder, tmp_path, monkeypatch):
+    monkeypatch.setenv("FUNGI_STORE", str(tmp_path))
+    monkeypatch.setattr(store, "SHARD", 2)
+    data, other = toy(), toy(5, "test")
+    setup = scenes.Setup(size=SIZE, k=3, memory=24)
+    whole, full = dict(scenes.predictions(data, other, encoder, setup, ["embedding"])), scenes.predictions
+
+    def killed(*args):
+        for start, block in full(*args):
+            if start == 3:
+                raise KeyboardInterrupt
+            yield start, block
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(scenes, "predictions", killed)
+        scenes.soft_labels(data, other, encoder, setup, ["embedding"])
+    seen = []
+    monkeypatch.setattr(scenes, "predictions", lambda *args: (seen.append(p[0]) or p for p in full(*args)))
+    found, _ = scenes.soft_labels(data, other, encoder, setup, ["embedding"])
+    assert seen == [2, 3, 4]
+    for start, block in whole.items():
+        np.testing.assert_array_equal(found["embedding"][start], block["embedding"][0])
+
+
 def test_memory_size_origin_and_augmentation(encoder):
     data, setup = toy(), scenes.Setup(size=SIZE, memory=4 * 3 * 2 + 3, epochs=2)
     plain = tokens.Extractor(encoder, ["embedding"])
