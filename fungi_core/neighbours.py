@@ -57,7 +57,7 @@ def scann_index(keys: torch.Tensor, k: int, few: bool = False) -> Callable:
     try:
         import scann
     except ImportError:
-        raise ImportError("needs the package scann: install fungi_core[scenes]") from None
+        raise ImportError("needs the package scann: the extra fungi_core[scenes]") from None
     searched, reordered = (256, 1800) if few else (32, 120)
     leaves = min(512, max(1, len(keys) // 40))  # too few rows a leaf leave empty leaves
     builder = scann.scann_ops_pybind.builder(keys.cpu().numpy(), k, "dot_product")
@@ -78,7 +78,7 @@ def faiss_index(keys: torch.Tensor, k: int, few: bool = False) -> Callable:
     try:
         import faiss
     except ImportError:
-        raise ImportError("needs the package faiss-cpu: install fungi_core[scenes]") from None
+        raise ImportError("needs the package faiss-cpu: the extra fungi_core[scenes]") from None
     lists = min(512, max(1, len(keys) // 40))
     index = faiss.index_factory(keys.shape[1], f"IVF{lists},Flat", faiss.METRIC_INNER_PRODUCT)
     index.train(keys.cpu().numpy())

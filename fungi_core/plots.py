@@ -362,20 +362,26 @@ def miou_by_memory(df: pd.DataFrame) -> Figure:
     return fig
 
 
-def class_iou(df: pd.DataFrame) -> Figure:
+def class_iou(df: pd.DataFrame, most: int = 24) -> Figure:
     """IoU of each class with the embedding and with FUNGI, sorted by their difference.
 
     `df`: class, share (of the test pixels, percent), features ("E" or any other, FUNGI), value; a panel for each data
-    set and backbone. A class that does not occur in the test images has no bar.
+    set and backbone. A class that does not occur in the test images has no bar; of more than `most` classes those with
+    the largest gains and losses are drawn.
     """
     df = _need(df, "class", "share", "features", "value").assign(panel=_join(df, "dataset", "backbone", by=", "))
     panels = list(df["panel"].unique())
-    many = max(df.groupby("panel")["class"].nunique())
-    fig, axes = figure(1, len(panels), width=min(WIDE, 4.6 * len(panels)), height=0.8 + 0.25 * many)
-    for ax, panel in zip(axes[0], panels, strict=True):
+    many = min(most, max(df.groupby("panel")["class"].nunique()))
+    cols, rows = min(2, len(panels)), -(-len(panels) // 2)
+    fig, axes = figure(rows, cols, width=min(WIDE, 4.6 * cols), height=0.3 + (0.5 + 0.25 * many) * rows)
+    for ax in axes.flat[len(panels) :]:
+        ax.axis("off")
+    for ax, panel in zip(axes.flat, panels, strict=False):
         wide = df[df["panel"] == panel].assign(side=lambda d: np.where(d["features"] == "E", "E", "FUNGI"))
         table = wide.pivot_table(index=["class", "share"], columns="side", values="value", sort=False).reset_index()
         table = table.assign(gain=table["FUNGI"] - table["E"]).sort_values("gain", ascending=False)
+        if len(table) > most:
+            table = pd.concat([table.head(most // 2), table.tail(most - most // 2)])
         y = np.arange(len(table))
         ax.barh(y - 0.2, table["E"], height=0.38, color=COLOURS["E"])
         ax.barh(y + 0.2, table["FUNGI"], height=0.38, color=FUNGI)

@@ -191,9 +191,11 @@ def soft_labels(
     todo = [kind for kind in kinds if not rows[kind].complete]
     if todo:
         with ExitStack() as locks:
-            for kind in todo:
+            for kind in sorted(todo, key=lambda kind: rows[kind].key):  # two processes never wait for each other
                 locks.enter_context(rows[kind].lock())
-            for start, found in predictions(train, test, backbone, setup, todo):
+            todo = [kind for kind in todo if not rows[kind].complete]  # another process may have been faster
+            first = min((rows[kind].missing()[0][0] for kind in todo), default=0)
+            for start, found in predictions(train, test, backbone, setup, todo, first) if todo else ():
                 for kind, block in found.items():
                     rows[kind].write(start, block.flatten(1).numpy(force=True))  # (B, T * C)
     soft = {kind: opened.read().reshape(len(test), grid, classes) for kind, opened in rows.items()}
@@ -201,14 +203,19 @@ def soft_labels(
 
 
 def predictions(
-    train: masks.Scenes, test: masks.Scenes, backbone: backbones.Backbone, setup: Setup, kinds: Sequence[str]
+    train: masks.Scenes,
+    test: masks.Scenes,
+    backbone: backbones.Backbone,
+    setup: Setup,
+    kinds: Sequence[str],
+    first: int = 0,
 ) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
-    """(first image, {kind: (B, T, C) mixed labels}) for batches of test images, nothing from the store."""
+    """(image, {kind: (B, T, C) mixed labels}) for batches of test images from ``first`` on, nothing from the store."""
     extractor = prepare(train, backbone, setup, kinds)
     memory = build(train, backbone, setup, extractor)
     search = {kind: searcher(memory, kind, backbone, setup) for kind in kinds}
-    with extract.progress(len(test), f"{test.name} queries {', '.join(kinds)}") as bar:
-        for some in _batches(range(len(test)), backbone):
+    with extract.progress(len(test) - first, f"{test.name} queries {', '.join(kinds)}") as bar:
+        for some in _batches(range(first, len(test)), backbone):
             features = extractor([squeeze(*test[i], setup.size)[0] for i in some], [test.names[i] for i in some])
             out = {}
             for kind, block in features.items():

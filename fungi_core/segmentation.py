@@ -12,7 +12,8 @@ import numpy as np
 import pandas as pd
 from IPython.display import display
 
-from . import backbones, explore, iou, masks, scenes, throughput, tokens, views
+from . import backbones, explore, iou, masks, paper, scenes, throughput, tokens, views
+from . import neighbours as nearest
 
 PAIR = ("embedding", "rademacher")  # every kind of `tokens.KINDS` can be asked for; the paper compares these
 CHOICES = {  # readings of the loss that the sources leave open
@@ -48,8 +49,11 @@ class Case:
         return (self.encoder.size // self.patch) ** 2
 
     def memory(self, share: float) -> int:
-        """Patches in a memory that keeps ``share`` of every training image's, at least one of each."""
-        return max(1, round(share * self.patches)) * len(self.train)
+        """Patches in a memory that keeps ``share`` of every training image's, or, above 1, as many of each as make that
+        number at most (the paper's 102,400 and so on); at least one, at most all of each.
+        """
+        each = round(share * self.patches) if share <= 1 else int(share) // len(self.train)
+        return min(max(1, each), self.patches) * len(self.train)
 
 
 def collect(
@@ -104,14 +108,25 @@ def scores(found: dict[str, np.ndarray], reference: str = "embedding", seed: int
 
 
 def by_memory(case: Case, shares: Sequence[float]) -> tuple[pd.DataFrame, dict[float, dict], dict[float, dict]]:
-    """Tables 3 and 7 for one case: rows of `plots.miou_by_memory`; {share: confusions}; {share: mixed labels}."""
-    frames, found, soft = [], {}, {}
-    for share in shares:
-        soft[share], found[share] = predict(case, memory=case.memory(share))
-        place = {"dataset": case.dataset, "backbone": case.backbone, "memory": case.memory(share), "share": share}
-        frames.append(scores(found[share], seed=case.seed).assign(**place))
-    frame = pd.concat(frames, ignore_index=True)
-    return frame.assign(features=frame["name"].map({"embedding": "E", "rademacher": "FUNGI"})), found, soft
+    """Tables 3 and 7 for one case: rows of `plots.miou_by_memory`; {share: confusions}; {share: mixed labels}.
+
+    ``asked`` is the share as it was given, ``paper`` the gain printed for that row of three memory sizes.
+    """
+    frames, found, soft, printed = [], {}, {}, _printed(case)
+    for asked, gain in zip(shares, [*printed, *[np.nan] * len(shares)], strict=False):
+        memory = case.memory(asked)
+        soft[asked], found[asked] = predict(case, memory=memory)
+        place = {"dataset": case.dataset, "backbone": case.backbone, "memory": memory, "asked": asked}
+        frame = scores(found[asked], seed=case.seed).assign(**place, share=memory / case.patches / len(case.train))
+        frames.append(frame.assign(features=["E", "FUNGI"], paper=[np.nan, gain]))
+    return pd.concat(frames, ignore_index=True), found, soft
+
+
+def _printed(case: Case) -> list[float]:
+    """The paper's gains of Table 3 (Table 7 for ADE20K), of DINO ViT-S/16 for that backbone, else of ViT-B/16."""
+    table = paper.load(7 if case.dataset == "ade20k" else 3)
+    column = "DINO ViT-S/16" if case.backbone == "vit_small_patch16_224.dino" else "DINO ViT-B/16"
+    return table[(table["row"] == "FUNGI") & (table["column"] == column)]["delta"].tolist()
 
 
 def memory_contrast(case: Case, small: dict, large: dict) -> iou.Interval:
@@ -189,6 +204,25 @@ def cost(case: Case, share: float, repeats: int = 3) -> pd.DataFrame:
             clock.append(1000 * (time.perf_counter() - start))
         lines.append((kind, min(clock), throughput.peak_memory(call)))
     return pd.DataFrame(lines, columns=["features", "ms an image", "peak MiB"])
+
+
+def approximate(case: Case, share: float, images: int = 4) -> list[str]:
+    """A line for each approximate index: its recall of the exact neighbours of ``images`` test images' patches, with
+    the settings of Table 18; or what it needs.
+    """
+    extractor = tokens.Extractor(case.encoder, ["embedding"])
+    memory = scenes.build(case.train, case.encoder, case.setup(memory=case.memory(share)), extractor)
+    shown = range(min(images, len(case.test)))
+    pictures = [scenes.squeeze(*case.test[i], case.encoder.size)[0] for i in shown]
+    queries = extractor(pictures, [case.test.names[i] for i in shown])["embedding"].flatten(0, 1)
+    find = lambda index: scenes.searcher(memory, "embedding", case.encoder, case.setup(index=index))(queries)[1]
+    exact, lines = find("exact"), []
+    for name in scenes.INDICES:
+        try:
+            lines.append(f"{name}: {100 * nearest.recall(find(name), exact):.1f} % of the exact neighbours")
+        except ImportError as error:
+            lines.append(f"{name}: {error}")
+    return lines
 
 
 def neighbours(

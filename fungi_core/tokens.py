@@ -105,7 +105,8 @@ class Extractor:
     """What turns images into patch features for one backbone, loss and seed; ``kinds`` of `KINDS`.
 
     ``support``: (M, D) L2-normalised patches that negatives are retrieved from, needed for all kinds but "embedding".
-    Heads and projection are drawn from the seed as everywhere in this project; one projection for each kind.
+    Heads and projection are drawn from the seed as everywhere in this project; one projection for each kind. As
+    published, an image's own tokens go to the head as they are and the support's patches normalised.
     """
 
     def __init__(self, backbone: backbones.Backbone, kinds, loss: Loss = Loss(), seed: int = 0, support=None):

@@ -10,7 +10,21 @@ import torch.nn.functional as F
 from PIL import Image
 from torchmetrics.classification import MulticlassJaccardIndex
 
-from fungi_core import datasets, fungi, iou, masks, neighbours, objectives, scenes, segmentation, store, tokens
+from fungi_core import (
+    datasets,
+    figures,
+    fungi,
+    grids,
+    iou,
+    masks,
+    neighbours,
+    objectives,
+    plots,
+    scenes,
+    segmentation,
+    store,
+    tokens,
+)
 from fungi_core.gradients import Factors
 
 SIZE = 64  # 4 x 4 patches of 16 px
@@ -237,6 +251,30 @@ def test_the_store_answers_the_second_time(encoder, tmp_path, monkeypatch):
         assert np.array_equal(first[kind], second[kind])
 
 
+def test_a_killed_run_goes_on_where_its_shards_end(encoder, tmp_path, monkeypatch):
+    monkeypatch.setenv("FUNGI_STORE", str(tmp_path))
+    monkeypatch.setattr(store, "SHARD", 2)
+    data, other = toy(), toy(5, "test")
+    setup = scenes.Setup(size=SIZE, k=3, memory=24)
+    whole, full = dict(scenes.predictions(data, other, encoder, setup, ["embedding"])), scenes.predictions
+
+    def killed(*args):
+        for start, block in full(*args):
+            if start == 3:
+                raise KeyboardInterrupt
+            yield start, block
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(scenes, "predictions", killed)
+        scenes.soft_labels(data, other, encoder, setup, ["embedding"])
+    seen = []
+    monkeypatch.setattr(scenes, "predictions", lambda *args: (seen.append(p[0]) or p for p in full(*args)))
+    found, _ = scenes.soft_labels(data, other, encoder, setup, ["embedding"])
+    assert seen == [2, 3, 4]
+    for start, block in whole.items():
+        np.testing.assert_array_equal(found["embedding"][start], block["embedding"][0])
+
+
 def test_memory_size_origin_and_augmentation(encoder):
     data, setup = toy(), scenes.Setup(size=SIZE, memory=4 * 3 * 2 + 3, epochs=2)
     plain = tokens.Extractor(encoder, ["embedding"])
@@ -313,6 +351,51 @@ def test_segment_is_bilinear():
     soft[[1, 3], 1] = 1  # left half class 0, right half class 1
     expected = np.repeat([[0, 0, 0, 1, 1, 1]], 4, 0)
     assert np.array_equal(scenes.segment(soft, (4, 6)), expected)
+
+
+# ---- the notebook's tables
+
+
+def test_tables_and_figures_of_a_toy_case(encoder):
+    case = segmentation.Case("toy", "tiny", encoder, toy(6), toy(4, "test"))
+    assert (case.patches, case.memory(0.25), case.memory(0.001)) == (16, 24, 6)
+    assert (case.memory(32), case.memory(10**6)) == (30, 96)  # above 1: patches, as in the paper
+    table, found, soft = segmentation.by_memory(case, [0.1, 0.9])
+    assert table["memory"].tolist() == [12, 12, 84, 84] and table["features"].tolist() == ["E", "FUNGI"] * 2
+    base = table[table["features"] == "E"]
+    assert (base[segmentation.GAIN] == 0).all(axis=None) and (table["low"] <= table["high"]).all()
+    change = segmentation.memory_contrast(case, found[0.1], found[0.9])
+    gains = table[table["features"] == "FUNGI"]["gain"].tolist()
+    assert change.mean == pytest.approx(gains[0] - gains[1])
+    rows, each = segmentation.examples(case, soft[0.9], found[0.9])
+    gain = each["rademacher"] - each["embedding"]
+    shown = [float(row["title"].split()[1].replace("−", "-")) for row in rows]
+    assert shown[0] == round(gain.max()) and shown[2] == round(gain.min()) and shown[0] >= shown[1] >= shown[2]
+    few = segmentation.few_shot(case, [2, 0.5])
+    assert few["setting"].tolist() == ["2 images"] * 2 + ["3 images"] * 2 and few["images"][0].count(",") == 1
+    choices = segmentation.choices(case, 0.1)
+    assert {"exact", "sketch", "published denominator", "published neighbours"} < set(choices["name"])
+    assert len(choices["value"].round(6).unique()) > 4  # each of them changes something
+    classes = segmentation.by_class(case, found[0.1])
+    assert classes.groupby("features")["share"].sum().tolist() == pytest.approx([100, 100])
+    train, memory, extractor = segmentation.explorer(case, 2)
+    query, near = segmentation.neighbours(case, 1, 5, train, memory, extractor, 4)
+    assert query["box"] == (16, 16, 16) and [len(x) for x in near.values()] == [4, 4]
+    for fig in (plots.miou_by_memory(table), plots.class_iou(classes), grids.mask_rows(rows, case.test.classes),
+                grids.patch_neighbours(query, near)):  # fmt: skip
+        assert figures.photographs(fig).data[:2] == b"\xff\xd8"  # draws, as JPEG
+
+
+def test_approximate_indices_say_what_they_need(encoder):
+    case = segmentation.Case("toy", "tiny", encoder, toy(6), toy(4, "test"))
+    lines = segmentation.approximate(case, 0.9)
+    assert len(lines) == 2 and all("% of the exact" in line or "fungi_core[scenes]" in line for line in lines)
+
+
+def test_class_colours_are_distinct():
+    for count in (2, 12, 21, 150):
+        colours = grids.class_colours(count)
+        assert colours.shape == (count, 3) and len(np.unique(colours.round(4), axis=0)) == count
 
 
 # ---- data
