@@ -10,7 +10,7 @@ from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 from sklearn.neighbors import KNeighborsClassifier
 
-from fungi_core import backbones, clustering, evaluate, extract, paper, probe, protocol, retrieval, views
+from fungi_core import backbones, clustering, evaluate, extract, paper, probe, protocol, retrieval, studies, views
 from fungi_core.images import Images
 
 
@@ -83,7 +83,7 @@ def test_over_seeds_is_mean_and_population_deviation_of_each_seed(metric):
         noise = np.random.default_rng(seed).normal(size=(200 + 117, 12)).astype(np.float32) * (1 + seed)
         train.blocks["kl"][:], test.blocks["kl"][:] = train.blocks["kl"] + noise[:200], test.blocks["kl"] + noise[200:]
         pairs.append((train, test))
-    table = protocol.over_seeds(pairs, ["E", "E+K"]).set_index("features")
+    table = studies.over_seeds(pairs, ["E", "E+K"]).set_index("features")
     each = [protocol.knn(*pair, ["E", "E+K"]).set_index("features") for pair in pairs]
     for name in ("E", "E+K"):
         values, gains = ([t.loc[name, column] for t in each] for column in ("value", "gain"))
@@ -97,7 +97,7 @@ def test_over_seeds_is_mean_and_population_deviation_of_each_seed(metric):
 @pytest.mark.parametrize("shots", [None, 5])
 def test_linear_probe_is_split_choice_and_refit_on_the_joined_features(shots):
     train, test = rows(200, 0), rows(120, 1)
-    table = protocol.linear(train, test, ["E", "E+K"], shots=shots, pca=12, seed=4).set_index("features")
+    table = studies.linear(train, test, ["E", "E+K"], shots=shots, pca=12, seed=4).set_index("features")
     used = train.take(np.arange(20)) if shots else train
     joined = [np.hstack([evaluate.normalize(r.blocks[b]) for b in ("embedding", "kl")]) for r in (used, test)]
     pca = PCA(12, svd_solver="full").fit(joined[0])
@@ -111,7 +111,7 @@ def test_linear_probe_is_split_choice_and_refit_on_the_joined_features(shots):
 
 def test_retrieval_among_classes_is_torchmetrics_at_the_right_side_of_each_positive():
     train, test = rows(80, 0), rows(24, 1)
-    table = protocol.retrieve(train, test, ["E", "K", "E+K"]).set_index("features")
+    table = studies.retrieve(train, test, ["E", "K", "E+K"]).set_index("features")
     a, b = (evaluate.normalize(r.blocks["kl"]) for r in (test, train))
     order = np.argsort(-(a @ b.T), 1)
     hits = (train.labels[order] == test.labels[:, None]).astype(float)  # (queries, database), best first
@@ -131,19 +131,19 @@ def test_retrieval_of_landmarks_takes_their_ground_truth(monkeypatch, tmp_path):
     truth = {"imlist": list("abcdefghi"), "qimlist": list("xyz"), "gnd": [own, own, own | {"hard": []}]}
     (tmp_path / "toy").mkdir()
     (tmp_path / "toy" / "gnd_toy.pkl").write_bytes(pickle.dumps(truth))
-    table = protocol.retrieve(train, test, ["E", "E+K"]).set_index(["setting", "features"])
+    table = studies.retrieve(train, test, ["E", "E+K"]).set_index(["setting", "features"])
     order = retrieval.rank(evaluate.normalize(test.blocks["embedding"]), evaluate.normalize(train.blocks["embedding"]))
     for name in ("medium", "hard"):
         scores = retrieval.scores(order, retrieval.ground_truth(tmp_path / "toy" / "gnd_toy.pkl")["gnd"], name)
         assert np.isnan(scores).tolist() == [False, False, name == "hard"]  # a query without positives is left out
         assert table.loc[(name, "E"), "value"] == pytest.approx(100 * np.nanmean(scores))
     with pytest.raises(ValueError, match="toy is scored whole: set n_train and n_test to 0"):
-        protocol.retrieve(train.take(np.arange(5)), test, ["E"])
+        studies.retrieve(train.take(np.arange(5)), test, ["E"])
 
 
 def test_clustering_of_the_block_that_knows_the_class_is_right_and_the_same_every_time():
     train, test = rows(60, 0), rows(80, 1)
-    table = protocol.cluster(train, test, ["E", "K", "E+K"], runs=3, seed=2).set_index("features")
+    table = studies.cluster(train, test, ["E", "K", "E+K"], runs=3, seed=2).set_index("features")
     assert table.loc["K", "value"] > 95 and table.loc["K", "nmi"] > 85 and table.loc["E", "nmi"] < 30
     assert table.loc["K", "gain"] == pytest.approx(table.loc["K", "value"] - table.loc["E", "value"])
     assert table.loc["K", "gain_low"] > 20 and 25 <= table.loc["E", "value"] < 60
@@ -155,7 +155,7 @@ def test_clustering_of_the_block_that_knows_the_class_is_right_and_the_same_ever
         scores.append(100 * np.mean(named == test.labels))
     assert table.loc["E", ["value", "spread"]].tolist() == pytest.approx([np.mean(scores), np.std(scores)])
     pd.testing.assert_frame_equal(
-        table, protocol.cluster(train, test, table.index, runs=3, seed=2).set_index("features")
+        table, studies.cluster(train, test, table.index, runs=3, seed=2).set_index("features")
     )
 
 
@@ -176,9 +176,9 @@ def test_adding_a_feature_set_does_not_move_another_ones_interval():
 
 
 def test_pairs_and_square():
-    frame = protocol.pairs(rows(80, 0), rows(60, 1), k=5, pca=12)
+    frame = studies.pairs(rows(80, 0), rows(60, 1), k=5, pca=12)
     assert len(frame) == 10 and (frame.query("a == b")["cka"] == 1).all()
-    names, matrix = protocol.square(frame, "value")
+    names, matrix = studies.square(frame, "value")
     assert names == ["E", "K", "D", "S"] and np.array_equal(matrix, matrix.T) and np.isfinite(matrix).all()
     alone = frame.query("a == b").set_index("a")["value"]
     row = frame.query("a == 'E' and b == 'K'").iloc[0]
@@ -187,7 +187,7 @@ def test_pairs_and_square():
 
 def test_class_gains_sum_to_the_gain_on_a_balanced_set():
     train, test = rows(80, 0), rows(60, 1)
-    frame = protocol.class_gains(train, test, ["K"], k=5)
+    frame = studies.class_gains(train, test, ["K"], k=5)
     table = protocol.knn(train, test, ["E", "K"], k=5).set_index("features")
     assert frame["value"].mean() == pytest.approx(table.loc["K", "gain"])
 
@@ -287,14 +287,14 @@ def test_projections_of_factors_approach_the_exact_similarity():
         a, d = torch.randn(n, 1, 8, generator=g), torch.randn(n, 1, 12, generator=g) * 0.3
         d[torch.arange(n), 0, torch.from_numpy(plain.labels)] += 2  # the output gradient knows the class
         splits.append(extract.Rows(plain.data, plain.blocks | {"kl": Factors(a, d, True)}, ()))
-    table = protocol.projections(*splits, "K", draws=3, multiples=(1, 16), k=5, seed=0).set_index(["kind", "size"])
+    table = studies.projections(*splits, "K", draws=3, multiples=(1, 16), k=5, seed=0).set_index(["kind", "size"])
     assert len(table) == 1 + 3 * 2
     exact = table.loc[("exact", "")]
     similar = extract.similarity(splits[1], splits[0], "K")
     assert exact["value"] == pytest.approx(
         100 * np.mean(evaluate.knn_by_similarity(similar, splits[0].labels, 5) == splits[1].labels)
     )
-    for kind in protocol.PROJECTIONS:
+    for kind in studies.PROJECTIONS:
         small, large = table.loc[(kind, "d")], table.loc[(kind, "16 d")]
         assert large["distortion"] < 0.5 * small["distortion"] and small["seconds"] > 0
         assert small["low"] <= small["value"] <= small["high"]
