@@ -258,7 +258,7 @@ def projections(df: pd.DataFrame) -> Figure:
     df = df.assign(name=df["kind"] + (", " + df["size"]).where(df["size"] != "", ""))
     rows, names = list(df["row"].unique()), list(df["name"].unique())
     inks = dict(zip(df["kind"].unique(), (INK, "#0072B2", "#D55E00", "#009E73"), strict=False))
-    fig, axes = figure(len(rows), 3, height=0.5 + len(rows) * (0.55 + 0.19 * len(names)), sharex="col", sharey=True)
+    fig, axes = figure(len(rows), 3, height=0.5 + len(rows) * (0.65 + 0.19 * len(names)), sharey=True)
     for (left, middle, right), row in zip(axes, rows, strict=True):
         here = df[df["row"] == row].set_index("name")
         left.axvline(here.loc["exact", "value"], color=INK, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
