@@ -84,7 +84,8 @@ def measure(backbone: backbones.Backbone, names: Sequence = ("kl", "dino", "simc
 def precision(
     name: str, images: Sequence, names: Sequence[str] = ("kl", "dino", "simclr"), *, seed: int = 0
 ) -> pd.DataFrame:
-    """Cosine of the default dtype's features to float32's on the same images: features, mean, lowest.
+    """Cosine of the default dtype's features to float32's on the same images: features, dtype, mean, median, lowest,
+    and how many images are below 0.99.
 
     Heads, projection, views and negatives (the images' own, in float32) are the same in both.
     """
@@ -102,8 +103,9 @@ def precision(
             letters.insert(0, "E")
         for letter, (a, b) in zip(letters, pairs, strict=True):
             cosine = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
-            rows.append((letter, str(low.dtype).removeprefix("torch."), cosine.mean(), cosine.min()))
-    return pd.DataFrame(rows, columns=["features", "dtype", "mean", "lowest"])
+            dtype = str(low.dtype).removeprefix("torch.")
+            rows.append((letter, dtype, cosine.mean(), np.median(cosine), cosine.min(), int((cosine < 0.99).sum())))
+    return pd.DataFrame(rows, columns=["features", "dtype", "mean", "median", "lowest", "below 0.99"])
 
 
 def against_published(folder: Path = paths.ROOT / "benchmarks" / "results") -> pd.DataFrame:
