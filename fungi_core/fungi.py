@@ -87,14 +87,14 @@ def view_batches(backbone, objective, images: Sequence, seed: int) -> Iterator[t
     # A divisor of the store's shards: a resumed run has the same batches, so the same bytes.
     size = 1 << size.bit_length() - 1
 
-    def prepared(i: int) -> np.ndarray:
-        return views.prepare(
-            views.to_image(images[i], f"image {i}"), backbone.size, backbone.crop_ratio, objective, seed
-        )
+    def prepared(i: int) -> np.ndarray | torch.Tensor:
+        image = views.to_image(images[i], f"image {i}")
+        return views.prepare(image, backbone.size, backbone.crop_ratio, objective, seed, backbone.device)
 
     def batch(start: int) -> torch.Tensor:
-        stack = torch.from_numpy(np.stack([prepared(i) for i in range(start, min(start + size, len(images)))]))
-        return stack.pin_memory() if backbone.device != "cpu" else stack
+        parts = [prepared(i) for i in range(start, min(start + size, len(images)))]
+        stack = torch.stack(parts) if isinstance(parts[0], torch.Tensor) else torch.from_numpy(np.stack(parts))
+        return stack.pin_memory() if backbone.device != "cpu" and not stack.is_cuda else stack
 
     workers = 1 if backbone.device == "cpu" else 8  # on a CPU the model needs the cores
     with ThreadPoolExecutor(workers) as pool:

@@ -429,3 +429,33 @@ def test_a_file_that_is_missing_or_no_image(tmp_path):
     for name in ("notes.txt", "absent.png"):
         with pytest.raises(ValueError, match=f"cannot read the image .*{name}"):
             views.to_image(tmp_path / name)
+
+
+@pytest.mark.parametrize("shape", [(37, 61), (300, 200), (40, 40)])
+def test_crops_as_products_of_matrices_are_pils(shape):
+    image = picture(seed=5).resize(shape[::-1], Image.BICUBIC)
+    boxes = views.crop_boxes(*image.size, np.array([[0.25, 1.0]] * 4 + [[0.05, 0.25]] * 8), np.random.default_rng(1))
+    found = views.crops_on("cpu", image, 32, boxes)
+    assert found.shape == (12, 32, 32, 3) and found.dtype == torch.uint8
+    cut = [np.asarray(image.crop(tuple(map(int, box))).resize((32, 32), Image.BICUBIC)) for box in boxes]
+    off = np.abs(found.numpy().astype(int) - np.stack(cut).astype(int))
+    assert off.max() <= 2 and off.mean() < 0.35  # PIL rounds between the two axes
+
+
+def test_a_gpu_cuts_the_same_boxes(monkeypatch):
+    """Which way is taken depends on the device's name alone; the same boxes either way."""
+    calls = []
+    monkeypatch.setattr(views, "crops_on", lambda *args: calls.append(args) or torch.zeros(12, 32, 32, 3))
+    views.prepare(picture(), 32, 1.0, O.DINO(), 3, "cuda")
+    ((device, image, size, boxes),) = calls
+    assert device == "cuda" and size == 32
+    plain = views.prepare(picture(), 32, 1.0, O.DINO(), 3)
+    cut = [np.asarray(image.crop(tuple(map(int, box))).resize((32, 32), Image.BICUBIC)) for box in boxes]
+    np.testing.assert_array_equal(plain, np.stack(cut))
+    assert isinstance(views.prepare(picture(), 32, 1.0, O.DINO(augmentation="full"), 3, "cuda"), np.ndarray)
+
+
+@pytest.mark.cuda
+def test_crops_of_a_gpu_are_those_of_the_cpu():
+    on_card = views.prepare(picture(), 32, 1.0, O.DINO(), 3, "cuda").cpu().numpy().astype(int)
+    assert np.abs(on_card - views.prepare(picture(), 32, 1.0, O.DINO(), 3).astype(int)).max() <= 2
