@@ -7,7 +7,6 @@ is found without an entry here.
 
 import hashlib
 import io
-import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -173,10 +172,7 @@ def _entry(name: str) -> Entry:
 
 def is_packed(path: Path) -> bool:
     """Whether the file is a packed segmentation set."""
-    if not (path.is_file() and zipfile.is_zipfile(path)):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return {f"{array}.npy" for array in ARRAYS} <= set(archive.namelist())
+    return samples.holds(path, ARRAYS)
 
 
 def _packed(path: Path, train: bool) -> Pairs:

@@ -6,7 +6,7 @@ or test, whether to download); those of installed packages need neither root nor
 
 import struct
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -48,10 +48,15 @@ class Blob(Sequence):
 
 def is_packed(path: Path) -> bool:
     """Whether the file is a packed *classification* set (segmentation sets hold masks and no labels)."""
+    return holds(path, ARRAYS)
+
+
+def holds(path: Path, arrays: Iterable[str]) -> bool:
+    """Whether the file is an .npz with all of these arrays."""
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:
-        return {f"{array}.npy" for array in ARRAYS} <= set(archive.namelist())
+        return {f"{array}.npy" for array in arrays} <= set(archive.namelist())
 
 
 def packed(path: Path, train: bool) -> Split:

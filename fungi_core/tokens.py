@@ -46,10 +46,7 @@ def encoder(name: str, size: int, **options) -> backbones.Backbone:
     patch = model.patch_embed.patch_size[0]
     if size % patch or size < patch:
         raise ValueError(f"input size {size} is no multiple of {backbone.name}'s patch, {patch} px")
-    model.set_input_size((size, size))
-    model.requires_grad_(False)  # the interpolated position embedding is a new parameter
-    backbone.size = size
-    return backbone
+    return backbone.at_size(size)
 
 
 def pixels(backbone: backbones.Backbone, pictures: list[np.ndarray]) -> torch.Tensor:
