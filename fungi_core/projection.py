@@ -71,7 +71,7 @@ class Rademacher:
 
         No token's gradient is ever held; memory is that of a block of entries (`kernels`).
         """
-        d, a = _factors(factors)
+        d, a = appended(factors)
         (d, d_length), (a, a_length) = (_unit(x.flatten(0, 1)) for x in (d, a))  # (B * n, .)
         if d.shape[1] * a.shape[1] != self.columns:
             found = d.shape[1] * a.shape[1]
@@ -112,7 +112,7 @@ class KhatriRao:
 
     def apply_tokens(self, factors: Factors, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Factors (B, n, .) -> (B, n, rows) float32, each view or token on its own."""
-        d, a = _factors(factors)
+        d, a = appended(factors)
         return (d @ self.left.to(d).T) * (a @ self.right.to(a).T)
 
 
@@ -135,7 +135,7 @@ class TensorSketch:
 
     def _spectrum(self, factors: Factors) -> torch.Tensor:
         spectra = []
-        for x, bucket, sign in zip(_factors(factors), self.buckets, self.signs, strict=True):
+        for x, bucket, sign in zip(appended(factors), self.buckets, self.signs, strict=True):
             counts = x.new_zeros(*x.shape[:2], self.rows).index_add_(2, bucket.to(x.device), x * sign.to(x))
             spectra.append(torch.fft.rfft(counts))  # (B, n, rows / 2 + 1)
         return spectra[0] * spectra[1]  # a product here is a convolution of the two sketches
@@ -169,7 +169,7 @@ def exact_kernel(x: Factors, y: Factors) -> torch.Tensor:
 
     For one view or token a sample this is the elementwise product of two ordinary inner-product matrices.
     """
-    (dx, ax), (dy, ay) = _factors(x), _factors(y)
+    (dx, ax), (dy, ay) = appended(x), appended(y)
     if dx.shape[1] == dy.shape[1] == 1:
         return (dx[:, 0] @ dy[:, 0].T) * (ax[:, 0] @ ay[:, 0].T)
     out = []
@@ -194,7 +194,7 @@ def draw(kind: str, rows: int, d_out: int, d_in: int, *keys: object) -> Projecti
     return (KhatriRao if kind == "khatri-rao" else TensorSketch)(rows, d_out, d_in, *keys)
 
 
-def _factors(factors: Factors) -> tuple[torch.Tensor, torch.Tensor]:
+def appended(factors: Factors) -> tuple[torch.Tensor, torch.Tensor]:
     """Output gradients (B, n, D_out) and activations with the bias's ones appended, (B, n, D_in + 1)."""
     a = factors.activations
     return factors.output_gradients, torch.cat([a, a.new_ones(*a.shape[:2], 1)], 2) if factors.bias else a

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from . import backbones, fungi, neighbours, objectives, views
+from . import backbones, fungi, neighbours, objectives, projection, views
 from .gradients import Factors, loss_gradients, tap
 
 KINDS = ("embedding", "rademacher", "khatri-rao", "sketch", "exact")
@@ -136,8 +136,8 @@ class Extractor:
             if kind == "embedding":
                 out[kind] = e
             elif kind == "exact":
-                a1 = torch.cat([a, a.new_ones(*a.shape[:2], 1)], -1) if parts.bias else a
-                out[kind] = torch.cat([e, F.normalize(d, dim=-1), F.normalize(a1, dim=-1)], -1)
+                both = projection.appended(Factors(a, d, parts.bias))
+                out[kind] = torch.cat([e, *(F.normalize(x, dim=-1) for x in both)], -1)
             else:
                 g = self.projections[kind].apply_tokens(Factors(a, d, parts.bias), self.backbone.dtype)  # (B, T, D)
                 out[kind] = F.normalize(torch.cat([e, F.normalize(g, dim=-1)], -1), dim=-1)
