@@ -2,7 +2,8 @@
 
 ``<key>/<first row>-<checksum>.npy`` holds SHARD rows (the last one fewer) and appears by a rename: rows are complete
 or absent, the directory listing is the index. ``<key>/meta.json`` says what they are; ``meta`` is all that changes a
-feature and nothing else (no batch size, no workers). ``<key>.lock`` stays: removing a lock file is a race on NFS.
+feature and nothing else (no batch size, no workers). Lock files stay: removing one is a race on NFS. ``<key>.lock`` is
+that of the whole, ``<key>.<start>-<stop>.lock`` of a row range, so that several processes can fill one key.
 """
 
 import fcntl
@@ -13,7 +14,7 @@ import logging
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -85,13 +86,18 @@ class Rows:
     def __init__(self, path: Path, record: dict):
         self.path, self.key, self.record, self.n, self.width = path, path.name, record, record["n"], record["width"]
         self._filling: dict[int, np.ndarray] | None = None  # shards not yet full, NaN where empty; None: not locked
+        self._locked = 0, 0  # rows that may be written
 
-    def missing(self) -> list[tuple[int, int]]:
-        """Row ranges ``[start, stop)`` not on disk, in order and disjoint; from the listing alone."""
+    def missing(self, start: int = 0, stop: int | None = None) -> list[tuple[int, int]]:
+        """Row ranges ``[start, stop)`` not on disk, in order and disjoint; from the listing alone.
+
+        ``start``, ``stop``: only this part, as for `lock`.
+        """
+        start, stop = self._whole_shards(start, stop)
         shards = self._shards()
-        absent = [start not in shards for start in range(0, self.n, SHARD)]
-        edges = np.flatnonzero(np.diff([False, *absent, False])) * SHARD
-        return [(int(start), min(int(stop), self.n)) for start, stop in edges.reshape(-1, 2)]  # (2 gaps,) -> (gaps, 2)
+        absent = [first not in shards for first in range(start, stop, SHARD)]
+        edges = start + np.flatnonzero(np.diff([False, *absent, False])) * SHARD
+        return [(int(first), min(int(last), stop)) for first, last in edges.reshape(-1, 2)]  # (2 gaps,) -> (gaps, 2)
 
     complete = property(lambda self: not self.missing(), doc="Whether every row is on disk.")
 
@@ -106,6 +112,8 @@ class Rows:
             raise RuntimeError(f"{self.path}: rows are written inside `with rows.lock():`")
         if block.ndim != 2 or block.shape[1] != self.width or not 0 <= start <= self.n - len(block):
             raise ValueError(f"{self.path}: {block.shape} at row {start} does not fit in ({self.n}, {self.width})")
+        if not self._locked[0] <= start <= self._locked[1] - len(block):
+            raise RuntimeError(f"{self.path}: {len(block)} rows at {start} are not among the locked {self._locked}")
         if not (finite := np.isfinite(block).all(axis=1)).all():
             raise ValueError(f"{self.path}: row {start + finite.argmin()} holds NaN or infinity; block not stored")
         for first in range(start - start % SHARD, start + len(block), SHARD):
@@ -139,28 +147,55 @@ class Rows:
         return bad
 
     @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Be the one writer of this key: others wait, then ask `missing` again; freed by the kernel after a kill."""
+    def lock(self, start: int = 0, stop: int | None = None) -> Iterator[None]:
+        """Be the one writer of rows ``start .. stop``, all by default: others who want any of them wait, then ask
+        `missing` again; freed by the kernel after a kill. ValueError unless the range is made of whole shards.
+        """
+        start, stop = self._whole_shards(start, stop)
         if self._filling is not None:
             raise RuntimeError(f"{self.path}: these rows are locked already")  # waiting for oneself never ends
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path.with_suffix(".lock"), "a+b", buffering=0) as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                logging.getLogger(__name__).warning("%s: waiting for %s to end", self.path, Path(file.name).read_text())
-                fcntl.flock(file, fcntl.LOCK_EX)
+        own = f"{self.key}.lock" if stop - start == self.n else f"{self.key}.{start:09d}-{stop:09d}.lock"
+        with ExitStack() as stack:
+            files = {own: stack.enter_context(open(self.path.with_name(own), "a+b", buffering=0))}
+            # One's own file exclusively, those of overlapping ranges shared. Each makes its own before it looks, so of
+            # two processes the later one sees the other's; all lock in one order, so no two wait for each other.
+            for name in sorted({own, *self._overlapping(start, stop)}):
+                file = files.get(name) or stack.enter_context(open(self.path.with_name(name), "a+b", buffering=0))
+                self._flock(file, fcntl.LOCK_EX if name == own else fcntl.LOCK_SH)
+                stack.callback(fcntl.flock, file, fcntl.LOCK_UN)  # closing is not enough: forked loaders share the file
             with suppress(OSError):  # naming the holder is a courtesy: a full disk must not forbid drop_corrupt
-                file.truncate(0)
-                file.write(f"process {os.getpid()} on {os.uname().nodename}".encode())
-            for torn in self.path.glob("*.tmp"):  # left by a killed writer
-                torn.unlink()
+                files[own].truncate(0)
+                files[own].write(f"process {os.getpid()} on {os.uname().nodename}".encode())
+            for torn in self.path.glob("*.tmp"):  # left by a killed writer; beside a range others may be writing
+                place = re.match(r"\d{9}", torn.name)
+                if stop - start == self.n or (place and start <= int(place[0]) < stop):
+                    torn.unlink()
             try:
-                self._filling = {}
+                self._filling, self._locked = {}, (start, stop)
                 yield
             finally:
-                self._filling = None
-                fcntl.flock(file, fcntl.LOCK_UN)  # closing is not enough: forked data loaders share the open file
+                self._filling, self._locked = None, (0, 0)
+
+    def _flock(self, file, kind: int) -> None:
+        try:
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logging.getLogger(__name__).warning("%s: waiting for %s to end", self.path, Path(file.name).read_text())
+            fcntl.flock(file, kind)
+
+    def _overlapping(self, start: int, stop: int) -> list[str]:
+        """Lock files of this key whose rows are among ``start .. stop``."""
+        found = {file.name: re.fullmatch(r"\w+(?:\.(\d{9})-(\d{9}))?\.lock", file.name)
+                 for file in self.path.parent.glob(f"{self.key}*.lock")}  # fmt: skip
+        rows = {name: (int(m[1] or 0), int(m[2] or self.n)) for name, m in found.items() if m}
+        return [name for name, (first, last) in rows.items() if first < stop and start < last]
+
+    def _whole_shards(self, start: int, stop: int | None) -> tuple[int, int]:
+        stop = self.n if stop is None else stop
+        if not 0 <= start <= stop <= self.n or start % SHARD or (stop % SHARD and stop != self.n):
+            raise ValueError(f"{self.path}: rows {start} to {stop} of {self.n} are not whole shards of {SHARD} rows")
+        return start, stop
 
     def _shards(self) -> dict[int, str]:
         names = sorted(os.listdir(self.path)) if self.path.is_dir() else []
@@ -173,12 +208,12 @@ class Rows:
     def _save(self, start: int, rows: np.ndarray) -> None:
         np.lib.format.write_array(file := io.BytesIO(), rows, allow_pickle=False)
         if not (self.path / "meta.json").exists():
-            self._put("meta.json", json.dumps(self.record, indent=1).encode())
+            self._put("meta.json", json.dumps(self.record, indent=1).encode(), start)
         if start not in self._shards():
-            self._put(self._name(start, file.getvalue()), file.getvalue())
+            self._put(self._name(start, file.getvalue()), file.getvalue(), start)
 
-    def _put(self, name: str, data: bytes) -> None:
-        torn = self.path / f"{name}.tmp"
+    def _put(self, name: str, data: bytes, start: int) -> None:
+        torn = self.path / f"{start:09d}.tmp"  # by row: writers of different ranges may both write meta.json
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             with open(torn, "wb") as file:
