@@ -66,16 +66,16 @@ CODE_OF_FEATURES = [path for path in CODE if path.stem not in AFTER_FEATURES]
 
 wildcard_constraints:
     dataset="[^/]+", split="train|test", n_train=r"\d+", n_test=r"\d+", seed=r"\d+", names="[a-z+]+", slug=r"\d\d_\w+",
-    i=r"\d+", count=r"\d+"
+    part=r"\d+", parts=r"\d+"
 
 
 rule shard:  # one of several jobs that fill different rows of one store
     input: CODE_OF_FEATURES
-    output: touch(RUNS + "/features/{backbone}/{dataset}/{split}-{n_train}-{n_test}-seed{seed}/{names}.{i}-of-{count}.done")
+    output: touch(RUNS + "/features/{backbone}/{dataset}/{split}-{n_train}-{n_test}-seed{seed}/{names}.{part}-of-{parts}.done")
     params: names=lambda wc: wc.names.replace("+", " ")
     threads: THREADS
     resources: gpu=GPU, mem_mb=lambda wc, attempt: MEMORY * attempt, runtime=lambda wc, attempt: MINUTES * attempt
-    shell: EXTRACT + " --shard {wildcards.i}/{wildcards.count}"
+    shell: EXTRACT + " --shard {wildcards.part}/{wildcards.parts}"
 
 
 rule features:  # all rows; after its shards it finds them there, and reads every checksum
