@@ -36,8 +36,8 @@ def fit(x, y, strength: float, *, epochs: int = EPOCHS, tolerance: float = 1e-3)
     loss, strength = ("logistic", strength / 2) if two else ("multiclass-logistic", strength)
     settings = dict(penalty="l2", fit_intercept=False, solver="auto", random_state=0, verbose=False)
     model = Classifier(loss, lambda_1=strength, tol=tolerance, max_iter=epochs, **settings)
-    # In a thread of its own: cyanure switches OpenMP's dynamic teams on for the thread that calls it and leaves them on,
-    # and torch's bf16 products on a CPU are wrong wherever a team then gets fewer threads than it was promised.
+    # In a thread of its own: cyanure leaves OpenMP's dynamic teams switched on in the thread that calls it, and torch's
+    # bf16 products on a CPU are wrong wherever a team then gets fewer threads than it was promised.
     with warnings.catch_warnings(), ThreadPoolExecutor(1) as thread:
         warnings.simplefilter("ignore", ConvergenceWarning)  # the paper stops at that many epochs too
         thread.submit(model.fit, x, 2 * y - 1 if two else y).result()

@@ -115,7 +115,7 @@ def test_what_cannot_be_fitted_is_one_line():
 
 @pytest.mark.parametrize("classes", [2, 3])
 def test_a_fit_leaves_the_threads_of_torch_as_they_were(classes):
-    # cyanure sets OpenMP's dynamic teams; where a loaded machine then grants fewer threads, torch's bf16 products are wrong
+    # cyanure sets OpenMP's dynamic teams; where a busy machine grants fewer threads, torch's bf16 products are wrong
     torch.zeros(1)  # its OpenMP is loaded
     maps = Path("/proc/self/maps")
     loaded = {line.split()[-1] for line in maps.read_text().splitlines() if "libgomp" in line} if maps.exists() else ()
