@@ -140,7 +140,8 @@ class Rows:
             raise ValueError(f"{self.path}: {block.shape} at row {start} does not fit in ({self.n}, {self.width})")
         low, high = self._range
         if not low <= start <= start + len(block) <= high:
-            raise ValueError(f"{self.path}: rows {start} to {start + len(block)} are not in the locked {low} to {high}")
+            asked = f"{start} to {start + len(block)}"
+            raise ValueError(f"{self.path}: rows {asked} are not in the locked {low} to {high}")
         if not (finite := np.isfinite(block).all(axis=1)).all():
             raise ValueError(f"{self.path}: row {start + finite.argmin()} holds NaN or infinity; block not stored")
         for first in range(start - start % SHARD, start + len(block), SHARD):
@@ -167,8 +168,7 @@ class Rows:
 
     def corrupt(self) -> list[str]:
         """Names of the shards that `read` refuses; reads every one, changes nothing."""
-            held = f"{low} to {high}"
-            raise ValueError(f"{self.path}: rows {start} to {start + len(block)} are not in the locked {held}")
+        return [n for start, n in self._shards().items() if self._name(start, (self.path / n).read_bytes()) != n]
 
     def drop_corrupt(self) -> list[str]:
         """Remove the shards that `read` refuses, and only those; returns their names. Takes the lock itself."""
