@@ -74,6 +74,14 @@ def features(
     )
 
 
+def of_images(
+    data: "datasets.Images", backbone: str | backbones.Backbone, names: Sequence = ALL, *, seed: int = 0
+) -> Rows:
+    """Rows of images that are in no table (a reader's own); the negatives are drawn from these images themselves."""
+    encoder = backbones.load(backbone) if isinstance(backbone, str) else backbone
+    return _split(encoder, data, data, names, seed, encoder.layer)
+
+
 def _load(dataset: str, n_train: int | None, n_test: int | None) -> tuple["datasets.Images", "datasets.Images"]:
     return tuple(datasets.load(dataset, s, limit=n or None) for s, n in (("train", n_train), ("test", n_test)))
 
@@ -252,6 +260,8 @@ def _meta(encoder, data, train=None, objective=None, seed=None, layer=None, proj
         "input": [encoder.size, encoder.crop_ratio, encoder.mean.tolist(), encoder.std.tolist()],
         "dtype": str(encoder.dtype).removeprefix("torch."),
     }
+    if data.skipped:  # which files of the folder are no rows here, for whoever reads the metadata
+        meta["skipped"] = sorted(data.skipped)
     if objective is None:
         return meta | {"feature": "embedding"}
     settings = {key: value for key, value in asdict(objective).items() if key not in LATER or value != LATER[key]}

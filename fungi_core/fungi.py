@@ -4,6 +4,7 @@ import json
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from numbers import Integral
 from pathlib import Path
@@ -16,7 +17,7 @@ from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 
 from . import backbones, evaluate, objectives, pca, projection, views
-from .gradients import linear_layer
+from .gradients import LossNotFinite, linear_layer
 
 WHOLE = objectives.KL()  # the embedding rides on the whole-image view
 
@@ -127,7 +128,8 @@ def project_gradients(backbone, objective, parts: Parts, batch, layer: str | Non
 def rows(backbone, objective, parts: Parts, images: Sequence, seed: int, layer: str | None = None):
     """Yields (start, embeddings (B, D) or None, gradients (B, d)); embeddings come with whole-image objectives only."""
     for start, batch in view_batches(backbone, objective, images, seed):
-        embeddings, projected = project_gradients(backbone, objective, parts, batch, layer)
+        with _naming(images, start):
+            embeddings, projected = project_gradients(backbone, objective, parts, batch, layer)
         embeddings = embeddings[:, 0].cpu().numpy() if objective.views == "whole" else None
         yield start, embeddings, projected.cpu().numpy()
 
@@ -139,9 +141,22 @@ def layer_rows(backbone, objective, parts: dict[str, Parts], images: Sequence, s
     few = 2 if backbone.device == "cpu" else 8  # images at once: every layer's activations are held
     for start, batch in view_batches(backbone, objective, images, seed):
         for i in range(0, len(batch), few):
-            _, factors = backbone.factors(batch[i : i + few], loss, layers)
+            with _naming(images, start + i):
+                _, factors = backbone.factors(batch[i : i + few], loss, layers)
             projected = [parts[layer].projection.apply(f, backbone.dtype) for layer, f in zip(layers, factors)]
             yield start + i, {layer: g.cpu().numpy() for layer, g in zip(layers, projected)}
+
+
+@contextmanager
+def _naming(images: Sequence, start: int) -> Iterator[None]:
+    """Say which image it is whose loss is not finite, not only its place in the batch that begins at ``start``."""
+    try:
+        yield
+    except LossNotFinite as error:
+        i = start + error.sample
+        item = None if hasattr(images, "where") else images[i]
+        name = images.where(i) if item is None else str(item) if isinstance(item, (str, Path)) else f"image {i}"
+        raise LossNotFinite(error.sample, error.value, name) from error
 
 
 class Fungi(TransformerMixin, BaseEstimator):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 MANY_FILES = 50_000  # above it the fingerprint takes file sizes for contents
 
@@ -37,6 +37,8 @@ class Images:
     rows: np.ndarray = field(repr=False)  # int64 (N,)
     note: str = ""  # how these images differ from the official split
     licence: str = ""
+    upright: bool = False  # turned as the camera says (EXIF); official sets are read as torchvision reads them: not
+    skipped: dict[str, str] = field(default_factory=dict)  # files left out (`samples.folder`): name -> why
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -44,27 +46,28 @@ class Images:
     def __getitem__(self, i: int) -> Image.Image:
         item = self.items[self.rows[i]]
         try:
-            if isinstance(item, np.ndarray):
-                return to_rgb(Image.fromarray(item))
-            with Image.open(item if isinstance(item, Path) else io.BytesIO(item)) as image:
-                return to_rgb(image)
+            return picture(item, self.upright)
         except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error ... for a broken file
-            where = item if isinstance(item, Path) else self.names[i]
-            message = f"{self.name} {self.split}[{i}] ({where}) cannot be read as an image: {error}"
-            raise ValueError(" ".join(message.split())) from error
+            raise ValueError(" ".join(f"{self.where(i)} cannot be read as an image: {error}".split())) from error
+
+    def where(self, i: int) -> str:
+        """How messages name image i: its place in the whole split, and its file."""
+        item = self.items[self.rows[i]]
+        return f"{self.name} {self.split}[{self.rows[i]}] ({item if isinstance(item, Path) else self.names[i]})"
 
     @cached_property
     def fingerprint(self) -> str:
         """sha256 (hex) of labels and contents of exactly these rows, in this order.
 
-        Contents are encoded bytes, or pixels and shape where the source holds pixels. In sets of more than
+        Contents are encoded bytes, or pixels and shape where the source holds pixels. In official sets of more than
         `MANY_FILES` separate files (ImageNet, Food101) a file's name and size stand for its contents.
         """
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(b"upright" if self.upright else b"")
+        sizes = len(self) > MANY_FILES and not self.upright  # one's own files change
         for row, label, name in zip(self.rows, self.labels, self.names, strict=True):
             item = self.items[row]
             if isinstance(item, Path):
-                content = f"{name} {item.stat().st_size}".encode() if len(self) > MANY_FILES else item.read_bytes()
+                content = f"{name} {item.stat().st_size}".encode() if sizes else item.read_bytes()
             else:
                 content = f"{item.shape}".encode() + item.tobytes() if isinstance(item, np.ndarray) else item
             digest.update(b"%d %d " % (label, len(content)) + content)
@@ -76,6 +79,16 @@ class Images:
         names = [self.names[i] for i in index]
         note = "; ".join(filter(None, (self.note, note)))
         return replace(self, labels=self.labels[index], names=names, rows=self.rows[index], note=note)
+
+
+def picture(item: Path | bytes | np.ndarray, upright: bool = False) -> Image.Image:
+    """An item of a `Split` as an RGB image without metadata: nobody behind it turns it (once more) as EXIF says."""
+    if isinstance(item, np.ndarray):
+        return to_rgb(Image.fromarray(item))
+    with Image.open(item if isinstance(item, Path) else io.BytesIO(item)) as opened:
+        image = to_rgb(ImageOps.exif_transpose(opened) if upright else opened)
+    image.info.clear()
+    return image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

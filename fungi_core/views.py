@@ -8,6 +8,7 @@ happens on the model's device.
 
 import hashlib
 import math
+from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
 
@@ -36,6 +37,10 @@ def whole(image: Image.Image, size: int, crop_ratio: float = 1.0) -> np.ndarray:
     """
     short = math.floor(size / crop_ratio)
     resized = tuple(int(short * side / min(image.size)) for side in image.size)
+    if max(resized) > 64 * size:  # 20,000 x 1 pixels would become 3 GB: resize the middle alone
+        places = ((round((new - size) / 2) * old / new, old / new, old) for old, new in zip(image.size, resized))
+        (left, right), (top, bottom) = ((low, min(low + size * scale, old)) for low, scale, old in places)
+        return np.asarray(image.resize((size, size), Image.BICUBIC, box=(left, top, right, bottom)))[None]
     image = image.resize(resized, Image.BICUBIC) if resized != image.size else image
     left, top = (round((side - size) / 2) for side in resized)
     return np.asarray(image.crop((left, top, left + size, top + size)))[None]
@@ -241,10 +246,8 @@ def to_image(item, name: str = "image") -> Image.Image:
     """
     if isinstance(item, (str, Path, Image.Image)):
         try:
-            if isinstance(item, Image.Image):
-                return _rgb(item)
-            with Image.open(item) as opened:
-                return _rgb(ImageOps.exif_transpose(opened))
+            with nullcontext(item) if isinstance(item, Image.Image) else Image.open(item) as opened:
+                return _rgb(ImageOps.exif_transpose(opened))  # as the camera says
         except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error ... for a broken file
             raise ValueError(
                 f"cannot read the image {name if isinstance(item, Image.Image) else item}: {error}"
