@@ -1,4 +1,4 @@
-"""One table of named image classification sets, and `load`: a name and a split to images, labels and a fingerprint.
+"""One table of named classification sets (images, texts), and `load`: name and split to items, labels, fingerprint.
 
 A new data set is one `Entry`: its source returns an `images.Split`. A packed file ``<name>.npz`` (see `pack`) in the
 data folder is found without an entry, and wins over the official archive of the same name.
@@ -11,11 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from . import official, samples
+from . import corpora, official, samples
 from .images import Images, Split, balanced
 from .paths import downloads_dir
 
 SPLITS = ("train", "test")
+ITEMS = {"image": "images", "text": "texts", "audio": "clips"}
 
 
 class DatasetUnavailable(FileNotFoundError):
@@ -40,6 +41,7 @@ class Entry:
     metric: str = "accuracy"  # or "mean-per-class" (section C), "mAP" of a ground truth of its own (section A.1)
     column: str = ""  # its column in the paper's tables
     note: str = ""
+    modality: str = "image"  # | "text" | "audio"
 
 
 _PACKED = "put {name}.npz into the folder FUNGI_DATA names, or make it with python -m fungi_core.pack"
@@ -53,7 +55,15 @@ _CC0 = "CC0 or public domain; china.jpg, flower.jpg CC BY 2.0"
 _NC = "Custom (Research Only, Non Commercial)"
 _MPC = "mean-per-class"
 _SUBSET = "10 of 47 classes, random 2/3 : 1/3 split, not the official one"
+_PARQUET = "put {modality}_{name}.parquet there (format: fungi_core.corpora)"
 _T = "Tiny ImageNet (100 of 200 classes)"  # stands in for ImageNet 100; trains the mini backbones
+
+
+def _text(name, title, licence, n_train, n_test, n_classes, gb, column) -> Entry:
+    """A text set of Table 20, in one packed file."""
+    return Entry(name, title, "paper", licence, n_train, n_test, n_classes, gb, corpora.packed(name),
+                 f"text_{name}.parquet", _PARQUET, column=column, modality="text")  # fmt: skip
+
 
 DATASETS: dict[str, Entry] = {
     entry.name: entry
@@ -92,6 +102,11 @@ DATASETS: dict[str, Entry] = {
               official.roxford5k, "roxford5k", _LANDMARKS, "mAP", note=_ROLES),
         Entry("rparis6k", "Revisited Paris", "paper", _PHOTOS, 6_322, 70, 1, 2.6,
               official.rparis6k, "rparis6k", _LANDMARKS, "mAP", note=_ROLES),
+        _text("trec", "TREC", "Unknown", 5_452, 500, 6, 0.001, "TREC"),
+        _text("banking77", "Banking-77", "CC BY 4.0", 10_003, 3_080, 77, 0.001, "Banking-77"),
+        _text("sst5", "SST", "Unknown", 8_544, 2_210, 5, 0.002, "SST (Fine Grained)"),
+        _text("agnews", "AG News", "Custom (Non Commercial)", 120_000, 7_600, 4, 0.02, "AG News"),
+        _text("tweeteval_emoji", "Tweet Eval", "Unknown", 45_000, 50_000, 20, 0.01, "Tweet-Eval"),
     )
 }  # fmt: skip
 
@@ -109,11 +124,11 @@ def load(name: str, split: str, limit: int | None = None, seed: int = 0, downloa
     path = _packed_file(entry)
     data = samples.packed(path, train) if path else read_source(entry, train, download)
     n, n_official = len(data.labels), entry.n_train if train else entry.n_test
-    kind = "training" if train else "test"
-    short = f"{n} of {n_official} official {kind} images" if n_official not in (None, n) else ""
+    kind = f"{'training' if train else 'test'} {ITEMS[entry.modality]}"
+    short = f"{n} of {n_official} official {kind}" if n_official not in (None, n) else ""
     note = "; ".join(filter(None, (short, entry.note)))
     images = Images(name, split, data.labels, data.classes, entry.metric, data.names, data.items, np.arange(n),
-                    note, entry.licence)  # fmt: skip
+                    note, entry.licence, entry.modality)  # fmt: skip
     if limit is None or limit >= len(images):
         return images
     if limit < 1:
@@ -137,14 +152,15 @@ def table() -> list[dict]:
     ``reason`` (one line with everything) and ``get`` (what to put into which folder).
     """
     entries = [*DATASETS.values(), *(_entry(name) for name in _packed_names() if name not in DATASETS)]
-    keys = ("name", "title", "profile", "metric", "licence", "n_train", "n_test", "n_classes", "gb", "column", "note")
+    keys = ("name", "title", "profile", "modality", "metric", "licence", "n_train", "n_test", "n_classes", "gb",
+            "column", "note")  # fmt: skip
     rows = []
     for entry in entries:
         path = _packed_file(entry)
         reason = "" if path else _missing(entry, download=False)
         origin = path.name if path else entry.folder or ("installed packages" if entry.source else "packed file")
         row = {key: getattr(entry, key) for key in keys}
-        get = f"into {entry.folder or '.'}: {_get(entry)}" if reason else ""
+        get = f"into {_folder(entry) or '.'}: {_get(entry)}" if reason else ""
         rows.append(row | {"origin": origin, "available": not reason, "reason": reason, "get": get})
     return rows
 
@@ -176,10 +192,14 @@ def _missing(entry: Entry, download: bool) -> str:
     return _line(entry, "is not here")
 
 
+def _folder(entry: Entry) -> str:
+    """Inside the downloads folder; a source of one file reads it there itself."""
+    return "" if entry.folder.endswith(".parquet") else entry.folder
+
+
 def _line(entry: Entry, what: str) -> str:
-    place = downloads_dir() / entry.folder
-    return f"{entry.name} ({entry.title}) {what}: {place}; {entry.gb:g} GB, licence {entry.licence}; {_get(entry)}"
+    return f"{entry.name} ({entry.title}) {what}: {downloads_dir() / _folder(entry)}; {entry.gb:g} GB, licence {entry.licence}; {_get(entry)}"
 
 
 def _get(entry: Entry) -> str:
-    return entry.get.format(name=entry.name) or f"its archive, or datasets.load({entry.name!r}, 'train', download=True)"
+    return entry.get.format(name=entry.name, modality=entry.modality) or f"its archive, or datasets.load({entry.name!r}, 'train', download=True)"

@@ -27,13 +27,16 @@ LATER = {
     "head": True,
     "augmentation": "crops",
     "native": False,
+    "positives": 0,
+    "negative_views": 0,
+    "deletion": 0.0,
 }  # settings younger than EXTRACTION: no part of a key at these values
 LETTERS = {"embedding": "E", "kl": "K", "dino": "D", "simclr": "S", "deepcluster": "C", "ibot": "I"}
 
 
 @dataclass(frozen=True)
 class Rows:
-    """One split's images and raw feature blocks: {"embedding": (N, D), "kl": (N, d), ...} float32.
+    """One split's images (texts, clips) and raw feature blocks: {"embedding": (N, D), "kl": (N, d), ...} float32.
 
     With ``projection="exact"`` a gradient's block is its `Factors`, for `similarity`.
     """
@@ -127,7 +130,9 @@ def named(letters: str) -> list[str]:
 
 
 def _split(encoder, data, train, names, seed, layer, projection="rademacher") -> Rows:
-    wanted = [objectives.by_name(name) if isinstance(name, str) else name for name in names]
+    if data.modality != encoder.modality:
+        raise ValueError(f"{data.name} holds {data.modality} data, {encoder.name} reads {encoder.modality} data")
+    wanted = [objectives.by_name(name, encoder.modality) if isinstance(name, str) else name for name in names]
     if len({o.name for o in wanted}) != len(wanted):
         raise ValueError(f"each objective can be used once a call, got {', '.join(o.name for o in wanted)}")
     # The embedding comes along with the KL gradient at the backbone's own layer, always on the same path: another layer
@@ -172,7 +177,7 @@ def layer_features(
     Rows are those of `features` with the same ``layer``, up to rounding, and hold the gradient's block alone.
     """
     encoder = backbones.load(backbone) if isinstance(backbone, str) else backbone
-    objective = objectives.by_name(objective) if isinstance(objective, str) else objective
+    objective = objectives.by_name(objective, encoder.modality) if isinstance(objective, str) else objective
     train, test = _load(dataset, n_train, n_test)
     splits = []
     for data in (train, test):
@@ -257,7 +262,7 @@ def _meta(encoder, data, train=None, objective=None, seed=None, layer=None, proj
         "extraction": EXTRACTION,
         "data": [data.name, data.split, data.fingerprint],
         "backbone": [encoder.name, encoder.fingerprint],
-        "input": [encoder.size, encoder.crop_ratio, encoder.mean.tolist(), encoder.std.tolist()],
+        "input": fungi.MODALITIES[encoder.modality].identity(encoder),
         "dtype": str(encoder.dtype).removeprefix("torch."),
     }
     if data.skipped:  # which files of the folder are no rows here, for whoever reads the metadata
@@ -280,7 +285,7 @@ def _meta(encoder, data, train=None, objective=None, seed=None, layer=None, proj
 def progress(total: int, label: str) -> tqdm:
     """A bar with rate and time left for people; quiet in batch logs."""
     live = sys.stderr.isatty() or "JPY_SESSION_NAME" in os.environ
-    return tqdm(total=total, desc=label, unit="img", mininterval=0.5, disable=not live)
+    return tqdm(total=total, desc=label, unit="row", mininterval=0.5, disable=not live)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""One split of an image data set: where its images are (`Split`), and the view of it that decodes them (`Images`)."""
+"""One split of a data set: where its images (texts, clips) are (`Split`), and the view of it that decodes them."""
 
 import hashlib
 import io
@@ -17,7 +17,7 @@ MANY_FILES = 50_000  # above it the fingerprint takes file sizes for contents
 class Split(NamedTuple):
     """One split of a data set, undecoded."""
 
-    items: Sequence  # i -> Path of an image file, bytes of one, or uint8 pixels (H, W) or (H, W, 3)
+    items: Sequence  # i -> Path of an image file, bytes of one, or uint8 pixels (H, W) or (H, W, 3); a text's str
     labels: np.ndarray  # int64 (n,), index into classes
     names: list[str]  # n names, unique within the set
     classes: list[str]
@@ -25,7 +25,9 @@ class Split(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """Images of one split, decoded one at a time: ``ds[i]`` is a PIL image in RGB, ``len(ds)`` is N."""
+    """Images of one split, decoded one at a time: ``ds[i]`` is a PIL image in RGB, or what `DECODERS` makes of an item
+    of another modality (a str); ``len(ds)`` is N.
+    """
 
     name: str
     split: str  # "train" | "test"
@@ -39,16 +41,20 @@ class Images:
     licence: str = ""
     upright: bool = False  # turned as the camera says (EXIF); official sets are read as torchvision reads them: not
     skipped: dict[str, str] = field(default_factory=dict)  # files left out (`samples.folder`): name -> why
+    modality: str = "image"  # | "text" | "audio"
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, i: int) -> Image.Image:
+    def __getitem__(self, i: int):
         item = self.items[self.rows[i]]
         try:
-            return picture(item, self.upright)
+            if self.modality == "image":
+                return picture(item, self.upright)
+            return DECODERS[self.modality](item)
         except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error ... for a broken file
-            raise ValueError(" ".join(f"{self.where(i)} cannot be read as an image: {error}".split())) from error
+            kind = {"image": "an image"}.get(self.modality, self.modality)
+            raise ValueError(" ".join(f"{self.where(i)} cannot be read as {kind}: {error}".split())) from error
 
     def where(self, i: int) -> str:
         """How messages name image i: its place in the whole split, and its file."""
@@ -70,6 +76,7 @@ class Images:
                 content = f"{name} {item.stat().st_size}".encode() if sizes else item.read_bytes()
             else:
                 content = f"{item.shape}".encode() + item.tobytes() if isinstance(item, np.ndarray) else item
+                content = content.encode() if isinstance(content, str) else content
             digest.update(b"%d %d " % (label, len(content)) + content)
         return digest.hexdigest()
 
@@ -89,6 +96,9 @@ def picture(item: Path | bytes | np.ndarray, upright: bool = False) -> Image.Ima
         image = to_rgb(ImageOps.exif_transpose(opened) if upright else opened)
     image.info.clear()
     return image
+
+
+DECODERS = {"text": str}  # an item of a `Split` of another modality to what its backbones take
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -111,7 +111,7 @@ def test_batches_end_where_shards_end(size, objective, monkeypatch):
     monkeypatch.setattr(views, "to_image", lambda image, name: image)
     monkeypatch.setattr(views, "prepare", lambda *_: np.zeros((1, 1, 1, 3), np.uint8))
     monkeypatch.setattr(views, "finish", lambda stack, *_: stack)
-    stub = SimpleNamespace(size=size, crop_ratio=1.0, device="cpu", mean=None, std=None, dtype=None)
+    stub = SimpleNamespace(modality="image", size=size, crop_ratio=1.0, device="cpu", mean=None, std=None, dtype=None)
     batches = list(fungi.view_batches(stub, objective, range(600), 0))
     assert [start for start, _ in batches] == list(np.cumsum([0, *(len(batch) for _, batch in batches)])[:-1])
     assert sum(len(batch) for _, batch in batches) == 600
