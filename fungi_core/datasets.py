@@ -198,8 +198,10 @@ def _folder(entry: Entry) -> str:
 
 
 def _line(entry: Entry, what: str) -> str:
-    return f"{entry.name} ({entry.title}) {what}: {downloads_dir() / _folder(entry)}; {entry.gb:g} GB, licence {entry.licence}; {_get(entry)}"
+    place = downloads_dir() / _folder(entry)
+    return f"{entry.name} ({entry.title}) {what}: {place}; {entry.gb:g} GB, licence {entry.licence}; {_get(entry)}"
 
 
 def _get(entry: Entry) -> str:
-    return entry.get.format(name=entry.name, modality=entry.modality) or f"its archive, or datasets.load({entry.name!r}, 'train', download=True)"
+    get = entry.get.format(name=entry.name, modality=entry.modality)
+    return get or f"its archive, or datasets.load({entry.name!r}, 'train', download=True)"

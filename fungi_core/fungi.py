@@ -93,9 +93,7 @@ def view_batches(backbone, objective, images: Sequence, seed: int) -> Iterator[t
     def batch(start: int) -> torch.Tensor:
         rows = range(start, min(start + size, len(images)))
         name = lambda i: f"{backbone.modality} {i}"
-        stack = kind.stack(
-            backbone, [kind.item_views(backbone, objective, images[i], seed, name(i)) for i in rows]
-        )
+        stack = kind.stack(backbone, [kind.item_views(backbone, objective, images[i], seed, name(i)) for i in rows])
         return stack.pin_memory() if backbone.device != "cpu" and not stack.is_cuda else stack
 
     workers = 1 if backbone.device == "cpu" else 8  # on a CPU the model needs the cores
