@@ -128,7 +128,7 @@ def load(name: str, split: str, limit: int | None = None, seed: int = 0, downloa
     short = f"{n} of {n_official} official {kind}" if n_official not in (None, n) else ""
     note = "; ".join(filter(None, (short, entry.note)))
     images = Images(name, split, data.labels, data.classes, entry.metric, data.names, data.items, np.arange(n),
-                    note, entry.licence, entry.modality)  # fmt: skip
+                    note, entry.licence, modality=entry.modality)  # fmt: skip
     if limit is None or limit >= len(images):
         return images
     if limit < 1:
