@@ -1,8 +1,8 @@
 """Named encoders: a table of what the paper used and of the committed mini checkpoints, and ``load`` to get one frozen.
 
 To add a backbone, add one ``Spec`` to ``BACKBONES``; any other timm name works without an entry, ``hf:<name>`` is a
-text encoder of the Hugging Face hub, and ``random:<timm or text name>`` gives that architecture with seeded random
-weights (benchmarks, tests; no network).
+text encoder of the Hugging Face hub, and ``random:<timm, text or audio name>`` gives that architecture
+with seeded random weights (benchmarks, tests; no network).
 """
 
 import copy
@@ -23,7 +23,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resolve_data_
 from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 
-from . import checkpoints, paths, texts
+from . import checkpoints, paths, spectrograms, texts
 from .gradients import Factors, linear_layer, loss_gradients, rows, tapped_factors
 
 MINI = {  # 64 px, patch 8; trained by data/backbones/train.py
@@ -50,6 +50,7 @@ class Spec:
     convert: Callable | None = None  # its keys to timm's names
     modality: str = "image"  # | "text" | "audio"
     pool: str = ""  # read-out of a text encoder: "first" token or "mean"
+    front: str = ""  # of an audio encoder: its filter banks, one of `sounds.FRONTS`
     hub: str = ""  # where transformers finds it: a name on the Hugging Face hub, or an installed "package:NAME"
 
 
@@ -90,6 +91,12 @@ BACKBONES: dict[str, Spec] = {
              gb=0.24, modality="text", pool="first", hub="google-t5/t5-small"),
         Spec("all-MiniLM-L6-v2", "MiniLM", "Apache 2.0", 512, "encoder.layer.5.attention.output.dense", 256,
              gb=0.09, modality="text", pool="mean", hub=MINILM),
+        # sounds: Table 11, a speech recogniser's encoder, and an image network that is shown spectrograms
+        Spec("ssast-base-patch-400", "SSAST", "BSD 3-Clause", 512, gb=0.37, modality="audio", front="ssast"),
+        Spec("whisper-tiny.en", "Whisper tiny.en, encoder", "MIT", 512, "blocks.3.attn.proj", gb=0.15,
+             modality="audio", front="whisper"),
+        Spec("vit_micro.on_spectrograms", "micro, supervised on images", TIN, layer="blocks.5.attn.proj",
+             modality="audio", front="image", timm="vit_micro.sup_tin100"),
         # What Table 21 cites as DeiT; the published code loads torchvision's ViT under that name, above
         Spec("deit_base_patch16_224.fb_in1k", "DeiT ViT-B/16, Touvron's weights", "Apache 2.0", 512, gb=0.35),
     )
@@ -164,6 +171,8 @@ class Backbone:
         """One view of nothing, for the sake of its shape."""
         if self.modality == "text":
             return torch.ones(1, 2, 1, device=self.device, dtype=torch.long)
+        if self.modality == "audio":
+            return torch.zeros(1, 128, self.front.bins, device=self.device, dtype=self.dtype)
         return torch.zeros(1, 3, self.size, self.size, device=self.device, dtype=self.dtype)
 
     @cached_property
@@ -334,6 +343,9 @@ def load(
         spec, title = spec_of(name), name
         if spec is not None and spec.modality == "text":
             model, front, read = texts.load(spec, random=name.startswith("random:"))
+        elif spec is not None and spec.modality == "audio":
+            image_network = lambda name: _create(name, BACKBONES[name])
+            model, front = spectrograms.load(spec, image_network, random=name.startswith("random:"))
         else:
             model = _create(name, spec)
     model = model.to(device=device, dtype=resolved).eval().requires_grad_(False)
@@ -343,7 +355,7 @@ def load(
     layer = layer or (spec and spec.layer) or last_attention_output(model)
     linear_layer(model, layer)
     pca, head, given = spec.pca if spec else None, bool(spec and spec.head), not isinstance(name, str)
-    if read:
+    if front:
         return Backbone(title, model, layer, spec.size, None, None, pca=pca, device=device, dtype=resolved,
                         modality=spec.modality, front=front, read=read)  # fmt: skip
     size, mean, std, ratio = _input(model, spec)
@@ -375,6 +387,8 @@ def how_to_get(name: str) -> str | None:
     spec = spec_of(name)
     if spec is not None and spec.modality == "text":
         return texts.how_to_get(spec, name.startswith("random:"))
+    if spec is not None and spec.modality == "audio":
+        return spectrograms.how_to_get(spec, name.startswith("random:"))
     if spec is not None and spec.size == 64:
         file = paths.backbones_dir() / f"{name}.safetensors"
         return None if file.is_file() else f"make {file.name}: python data/backbones/train.py {name}"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import views
+from . import corpora, views
 from .images import Split
 from .sounds import RATE
 
@@ -59,7 +59,7 @@ def packed_esc50_fold4(root: Path, train: bool, download: bool, *, fold: int) ->
 
 
 def _packed_esc(root: Path, member: str, column: str, fold: int, train: bool) -> Split:
-    table, classes = _parquet(root / "audio_esc.parquet")
+    table, classes = _parquet(root / "audio_esc.parquet", "audio", "label", "filename", member, column)
     kept = np.flatnonzero(table[member] & ((table[column] != fold) == train))
     present = np.unique(table["label"][table[member]])  # ESC-10's ten of the fifty
     labels = np.searchsorted(present, table["label"][kept]).astype(np.int64)
@@ -69,21 +69,17 @@ def _packed_esc(root: Path, member: str, column: str, fold: int, train: bool) ->
 
 def fsdd(root: Path, train: bool, download: bool) -> Split:
     """Spoken digits of six speakers from audio_fsdd.parquet: recordings 5-19 of each train, the official 0-4 test."""
-    table, classes = _parquet(root / "audio_fsdd.parquet")
+    table, classes = _parquet(root / "audio_fsdd.parquet", "audio", "label", "filename", "split")
     kept = np.flatnonzero(table["split"] == ("train" if train else "test"))
     names = [table["filename"][i] for i in kept]
     return Split([table["audio"][i] for i in kept], table["label"][kept].astype(np.int64), names, classes)
 
 
-def _parquet(file: Path) -> tuple[dict[str, np.ndarray], list[str]]:
+def _parquet(file: Path, *names: str) -> tuple[dict[str, np.ndarray], list[str]]:
     """Columns of a packed file, in its order, and its class names."""
-    try:
-        import pyarrow.parquet as parquet
-    except ImportError:
-        raise ImportError(f"{file.name} needs pyarrow; install it with: pip install -e '.[audio]'") from None
-    table = parquet.read_table(file)
-    columns = {name: table[name].to_numpy() for name in table.column_names}
-    return columns, json.loads(table.schema.metadata[b"class_names"])
+    table = corpora.columns(file, *names)
+    classes = json.loads((table.schema.metadata or {})[b"class_names"])
+    return {name: table[name].to_numpy() for name in names}, classes
 
 
 KINDS = ("tone", "vibrato", "rising chirp", "falling chirp", "harmonics", "beating tone", "noise burst", "clicks")

@@ -18,11 +18,12 @@ from safetensors.numpy import save_file
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 
-from . import backbones, evaluate, objectives, pca, projection, texts, views
+from . import backbones, evaluate, objectives, pca, projection, sounds, texts, views
 from .gradients import LossNotFinite, linear_layer
 
 WHOLE = objectives.KL()  # the embedding rides on the whole-image view
-MODALITIES = {"image": views, "text": texts}  # each: view_count, at_once, item_views, stack, finished, identity
+# each: view_count, at_once, item_views, stack, finished, identity
+MODALITIES = {"image": views, "text": texts, "audio": sounds}
 
 
 @dataclass
@@ -169,7 +170,8 @@ class Fungi(TransformerMixin, BaseEstimator):
     ``projection``: "rademacher" (the paper's), "khatri-rao", "sketch", or a (d, m) tensor to use as it is. ``heads``
     and ``negatives`` replace what would be drawn: {objective name: heads}, {objective name: (M, dim)}.
 
-    X is a sequence of images: paths, PIL, uint8 arrays (H, W[, 3]), tensors (3, H, W); of str for a text backbone.
+    X is a sequence of images: paths, PIL, uint8 arrays (H, W[, 3]), tensors (3, H, W); of str for a text backbone; for
+    an audio backbone of waveforms (n,) at 16 kHz, all of one length, or of such audio files (`sounds.decode`).
     """
 
     def __init__(

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
+from . import sounds
+
 MANY_FILES = 50_000  # above it the fingerprint takes file sizes for contents
 
 
@@ -42,6 +44,7 @@ class Images:
     upright: bool = False  # turned as the camera says (EXIF); official sets are read as torchvision reads them: not
     skipped: dict[str, str] = field(default_factory=dict)  # files left out (`samples.folder`): name -> why
     modality: str = "image"  # | "text" | "audio"
+    seconds: float = 0  # clips are cut to this length, or padded with silence; 0: as they are
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -51,7 +54,8 @@ class Images:
         try:
             if self.modality == "image":
                 return picture(item, self.upright)
-            return DECODERS[self.modality](item)
+            found = DECODERS[self.modality](item)
+            return sounds.fit_length(found, self.seconds) if self.seconds else found
         except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error ... for a broken file
             kind = {"image": "an image"}.get(self.modality, self.modality)
             raise ValueError(" ".join(f"{self.where(i)} cannot be read as {kind}: {error}".split())) from error
@@ -68,7 +72,7 @@ class Images:
         Contents are encoded bytes, or pixels and shape where the source holds pixels. In official sets of more than
         `MANY_FILES` separate files (ImageNet, Food101) a file's name and size stand for its contents.
         """
-        digest = hashlib.sha256(b"upright" if self.upright else b"")
+        digest = hashlib.sha256(b"upright" if self.upright else f"{self.seconds} s".encode() if self.seconds else b"")
         sizes = len(self) > MANY_FILES and not self.upright  # one's own files change
         for row, label, name in zip(self.rows, self.labels, self.names, strict=True):
             item = self.items[row]
@@ -98,7 +102,8 @@ def picture(item: Path | bytes | np.ndarray, upright: bool = False) -> Image.Ima
     return image
 
 
-DECODERS = {"text": str}  # an item of a `Split` of another modality to what its backbones take
+# an item of a `Split` of another modality to what its backbones take
+DECODERS = {"text": str, "audio": sounds.decode}
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

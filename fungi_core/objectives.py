@@ -371,8 +371,9 @@ def _project(embeddings: torch.Tensor, head: tuple | bool, normalize: bool) -> t
 
 Objective = KL | DINO | SimCLR | DeepCluster | IBOT
 OBJECTIVES: dict[str, type] = {one.name: one for one in (KL, DINO, SimCLR, DeepCluster, IBOT)}
-OTHER = {  # settings that differ from the images' (Table 17): texts Table 19
+OTHER = {  # settings that differ from the images' (Table 17): texts Table 19, sounds Table 12
     ("simclr", "text"): dict(positives=12, negative_views=2, dim=256, deletion=0.1),
+    ("simclr", "audio"): dict(positives=16, negative_views=2, dim=768, negatives=64),
 }
 
 

@@ -8,7 +8,7 @@ between, of the filter bank itself, as eq. 7 is printed and the published code d
 import hashlib
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from scipy.signal import resample_poly
 
-from . import views
+from .views import generator
 
+EXTRA = "pip install 'fungi_core[audio]'"
 RATE = 16_000  # Hz
 WINDOW, HOP = 400, 160  # samples: 25 ms windows every 10 ms
 LN10 = math.log(10)
@@ -36,6 +37,7 @@ class Front:
     mean and divisor for T frames.
     """
 
+    name: str
     bank: Callable[[np.ndarray], np.ndarray]
     bins: int
     scale: Callable[[int], tuple[float, float]]
@@ -69,7 +71,7 @@ def _read(item: str | Path | bytes, name: str) -> tuple[np.ndarray, int]:
     try:
         import soundfile  # here: image notebooks need no audio library
     except ImportError:
-        raise ImportError("audio files need soundfile; install it with: pip install -e '.[audio]'") from None
+        raise OSError(f"audio files need soundfile: {EXTRA}") from None
     where = name if isinstance(item, bytes) else item
     try:
         return soundfile.read(io.BytesIO(item) if isinstance(item, bytes) else item, dtype="float32")
@@ -166,24 +168,66 @@ def scaled(bank: np.ndarray, front: Front) -> np.ndarray:
     return ((bank - mean) / divisor).astype(np.float32)
 
 
-def prepare(samples: np.ndarray, front: Front, objective, seed: int, count: int | None = None) -> np.ndarray:
-    """What one clip contributes for ``objective`` (None: the embedding), (V, T, F) float32: its filter bank, or
-    ``count`` noise views seeded by (seed, objective, the clip's content).
-    """
-    bank = front.bank(samples)
-    if objective is None or objective.views == "whole":
-        return scaled(bank[None], front)
-    return scaled(noisy(bank, count, views.generator(seed, objective.name, sound_id(samples))), front)
-
-
 def _ssast_scale(frames: int) -> tuple[float, float]:
     mean, deviation = SSAST_INPUT.get(frames, SSAST_OTHER)
     return mean, 2 * deviation
 
 
 FRONTS = {
-    "whisper": Front(whisper_bank, 80, lambda frames: (-4 * LN10, 4 * LN10)),  # its (log10 + 4) / 4
-    "ssast": Front(kaldi_bank, 128, _ssast_scale),
-    # for image networks: 160 dB around 40 dB below full power fill the +-2 of their normalised pixels
-    "image": Front(whisper_bank, 80, lambda frames: (-2 * LN10, 2 * LN10)),
+    front.name: front
+    for front in (
+        Front("whisper", whisper_bank, 80, lambda frames: (-4 * LN10, 4 * LN10)),  # its (log10 + 4) / 4
+        Front("ssast", kaldi_bank, 128, _ssast_scale),
+        # for image networks: 80 dB around 40 dB below full power fill the +-2 of their normalised pixels
+        Front("image", whisper_bank, 80, lambda frames: (-2 * LN10, 2 * LN10)),
+    )
 }
+
+
+# What `fungi` asks of every modality; see also `views`.
+
+
+def view_count(backbone, objective) -> int:
+    """Views a clip: 1 for KL, 16 for SimCLR (Table 12)."""
+    if objective.views == "whole":
+        return 1
+    if not getattr(objective, "positives", 0):
+        raise ValueError(
+            f"{objective.name} with these settings has no views of a sound; there are "
+            "objectives.by_name('kl', 'audio') and by_name('simclr', 'audio')"
+        )
+    return objective.positives
+
+
+def at_once(backbone, count: int) -> int:
+    """Clips of ``count`` views that make a good batch."""
+    return (32 if backbone.device == "cpu" else 512) // count
+
+
+def item_views(backbone, objective, item, seed: int, name: str) -> np.ndarray:
+    """What one clip contributes to a batch, (V, T, F) float32: its filter bank, or noise views of it (eq. 7) keyed by
+    seed, objective and the clip's content.
+    """
+    samples = decode(item, name)
+    bank = backbone.front.bank(samples)
+    if objective.views == "whole":
+        return scaled(bank[None], backbone.front)
+    rng = generator(seed, objective.name, sound_id(samples))
+    return scaled(noisy(bank, objective.positives, rng), backbone.front)
+
+
+def stack(backbone, items: Sequence[np.ndarray]) -> torch.Tensor:
+    """The items of a batch in one tensor (B, V, T, F)."""
+    if len({item.shape for item in items}) > 1:
+        raise ValueError("clips of different lengths; bring them to one length with sounds.fit_length(clip, seconds)")
+    return torch.from_numpy(np.stack(items))
+
+
+def finished(backbone, objective, batch: torch.Tensor) -> torch.Tensor:
+    """Filter banks need nothing more on the device than its dtype."""
+    return batch.to(backbone.dtype)
+
+
+def identity(backbone) -> list:
+    """What of the backbone's input changes a feature, for the store's keys."""
+    return [backbone.front.name]

@@ -6,13 +6,18 @@ image backbones: the target is ``blocks.<last>.attn.proj``.
 """
 
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import try_to_load_from_cache
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from . import views
+from . import checkpoints, paths, sounds, views
+
+WHISPER = "openai/whisper-tiny.en", "whisper_tiny_en_encoder.fp16.safetensors"  # the hub's name; encoder alone, packed
+SSAST = "https://www.dropbox.com/s/ewrzpco95n9jdz6/SSAST-Base-Patch-400.pth?dl=1"  # where the paper's code gets it
 
 
 class WhisperStem(nn.Module):
@@ -123,9 +128,10 @@ def on_spectrograms(model: VisionTransformer) -> VisionTransformer:
 
 
 def whisper_weights(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Keys of transformers' ``WhisperEncoder`` in timm's names; queries, keys and values are one layer there, and keys
-    have a bias of zero.
+    """Keys of transformers' ``WhisperEncoder``, or of the whole model around it, in timm's names; queries, keys and
+    values are one layer there, and keys have a bias of zero.
     """
+    state = {key.removeprefix("model.encoder."): x.float() for key, x in state.items()}
     names = {"self_attn.out_proj": "attn.proj", "self_attn_layer_norm": "norm1", "final_layer_norm": "norm2",
              "fc1": "mlp.fc1", "fc2": "mlp.fc2"}  # fmt: skip
     out, depth = {}, 1 + max(int(key.split(".")[1]) for key in state if key.startswith("layers."))
@@ -157,3 +163,42 @@ def ssast_weights(checkpoint: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
     out["reg_token"] = state["dist_token"] + positions[:, 1:2]
     out["patch_embed.positions"] = positions[:, 2:].transpose(1, 2).unflatten(2, grid)  # (1, D, f, t)
     return out
+
+
+def load(spec, image_network, random: bool = False) -> tuple[VisionTransformer, sounds.Front]:
+    """Encoder and front end of an audio row of `backbones.BACKBONES`; with ``random`` weights from a fixed seed.
+
+    ``image_network``: gives the untouched image network of a row that is one, by its name. FileNotFoundError, in one
+    line, where the weights are missing.
+    """
+    if get := how_to_get(spec, random):
+        raise FileNotFoundError(f"the weights of {spec.name} are not on this machine; get them by: {get}")
+    if spec.front == "image":
+        return on_spectrograms(image_network(spec.timm)), sounds.FRONTS["image"]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = {"whisper": whisper, "ssast": ssast}[spec.front]()
+    convert = {"whisper": whisper_weights, "ssast": ssast_weights}[spec.front]
+    model = model if random else checkpoints.load_into(model, _file(spec), convert)
+    return model, sounds.FRONTS[spec.front]
+
+
+def how_to_get(spec, random: bool = False) -> str | None:
+    """What to do for the weights of ``spec``, in one line; None when they are here."""
+    if random or _file(spec):
+        return None
+    if spec.front == "whisper":
+        return f"hf download {WHISPER[0]} model.safetensors"
+    return f"into checkpoints, as SSAST-Base-Patch-400.pth: {SSAST}"
+
+
+def _file(spec) -> Path | None:
+    """Where the weights are."""
+    if spec.front == "image":
+        return paths.backbones_dir() / f"{spec.timm}.safetensors"
+    if spec.front == "ssast":
+        file = paths.downloads_dir() / "checkpoints" / "SSAST-Base-Patch-400.pth"
+        return file if file.is_file() else None
+    packed = paths.downloads_dir() / WHISPER[1]
+    cached = try_to_load_from_cache(WHISPER[0], "model.safetensors")
+    return packed if packed.is_file() else Path(cached) if isinstance(cached, str) else None

@@ -3,11 +3,12 @@
 import io
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from fungi_core import objectives, sounds, views
+from fungi_core import backbones, fungi, objectives, sounds, views
 
 soundfile = pytest.importorskip("soundfile")
 
@@ -127,18 +128,54 @@ def test_noise_views_follow_their_distribution():
     assert noise.mean((1, 2)).std() > 0.01  # one x2 a copy, not one a cell
 
 
-def test_views_are_seeded_by_content():
-    front, simclr = sounds.FRONTS["whisper"], objectives.SimCLR()
-    a, b = clip(seed=0), clip(seed=1)
-    once = sounds.prepare(a, front, simclr, 0, 3)
-    assert once.shape == (3, 100, 80) and once.dtype == np.float32
-    np.testing.assert_array_equal(once, sounds.prepare(a.copy(), front, simclr, 0, 3))
-    assert not np.array_equal(once, sounds.prepare(a, front, simclr, 1, 3))
-    noise = lambda x: sounds.prepare(x, front, simclr, 0, 3)[0]
-    assert not np.array_equal(noise(a), noise(b))
-    whole = sounds.prepare(a, front, objectives.KL(), 0)
-    np.testing.assert_array_equal(whole, sounds.prepare(a, front, None, 7))
+@pytest.fixture(scope="module")
+def whisper():
+    return backbones.load("random:whisper-tiny.en", device="cpu", dtype="float32")
+
+
+SIMCLR = objectives.by_name("simclr", "audio")
+
+
+def test_views_are_seeded_by_content(whisper):
+    made = lambda x, objective, seed=0: sounds.item_views(whisper, objective, x, seed, "clip 0")
+    a, once = clip(), made(clip(), SIMCLR)
+    assert once.shape == (16, 100, 80) and once.dtype == np.float32
+    np.testing.assert_array_equal(once, made(encoded(a, 16000, format="WAV", subtype="FLOAT"), SIMCLR))
+    assert not np.array_equal(once, made(a, SIMCLR, 1))
+    whole = made(a, objectives.KL())
     assert whole.shape == (1, 100, 80)
+    np.testing.assert_array_equal(whole, made(a, objectives.KL(), 7))
+    # louder by a factor: the same bank but for a constant, other noise
+    louder = made(2 * a, SIMCLR) - made(2 * a, objectives.KL())
+    assert np.abs(louder - (once - whole)).max() > 0.01
+
+
+def test_settings_of_table_12():
+    kl = objectives.by_name("kl", "audio")
+    assert (kl.temperature, kl.dim, kl.normalize) == (15, 768, True)
+    assert (SIMCLR.positives, SIMCLR.negatives, SIMCLR.negative_views, SIMCLR.dim) == (16, 64, 2, 768)
+    assert (SIMCLR.temperature, SIMCLR.normalize) == (0.07, False)
+
+
+def test_features_do_not_depend_on_the_batch(whisper):
+    """Alone, in company, reordered; negatives are two views each of the training clips."""
+    pair = [objectives.KL(dim=24), replace(SIMCLR, positives=3, negatives=4, dim=24)]
+    x = [clip(seed=i) for i in range(5)]
+    fitted = fungi.Fungi("random:whisper-tiny.en", pair, pca=None, device="cpu", dtype="float32").fit(x)
+    assert fitted.parts_["simclr"].negatives.shape == (8, 24)
+    together = fitted.transform(x)
+    np.testing.assert_allclose(fitted.transform(x[3:4])[0], together[3], atol=1e-5)
+    np.testing.assert_allclose(fitted.transform(x[::-1])[::-1], together, atol=1e-5)
+    assert together.shape == (5, 3 * 384)
+
+
+def test_a_clip_that_is_none_is_named(whisper):
+    with pytest.raises(ValueError, match="audio 1 is a list"):
+        fungi.Fungi("random:whisper-tiny.en", [objectives.KL()], device="cpu").fit([clip(), [1.0]])
+    with pytest.raises(ValueError, match="different lengths; .* sounds.fit_length"):
+        fungi.Fungi("random:whisper-tiny.en", [objectives.KL()], device="cpu").fit([clip(), clip(0.5)])
+    with pytest.raises(ValueError, match="dino with these settings has no views of a sound"):
+        sounds.view_count(whisper, objectives.DINO())
 
 
 def encoded(samples, rate, **kwargs):
@@ -205,4 +242,4 @@ def test_fit_length():
 def test_missing_soundfile_gives_one_line():
     code = "import sys; sys.modules['soundfile'] = None\nfrom fungi_core import sounds\nsounds.decode('x.wav')"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "ImportError: audio files need soundfile; install it with: pip install -e '.[audio]'" in ran.stderr
+    assert "OSError: audio files need soundfile: pip install 'fungi_core[audio]'" in ran.stderr
