@@ -126,7 +126,7 @@ DATASETS: dict[str, Entry] = {
               note=_MADE, modality="audio", seconds=1),
         *(_clips(f"esc10_fold{i}", f"ESC-10, fold {i}", "lite", "CC BY 3.0", (320, 80, 10), 0.01,
                  partial(clips.packed_esc10, fold=i), "audio_esc.parquet", _CLIPS, 5) for i in range(1, 6)),
-        *(_clips(f"esc50_part{i}", f"ESC-50's fold 4, part {i}", "lite", "CC BY-NC 3.0", (400 - n, n, 50), 0.01,
+        *(_clips(f"esc50_fold4_part{i}", f"ESC-50's fold 4, part {i}", "lite", "CC BY-NC 3.0", (400 - n, n, 50), 0.01,
                  partial(clips.packed_esc50_fold4, fold=i), "audio_esc.parquet", _CLIPS, 5, note=_FOLD4)
           for i, n in enumerate((101, 102, 98, 99), 1)),
         _clips("fsdd", "Spoken digits", "lite", "CC BY-SA 4.0", (900, 300, 10), 0.002, clips.fsdd,

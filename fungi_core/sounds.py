@@ -201,7 +201,7 @@ def view_count(backbone, objective) -> int:
 
 def at_once(backbone, count: int) -> int:
     """Clips of ``count`` views that make a good batch."""
-    return (32 if backbone.device == "cpu" else 512) // count
+    return (16 if backbone.device == "cpu" else 512) // count
 
 
 def item_views(backbone, objective, item, seed: int, name: str) -> np.ndarray:
