@@ -92,10 +92,10 @@ BACKBONES: dict[str, Spec] = {
         Spec("all-MiniLM-L6-v2", "MiniLM", "Apache 2.0", 512, "encoder.layer.5.attention.output.dense", 256,
              gb=0.09, modality="text", pool="mean", hub=MINILM),
         # sounds: Table 11, a speech recogniser's encoder, and an image network that is shown spectrograms
-        Spec("ssast-base-patch-400", "SSAST", "BSD 3-Clause", 512, gb=0.37, modality="audio", front="ssast"),
-        Spec("whisper-tiny.en", "Whisper tiny.en, encoder", "MIT", 512, "blocks.3.attn.proj", gb=0.15,
+        Spec("ssast-base-patch-400", "SSAST", "BSD 3-Clause", 512, size=128, gb=0.37, modality="audio", front="ssast"),
+        Spec("whisper-tiny.en", "Whisper tiny.en, encoder", "MIT", 512, "blocks.3.attn.proj", 80, gb=0.15,
              modality="audio", front="whisper"),
-        Spec("vit_micro.on_spectrograms", "micro, supervised on images", TIN, layer="blocks.5.attn.proj",
+        Spec("vit_micro.on_spectrograms", "micro, supervised on images", TIN, layer="blocks.5.attn.proj", size=80,
              modality="audio", front="image", timm="vit_micro.sup_tin100"),
         # What Table 21 cites as DeiT; the published code loads torchvision's ViT under that name, above
         Spec("deit_base_patch16_224.fb_in1k", "DeiT ViT-B/16, Touvron's weights", "Apache 2.0", 512, gb=0.35),
@@ -120,7 +120,7 @@ class Backbone:
     name: str
     model: torch.nn.Module
     layer: str
-    size: int  # px; for texts the most tokens
+    size: int  # px; for texts the most tokens, for sounds mel bands
     mean: torch.Tensor | None
     std: torch.Tensor | None
     crop_ratio: float = 1.0
