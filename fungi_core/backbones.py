@@ -6,11 +6,12 @@ with seeded random weights (benchmarks, tests; no network).
 """
 
 import copy
+import ctypes
 import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,20 @@ def auto_dtype(device: str) -> torch.dtype:
     """bf16 where the hardware multiplies it faster than fp32 (CUDA, CPUs with AMX or AVX-512 bf16), else fp32."""
     fast = device.startswith("cuda") or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if fast else torch.float32
+
+
+def fixed_teams() -> None:
+    """Switch OpenMP's dynamic teams off in this thread: with them (OMP_DYNAMIC, or a library that sets them, as cyanure
+    does) torch's bf16 products on a busy CPU are silently wrong.
+    """
+    for library in _openmp():
+        library.omp_set_dynamic(0)
+
+
+@cache
+def _openmp() -> list[ctypes.CDLL]:
+    """GNU's OpenMP as torch brings it on Linux; other platforms have another one."""
+    return [ctypes.CDLL(str(file)) for file in (Path(torch.__file__).parent / "lib").glob("libgomp*.so*")]
 
 
 @dataclass

@@ -86,6 +86,7 @@ def view_batches(backbone, objective, images: Sequence, seed: int) -> Iterator[t
     """(start, views on the device as the modality's ``finished`` gives them) for all images, prepared by threads one
     batch ahead of the model.
     """
+    backbones.fixed_teams()
     kind = MODALITIES[backbone.modality]
     size = max(1, kind.at_once(backbone, view_count(backbone, objective)))
     # A divisor of the store's shards: a resumed run has the same batches, so the same bytes.
