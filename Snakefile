@@ -25,7 +25,8 @@ ALONE = {"16_simclr_views", "17_throughput"}  # timings: nothing else runs besid
 PAPER = PROFILE == "paper"
 ROWS = config.get("rows_a_job")  # --config rows_a_job=N: another size of the shards; 0: none
 GROUPS = {group: rows if ROWS is None else int(ROWS) for group, rows in plan.groups(PROFILE).items()}
-THREADS = 8 if PAPER else workflow.cores or 1
+CLUSTER = workflow.remote_exec or workflow.non_local_exec  # inside of a cluster's job, or about to submit it
+THREADS = 8 if PAPER else 2 if CLUSTER else workflow.cores or 1
 MEMORY, MINUTES = (64_000, 240) if PAPER else (4_000, 60)  # MB and time limit of a job; twice that at its second try
 GPU = int(PAPER)  # what a job asks for; locally limited by --resources gpu=N, one process a device
 PRESENT = {row["name"] for row in datasets.table() if row["available"]}  # the rest is "not run" in the notebooks

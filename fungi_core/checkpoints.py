@@ -1,12 +1,13 @@
 """Weights that timm does not host: files in FUNGI_DATA/checkpoints, and their keys in timm's names.
 
-A file is read by `torch.load(weights_only=True)`, which runs no code that it holds.
+A file is read by `torch.load(weights_only=True)`, or as safetensors; neither runs code that it holds.
 """
 
 import re
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 Weights = dict[str, torch.Tensor]
 
@@ -48,7 +49,8 @@ def load_into(model: torch.nn.Module, file: Path, convert) -> torch.nn.Module:
     ValueError, in one line, for a file that is something else.
     """
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
+        safe = file.suffix == ".safetensors"
+        content = load_file(file) if safe else torch.load(file, map_location="cpu", weights_only=True)
         model.load_state_dict(convert(content), strict=True)
     except OSError:
         raise

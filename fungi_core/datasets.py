@@ -1,4 +1,4 @@
-"""One table of named image classification sets, and `load`: a name and a split to images, labels and a fingerprint.
+"""One table of named classification sets (images, texts, clips); `load`: name and split to items, labels, fingerprint.
 
 A new data set is one `Entry`: its source returns an `images.Split`. A packed file ``<name>.npz`` (see `pack`) in the
 data folder is found without an entry, and wins over the official archive of the same name.
@@ -7,15 +7,18 @@ data folder is found without an entry, and wins over the official archive of the
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 
-from . import official, samples
+from . import clips, corpora, official, samples, sounds
 from .images import Images, Split, balanced
 from .paths import downloads_dir
 
 SPLITS = ("train", "test")
+ITEMS = {"image": "images", "text": "texts", "audio": "clips"}
 
 
 class DatasetUnavailable(FileNotFoundError):
@@ -40,6 +43,8 @@ class Entry:
     metric: str = "accuracy"  # or "mean-per-class" (section C), "mAP" of a ground truth of its own (section A.1)
     column: str = ""  # its column in the paper's tables
     note: str = ""
+    modality: str = "image"  # | "text" | "audio"
+    seconds: float = 0  # the length that clips are brought to
 
 
 _PACKED = "put {name}.npz into the folder FUNGI_DATA names, or make it with python -m fungi_core.pack"
@@ -53,7 +58,27 @@ _CC0 = "CC0 or public domain; china.jpg, flower.jpg CC BY 2.0"
 _NC = "Custom (Research Only, Non Commercial)"
 _MPC = "mean-per-class"
 _SUBSET = "10 of 47 classes, random 2/3 : 1/3 split, not the official one"
+_PARQUET = "put {modality}_{name}.parquet there (format: fungi_core.corpora)"
+_ESC = "meta/esc50.csv and audio/*.wav of github.com/karolpiczak/ESC-50"
+_WORDS = "storage.googleapis.com/download.tensorflow.org/data/speech_commands_v0.02.tar.gz, unpacked"
+_CLIPS = "put {} there (columns: fungi_core.clips)"
+_FOLD4 = "one fold of ESC-50 in 4 parts of our own, not the official protocol"
+_FSDD = "recordings 5-19 train, 0-4 test; padded to 1 s"
+_MADE = "synthetic: made by fungi_core.clips from a seed"
 _T = "Tiny ImageNet (100 of 200 classes)"  # stands in for ImageNet 100; trains the mini backbones
+
+
+def _text(name, title, licence, n_train, n_test, n_classes, gb, column) -> Entry:
+    """A text set of Table 20, in one packed file."""
+    return Entry(name, title, "paper", licence, n_train, n_test, n_classes, gb, corpora.packed(name),
+                 f"text_{name}.parquet", _PARQUET, column=column, modality="text")  # fmt: skip
+
+
+def _clips(name, title, profile, licence, sizes, gb, source, folder, get, seconds, **more) -> Entry:
+    """An audio set of (training, test) clips and classes, which are cut or padded to ``seconds``."""
+    return Entry(name, title, profile, licence, *sizes, gb, source, folder, get.format(folder),
+                 modality="audio", seconds=seconds, **more)  # fmt: skip
+
 
 DATASETS: dict[str, Entry] = {
     entry.name: entry
@@ -92,6 +117,25 @@ DATASETS: dict[str, Entry] = {
               official.roxford5k, "roxford5k", _LANDMARKS, "mAP", note=_ROLES),
         Entry("rparis6k", "Revisited Paris", "paper", _PHOTOS, 6_322, 70, 1, 2.6,
               official.rparis6k, "rparis6k", _LANDMARKS, "mAP", note=_ROLES),
+        _text("trec", "TREC", "Unknown", 5_452, 500, 6, 0.001, "TREC"),
+        _text("banking77", "Banking-77", "CC BY 4.0", 10_003, 3_080, 77, 0.001, "Banking-77"),
+        _text("sst5", "SST", "Unknown", 8_544, 2_210, 5, 0.002, "SST (Fine Grained)"),
+        _text("agnews", "AG News", "Custom (Non Commercial)", 120_000, 7_600, 4, 0.02, "AG News"),
+        _text("tweeteval_emoji", "Tweet Eval", "Unknown", 45_000, 50_000, 20, 0.01, "Tweet-Eval"),
+        Entry("synthetic_sounds", "Synthetic sounds", "mini", "MIT", 480, 480, 8, 0, clips.synthesised,
+              note=_MADE, modality="audio", seconds=1),
+        *(_clips(f"esc10_fold{i}", f"ESC-10, fold {i}", "lite", "CC BY 3.0", (320, 80, 10), 0.01,
+                 partial(clips.packed_esc10, fold=i), "audio_esc.parquet", _CLIPS, 5) for i in range(1, 6)),
+        *(_clips(f"esc50_fold4_part{i}", f"ESC-50's fold 4, part {i}", "lite", "CC BY-NC 3.0", (400 - n, n, 50), 0.01,
+                 partial(clips.packed_esc50_fold4, fold=i), "audio_esc.parquet", _CLIPS, 5, note=_FOLD4)
+          for i, n in enumerate((101, 102, 98, 99), 1)),
+        _clips("fsdd", "Spoken digits", "lite", "CC BY-SA 4.0", (900, 300, 10), 0.002, clips.fsdd,
+               "audio_fsdd.parquet", _CLIPS, 1, note=_FSDD),
+        *(_clips(f"esc50_fold{i}", f"ESC 50, fold {i}", "paper", "CC BY-NC 3.0", (1600, 400, 50), 0.6,
+                 partial(clips.esc50, fold=i), "ESC-50-master", _ESC, 5, column="ESC 50" if i == 1 else "")
+          for i in range(1, 6)),  # Table 11 has the first fold alone, as the published code does
+        _clips("speech_commands_v2", "SpeechCommands V2", "paper", "CC BY 4.0", (84_843, 11_005, 35), 2.3,
+               clips.speech_commands, "speech_commands_v0.02", _WORDS, 1, column="SpeechCommands V2"),
     )
 }  # fmt: skip
 
@@ -109,11 +153,11 @@ def load(name: str, split: str, limit: int | None = None, seed: int = 0, downloa
     path = _packed_file(entry)
     data = samples.packed(path, train) if path else read_source(entry, train, download)
     n, n_official = len(data.labels), entry.n_train if train else entry.n_test
-    kind = "training" if train else "test"
-    short = f"{n} of {n_official} official {kind} images" if n_official not in (None, n) else ""
+    kind = f"{'training' if train else 'test'} {ITEMS[entry.modality]}"
+    short = f"{n} of {n_official} official {kind}" if n_official not in (None, n) else ""
     note = "; ".join(filter(None, (short, entry.note)))
     images = Images(name, split, data.labels, data.classes, entry.metric, data.names, data.items, np.arange(n),
-                    note, entry.licence)  # fmt: skip
+                    note, entry.licence, modality=entry.modality, seconds=entry.seconds)  # fmt: skip
     if limit is None or limit >= len(images):
         return images
     if limit < 1:
@@ -137,14 +181,15 @@ def table() -> list[dict]:
     ``reason`` (one line with everything) and ``get`` (what to put into which folder).
     """
     entries = [*DATASETS.values(), *(_entry(name) for name in _packed_names() if name not in DATASETS)]
-    keys = ("name", "title", "profile", "metric", "licence", "n_train", "n_test", "n_classes", "gb", "column", "note")
+    keys = ("name", "title", "profile", "modality", "metric", "licence", "n_train", "n_test", "n_classes", "gb",
+            "column", "note")  # fmt: skip
     rows = []
     for entry in entries:
         path = _packed_file(entry)
         reason = "" if path else _missing(entry, download=False)
         origin = path.name if path else entry.folder or ("installed packages" if entry.source else "packed file")
         row = {key: getattr(entry, key) for key in keys}
-        get = f"into {entry.folder or '.'}: {_get(entry)}" if reason else ""
+        get = f"into {_folder(entry) or '.'}: {_get(entry)}" if reason else ""
         rows.append(row | {"origin": origin, "available": not reason, "reason": reason, "get": get})
     return rows
 
@@ -171,15 +216,23 @@ def _packed_file(entry: Entry) -> Path | None:
 
 def _missing(entry: Entry, download: bool) -> str:
     """Why the data set cannot be read without a packed file, in one line; "" if it can."""
+    if entry.modality == "audio" and entry.folder and not find_spec("soundfile"):
+        return _line(entry, f"needs soundfile ({sounds.EXTRA})")
     if entry.source and (not entry.folder or (downloads_dir() / entry.folder).exists() or (download and not entry.get)):
         return ""
     return _line(entry, "is not here")
 
 
+def _folder(entry: Entry) -> str:
+    """Inside the downloads folder; a source of one file reads it there itself."""
+    return "" if entry.folder.endswith(".parquet") else entry.folder
+
+
 def _line(entry: Entry, what: str) -> str:
-    place = downloads_dir() / entry.folder
+    place = downloads_dir() / _folder(entry)
     return f"{entry.name} ({entry.title}) {what}: {place}; {entry.gb:g} GB, licence {entry.licence}; {_get(entry)}"
 
 
 def _get(entry: Entry) -> str:
-    return entry.get.format(name=entry.name) or f"its archive, or datasets.load({entry.name!r}, 'train', download=True)"
+    get = entry.get.format(name=entry.name, modality=entry.modality)
+    return get or f"its archive, or datasets.load({entry.name!r}, 'train', download=True)"

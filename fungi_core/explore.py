@@ -1,7 +1,7 @@
 """What a notebook does with its kernel: widgets live in JupyterLab and static in a batch run, and an early end."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from IPython import get_ipython
@@ -25,6 +25,15 @@ def interact(show: Callable, **choices):
 
     slide = lambda low, high, start: IntSlider(min=low, max=high, value=start, continuous_update=False)
     widgets(show, **choices | {name: slide(*choice) for name, choice in sliders.items()})
+
+
+def listen(clips: Sequence, rate: int) -> None:
+    """A player for each waveform (n,), in front of a person only: sound is never kept in a saved notebook."""
+    if live():
+        from IPython.display import Audio, display
+
+        for clip in clips:
+            display(Audio(clip, rate=rate))
 
 
 class _End(Exception):

@@ -29,13 +29,16 @@ LATER = {
     "head": True,
     "augmentation": "crops",
     "native": False,
+    "positives": 0,
+    "negative_views": 0,
+    "deletion": 0.0,
 }  # settings younger than EXTRACTION: no part of a key at these values
 LETTERS = {"embedding": "E", "kl": "K", "dino": "D", "simclr": "S", "deepcluster": "C", "ibot": "I"}
 
 
 @dataclass(frozen=True)
 class Rows:
-    """One split's images and raw feature blocks: {"embedding": (N, D), "kl": (N, d), ...} float32.
+    """One split's images (texts, clips) and raw feature blocks: {"embedding": (N, D), "kl": (N, d), ...} float32.
 
     With ``projection="exact"`` a gradient's block is its `Factors`, for `similarity`.
     """
@@ -74,6 +77,14 @@ def features(
     return tuple(
         _split(encoder, data, train, names, seed, layer or encoder.layer, projection) for data in (train, test)
     )
+
+
+def of_images(
+    data: "datasets.Images", backbone: str | backbones.Backbone, names: Sequence = ALL, *, seed: int = 0
+) -> Rows:
+    """Rows of images that are in no table (a reader's own); the negatives are drawn from these images themselves."""
+    encoder = backbones.load(backbone) if isinstance(backbone, str) else backbone
+    return _split(encoder, data, data, names, seed, encoder.layer)
 
 
 def _load(dataset: str, n_train: int | None, n_test: int | None) -> tuple["datasets.Images", "datasets.Images"]:
@@ -121,7 +132,9 @@ def named(letters: str) -> list[str]:
 
 
 def _split(encoder, data, train, names, seed, layer, projection="rademacher") -> Rows:
-    wanted = [objectives.by_name(name) if isinstance(name, str) else name for name in names]
+    if data.modality != encoder.modality:
+        raise ValueError(f"{data.name} holds {data.modality} data, {encoder.name} reads {encoder.modality} data")
+    wanted = [objectives.by_name(name, encoder.modality) if isinstance(name, str) else name for name in names]
     opened = _ensure(encoder, data, train, wanted, seed, layer, projection)
     blocks = {name: rows.read() for name, rows in opened.items()}
     if projection == "exact":
@@ -187,7 +200,7 @@ def layer_features(
     Rows are those of `features` with the same ``layer``, up to rounding, and hold the gradient's block alone.
     """
     encoder = backbones.load(backbone) if isinstance(backbone, str) else backbone
-    objective = objectives.by_name(objective) if isinstance(objective, str) else objective
+    objective = objectives.by_name(objective, encoder.modality) if isinstance(objective, str) else objective
     train, test = _load(dataset, n_train, n_test)
     splits = []
     for data in (train, test):
@@ -276,9 +289,11 @@ def _meta(encoder, data, train=None, objective=None, seed=None, layer=None, proj
         "extraction": EXTRACTION,
         "data": [data.name, data.split, data.fingerprint],
         "backbone": [encoder.name, encoder.fingerprint],
-        "input": [encoder.size, encoder.crop_ratio, encoder.mean.tolist(), encoder.std.tolist()],
+        "input": fungi.MODALITIES[encoder.modality].identity(encoder),
         "dtype": str(encoder.dtype).removeprefix("torch."),
     }
+    if data.skipped:  # which files of the folder are no rows here, for whoever reads the metadata
+        meta["skipped"] = sorted(data.skipped)
     if objective is None:
         return meta | {"feature": "embedding"}
     settings = {key: value for key, value in asdict(objective).items() if key not in LATER or value != LATER[key]}
@@ -297,7 +312,7 @@ def _meta(encoder, data, train=None, objective=None, seed=None, layer=None, proj
 def progress(total: int, label: str) -> tqdm:
     """A bar with rate and time left for people; quiet in batch logs."""
     live = sys.stderr.isatty() or "JPY_SESSION_NAME" in os.environ
-    return tqdm(total=total, desc=label, unit="img", mininterval=0.5, disable=not live)
+    return tqdm(total=total, desc=label, unit="row", mininterval=0.5, disable=not live)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -315,7 +330,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         encoder = backbones.load(args.backbone)
         train, test = _load(args.dataset, args.n_train, args.n_test)
         data = {"train": train, "test": test}[args.split]
-        wanted = [objectives.by_name(name) for name in args.features if name != "embedding"]
+        wanted = [objectives.by_name(name, encoder.modality) for name in args.features if name != "embedding"]
         opened = _ensure(encoder, data, train, wanted, args.seed, encoder.layer, shard=args.shard)
         start, stop = shard_rows(len(data), *args.shard)
         if args.shard[1] == 1:

@@ -1,9 +1,12 @@
-"""FUNGI features: embedding and projected gradients of each image, and ``Fungi``, the scikit-learn transformer."""
+"""FUNGI features: embedding and projected gradients of each image (text, clip), and ``Fungi``, the scikit-learn
+transformer.
+"""
 
 import json
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from numbers import Integral
 from pathlib import Path
@@ -15,10 +18,12 @@ from safetensors.numpy import save_file
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 
-from . import backbones, evaluate, objectives, pca, projection, views
-from .gradients import linear_layer
+from . import backbones, evaluate, objectives, pca, projection, sounds, texts, views
+from .gradients import LossNotFinite, linear_layer
 
 WHOLE = objectives.KL()  # the embedding rides on the whole-image view
+# each: view_count, at_once, item_views, stack, finished, identity
+MODALITIES = {"image": views, "text": texts, "audio": sounds}
 
 
 @dataclass
@@ -63,7 +68,9 @@ def negative_latents(
     out = []
     with torch.inference_mode():
         for _, batch in view_batches(backbone, objective, [images[i] for i in chosen], seed):
-            batch = batch[:, : getattr(objective, "global_crops", None)]  # DeepCluster clusters no local crops
+            # DeepCluster clusters no local crops; texts and sounds give two views of each negative
+            few = getattr(objective, "global_crops", 0) or getattr(objective, "negative_views", 0)
+            batch = batch[:, : few or None]
             encoder = backbone.at_size(batch.shape[-1])
             latents = objective.latents(encoder.embed(batch.flatten(0, 1)).float(), heads)  # (B * V, dim)
             out.append(latents.unflatten(0, batch.shape[:2]))
@@ -71,29 +78,24 @@ def negative_latents(
 
 
 def view_count(backbone: backbones.Backbone, objective) -> int:
-    """Views an image: 1 for KL, 12 for DINO, 49 for SimCLR with the paper's settings."""
-    if objective.views == "patches":
-        return views.patch_count(backbone.size, objective.grid, objective.stride_scale)
-    return objective.global_crops + objective.local_crops if objective.views == "crops" else 1
+    """Views that the objective takes of each image, text or clip."""
+    return MODALITIES[backbone.modality].view_count(backbone, objective)
 
 
 def view_batches(backbone, objective, images: Sequence, seed: int) -> Iterator[tuple[int, torch.Tensor]]:
-    """(start, views on the device as `views.finish` gives them) for all images, prepared by threads one batch ahead of
-    the model.
+    """(start, views on the device as the modality's ``finished`` gives them) for all images, prepared by threads one
+    batch ahead of the model.
     """
-    count = view_count(backbone, objective)
-    pixels = 2**22 if backbone.device == "cpu" else 2**26
-    size = max(1, min(256, pixels // (count * backbone.size**2)))
+    backbones.fixed_teams()
+    kind = MODALITIES[backbone.modality]
+    size = max(1, kind.at_once(backbone, view_count(backbone, objective)))
     # A divisor of the store's shards: a resumed run has the same batches, so the same bytes.
     size = 1 << size.bit_length() - 1
 
-    def prepared(i: int) -> np.ndarray | torch.Tensor:
-        image = views.to_image(images[i], f"image {i}")
-        return views.prepare(image, backbone.size, backbone.crop_ratio, objective, seed, backbone.device)
-
     def batch(start: int) -> torch.Tensor:
-        parts = [prepared(i) for i in range(start, min(start + size, len(images)))]
-        stack = torch.stack(parts) if isinstance(parts[0], torch.Tensor) else torch.from_numpy(np.stack(parts))
+        rows = range(start, min(start + size, len(images)))
+        name = lambda i: f"{backbone.modality} {i}"
+        stack = kind.stack(backbone, [kind.item_views(backbone, objective, images[i], seed, name(i)) for i in rows])
         return stack.pin_memory() if backbone.device != "cpu" and not stack.is_cuda else stack
 
     workers = 1 if backbone.device == "cpu" else 8  # on a CPU the model needs the cores
@@ -109,11 +111,11 @@ def view_batches(backbone, objective, images: Sequence, seed: int) -> Iterator[t
 
 def _finished(start, future, backbone, objective):
     stack = future.result().to(backbone.device, non_blocking=True)
-    return start, views.finish(stack, objective, backbone.mean, backbone.std, backbone.dtype)
+    return start, MODALITIES[backbone.modality].finished(backbone, objective, stack)
 
 
 def project_gradients(backbone, objective, parts: Parts, batch, layer: str | None = None):
-    """Embeddings (B, V, D) and projected gradients (B, d), float32, of views (B, V, 3, s, s), or a list of such tensors
+    """Embeddings (B, V, D) and projected gradients (B, d), float32, of views (B, V, ...), or of a list of images' views
     of different sizes: eq. 1 before normalisation.
     """
     loss = lambda embeddings: objective.loss(embeddings, parts.heads, parts.negatives)
@@ -127,7 +129,8 @@ def project_gradients(backbone, objective, parts: Parts, batch, layer: str | Non
 def rows(backbone, objective, parts: Parts, images: Sequence, seed: int, layer: str | None = None):
     """Yields (start, embeddings (B, D) or None, gradients (B, d)); embeddings come with whole-image objectives only."""
     for start, batch in view_batches(backbone, objective, images, seed):
-        embeddings, projected = project_gradients(backbone, objective, parts, batch, layer)
+        with _naming(images, start):
+            embeddings, projected = project_gradients(backbone, objective, parts, batch, layer)
         embeddings = embeddings[:, 0].cpu().numpy() if objective.views == "whole" else None
         yield start, embeddings, projected.cpu().numpy()
 
@@ -139,22 +142,37 @@ def layer_rows(backbone, objective, parts: dict[str, Parts], images: Sequence, s
     few = 2 if backbone.device == "cpu" else 8  # images at once: every layer's activations are held
     for start, batch in view_batches(backbone, objective, images, seed):
         for i in range(0, len(batch), few):
-            _, factors = backbone.factors(batch[i : i + few], loss, layers)
+            with _naming(images, start + i):
+                _, factors = backbone.factors(batch[i : i + few], loss, layers)
             projected = [parts[layer].projection.apply(f, backbone.dtype) for layer, f in zip(layers, factors)]
             yield start + i, {layer: g.cpu().numpy() for layer, g in zip(layers, projected)}
+
+
+@contextmanager
+def _naming(images: Sequence, start: int) -> Iterator[None]:
+    """Say which image it is whose loss is not finite, not only its place in the batch that begins at ``start``."""
+    try:
+        yield
+    except LossNotFinite as error:
+        i = start + error.sample
+        item = None if hasattr(images, "where") else images[i]
+        name = images.where(i) if item is None else str(item) if isinstance(item, (str, Path)) else f"image {i}"
+        raise LossNotFinite(error.sample, error.value, name) from error
 
 
 class Fungi(TransformerMixin, BaseEstimator):
     """Images in, FUNGI features out (eq. 2 and 3): L2-normalised gradients and embedding, concatenated, then PCA.
 
     ``backbone``: a name from the table, any timm name, or an ``nn.Module`` with ``layer``. ``objectives``: a sequence
-    of ``KL()``, ``DINO()``, ``SimCLR()`` with Table 17's defaults. ``layer``: None is the attention output projection
+    of ``KL()``, ``DINO()``, ``SimCLR()`` with Table 17's defaults; for a text backbone ``KL()`` and
+    ``objectives.by_name("simclr", "text")``. ``layer``: None is the attention output projection
     of the last block. ``pca``: "paper" (Table 16; the embedding's width where the paper has no value), a size, or None;
     skipped when not smaller than rows and columns. ``seed`` draws heads, projection, negatives and views.
     ``projection``: "rademacher" (the paper's), "khatri-rao", "sketch", or a (d, m) tensor to use as it is. ``heads``
     and ``negatives`` replace what would be drawn: {objective name: heads}, {objective name: (M, dim)}.
 
-    X is a sequence of images: paths, PIL, uint8 arrays (H, W[, 3]), tensors (3, H, W).
+    X is a sequence of images: paths, PIL, uint8 arrays (H, W[, 3]), tensors (3, H, W); of str for a text backbone; for
+    an audio backbone of waveforms (n,) at 16 kHz, all of one length, or of such audio files (`sounds.decode`).
     """
 
     def __init__(

@@ -12,6 +12,14 @@ from dataclasses import dataclass
 import torch
 
 
+class LossNotFinite(FloatingPointError):
+    """The loss of one sample is NaN or infinite; ``sample`` is its place in the batch, ``value`` the loss."""
+
+    def __init__(self, sample: int, value: float, name: str = ""):
+        super().__init__(f"the loss of {name or f'sample {sample} of the batch'} is {value}; nothing was written")
+        self.sample, self.value = sample, value
+
+
 @dataclass(frozen=True)
 class Factors:
     """Per-sample gradient factors: ``activations`` (B, n, D_in), ``output_gradients`` (B, n, D_out), float32."""
@@ -107,13 +115,11 @@ def tapped_factors(
 
 
 def loss_gradients(losses: torch.Tensor, outputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-    """d(sum of losses) / d(outputs). Raises FloatingPointError naming the first sample whose loss is not finite."""
+    """d(sum of losses) / d(outputs). Raises `LossNotFinite` for the first sample whose loss is."""
     bad = ~torch.isfinite(losses.detach())
     if bad.any():
         first = int(bad.nonzero()[0])
-        raise FloatingPointError(
-            f"the loss of sample {first} of the batch is {losses[first].item()}; nothing was written"
-        )
+        raise LossNotFinite(first, losses[first].item())
     return torch.autograd.grad(losses.sum(), outputs)
 
 

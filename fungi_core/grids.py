@@ -203,6 +203,30 @@ def patch_neighbours(query: Mapping, found: Mapping[str, Sequence[Mapping]]) -> 
     return fig
 
 
+def spectrograms(query: Mapping, found: Mapping[str, Sequence[Mapping]]) -> Figure:
+    """A clip and, a row a feature set, the clips nearest to it, as log-mel spectrograms: time to the right, low bands
+    below, each from its quietest to its loudest cell.
+
+    `query` and each neighbour: bank (T, F), title, and `right` (True: blue frame, False: vermillion, None: no frame).
+    """
+    count = max(map(len, found.values()))
+    fig, axes = figure(len(found), count + 1, height=1.45 * len(found) + 0.1)
+    grid = axes[0, 0].get_gridspec()
+    for ax in axes[:, 0]:
+        ax.remove()
+    tiles = [(fig.add_subplot(grid[:, 0]), query)]
+    for line, (name, some) in zip(axes, found.items(), strict=True):
+        line[1].set_ylabel(name)
+        tiles += zip(line[1:], some, strict=False)
+    for ax, one in tiles:
+        ax.imshow(one["bank"].T, origin="lower", aspect="auto", cmap="magma", interpolation="nearest")
+        ax.set(xticks=[], yticks=[])
+        ax.set_title(one["title"], size=7, pad=3, loc="center")
+        verdict = {True: "agrees", False: "disagrees"}.get(one.get("right"))
+        ax.spines[:].set(visible=bool(verdict), linewidth=2.5, color=VERDICTS.get(verdict, "none"))
+    return fig
+
+
 def gradient_panels(image, matrices: Mapping[str, np.ndarray], blocks: Mapping[str, np.ndarray]) -> Figure:
     """One image, its gradient matrix for each objective (D_out, D_in + 1), and below the vectors that are kept.
 

@@ -1,4 +1,4 @@
-"""One split of an image data set: where its images are (`Split`), and the view of it that decodes them (`Images`)."""
+"""One split of a data set: where its images (texts, clips) are (`Split`), and the view of it that decodes them."""
 
 import hashlib
 import io
@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
+
+from . import sounds
 
 MANY_FILES = 50_000  # above it the fingerprint takes file sizes for contents
 
@@ -17,7 +19,7 @@ MANY_FILES = 50_000  # above it the fingerprint takes file sizes for contents
 class Split(NamedTuple):
     """One split of a data set, undecoded."""
 
-    items: Sequence  # i -> Path of an image file, bytes of one, or uint8 pixels (H, W) or (H, W, 3)
+    items: Sequence  # i -> Path of an image file, bytes of one, or uint8 pixels (H, W) or (H, W, 3); a text's str
     labels: np.ndarray  # int64 (n,), index into classes
     names: list[str]  # n names, unique within the set
     classes: list[str]
@@ -25,7 +27,9 @@ class Split(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """Images of one split, decoded one at a time: ``ds[i]`` is a PIL image in RGB, ``len(ds)`` is N."""
+    """Images of one split, decoded one at a time: ``ds[i]`` is a PIL image in RGB, or what `DECODERS` makes of an item
+    of another modality (a str); ``len(ds)`` is N.
+    """
 
     name: str
     split: str  # "train" | "test"
@@ -37,36 +41,46 @@ class Images:
     rows: np.ndarray = field(repr=False)  # int64 (N,)
     note: str = ""  # how these images differ from the official split
     licence: str = ""
+    upright: bool = False  # turned as the camera says (EXIF); official sets are read as torchvision reads them: not
+    skipped: dict[str, str] = field(default_factory=dict)  # files left out (`samples.folder`): name -> why
+    modality: str = "image"  # | "text" | "audio"
+    seconds: float = 0  # clips are cut to this length, or padded with silence; 0: as they are
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, i: int) -> Image.Image:
+    def __getitem__(self, i: int):
         item = self.items[self.rows[i]]
         try:
-            if isinstance(item, np.ndarray):
-                return to_rgb(Image.fromarray(item))
-            with Image.open(item if isinstance(item, Path) else io.BytesIO(item)) as image:
-                return to_rgb(image)
+            if self.modality == "image":
+                return picture(item, self.upright)
+            found = DECODERS[self.modality](item)
+            return sounds.fit_length(found, self.seconds) if self.seconds else found
         except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error ... for a broken file
-            where = item if isinstance(item, Path) else self.names[i]
-            message = f"{self.name} {self.split}[{i}] ({where}) cannot be read as an image: {error}"
-            raise ValueError(" ".join(message.split())) from error
+            kind = {"image": "an image"}.get(self.modality, self.modality)
+            raise ValueError(" ".join(f"{self.where(i)} cannot be read as {kind}: {error}".split())) from error
+
+    def where(self, i: int) -> str:
+        """How messages name image i: its place in the whole split, and its file."""
+        item = self.items[self.rows[i]]
+        return f"{self.name} {self.split}[{self.rows[i]}] ({item if isinstance(item, Path) else self.names[i]})"
 
     @cached_property
     def fingerprint(self) -> str:
         """sha256 (hex) of labels and contents of exactly these rows, in this order.
 
-        Contents are encoded bytes, or pixels and shape where the source holds pixels. In sets of more than
+        Contents are encoded bytes, or pixels and shape where the source holds pixels. In official sets of more than
         `MANY_FILES` separate files (ImageNet, Food101) a file's name and size stand for its contents.
         """
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(b"upright" if self.upright else f"{self.seconds} s".encode() if self.seconds else b"")
+        sizes = len(self) > MANY_FILES and not self.upright  # one's own files change
         for row, label, name in zip(self.rows, self.labels, self.names, strict=True):
             item = self.items[row]
             if isinstance(item, Path):
-                content = f"{name} {item.stat().st_size}".encode() if len(self) > MANY_FILES else item.read_bytes()
+                content = f"{name} {item.stat().st_size}".encode() if sizes else item.read_bytes()
             else:
                 content = f"{item.shape}".encode() + item.tobytes() if isinstance(item, np.ndarray) else item
+                content = content.encode() if isinstance(content, str) else content
             digest.update(b"%d %d " % (label, len(content)) + content)
         return digest.hexdigest()
 
@@ -76,6 +90,20 @@ class Images:
         names = [self.names[i] for i in index]
         note = "; ".join(filter(None, (self.note, note)))
         return replace(self, labels=self.labels[index], names=names, rows=self.rows[index], note=note)
+
+
+def picture(item: Path | bytes | np.ndarray, upright: bool = False) -> Image.Image:
+    """An item of a `Split` as an RGB image without metadata: nobody behind it turns it (once more) as EXIF says."""
+    if isinstance(item, np.ndarray):
+        return to_rgb(Image.fromarray(item))
+    with Image.open(item if isinstance(item, Path) else io.BytesIO(item)) as opened:
+        image = to_rgb(ImageOps.exif_transpose(opened) if upright else opened)
+    image.info.clear()
+    return image
+
+
+# an item of a `Split` of another modality to what its backbones take
+DECODERS = {"text": str, "audio": sounds.decode}
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

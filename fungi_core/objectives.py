@@ -222,6 +222,8 @@ class SimCLR:
     ``grid`` patches a side before overlap (4 patches = 2 x 2), ``stride_scale`` steps a patch: 49 views at 6.
     ``head=False`` compares the embeddings themselves (Table 6); cosines normalise them either way. ``native=True``
     (ours) leaves the patches at their own size instead of enlarging them: a quarter of the cost or less.
+    Texts and sounds have ``positives`` random views instead, and ``negative_views`` of each negative: see `by_name`.
+    ``deletion``: the odds with which a word of a text is deleted (Table 19).
     """
 
     temperature: float = 0.07
@@ -233,6 +235,9 @@ class SimCLR:
     normalize: bool = False
     head: bool = True
     native: bool = False
+    positives: int = 0
+    negative_views: int = 0
+    deletion: float = 0.0
     name: ClassVar[str] = "simclr"
     views: ClassVar[str] = "patches"
 
@@ -252,7 +257,7 @@ class SimCLR:
         return latents.flatten(0, 1)
 
     def reference_shape(self, images: int, views: int, width: int) -> tuple[int, int]:
-        return min(self.negatives, images) * views, self.dim if self.head else width
+        return min(self.negatives, images) * (self.negative_views or views), self.dim if self.head else width
 
 
 @dataclass(frozen=True)
@@ -366,10 +371,16 @@ def _project(embeddings: torch.Tensor, head: tuple | bool, normalize: bool) -> t
 
 Objective = KL | DINO | SimCLR | DeepCluster | IBOT
 OBJECTIVES: dict[str, type] = {one.name: one for one in (KL, DINO, SimCLR, DeepCluster, IBOT)}
+OTHER = {  # settings that differ from the images' (Table 17): texts Table 19, sounds Table 12
+    ("simclr", "text"): dict(positives=12, negative_views=2, dim=256, deletion=0.1),
+    ("simclr", "audio"): dict(positives=16, negative_views=2, dim=768, negatives=64),
+}
 
 
-def by_name(name: str, **settings) -> Objective:
-    """The objective called ``name`` with the paper's settings, some replaced."""
+def by_name(name: str, modality: str = "image", **settings) -> Objective:
+    """The objective called ``name`` with the paper's settings for images, texts ("text") or sounds ("audio"), some
+    replaced.
+    """
     if name not in OBJECTIVES:
         raise ValueError(f"unknown objective {name!r}; there are {', '.join(OBJECTIVES)}")
-    return OBJECTIVES[name](**settings)
+    return OBJECTIVES[name](**OTHER.get((name, modality), {}) | settings)

@@ -15,8 +15,9 @@ from fungi_core.paths import figures_dir, paper_dir
 COLUMNS = ["table", "row", "column", "setting", "metric", "value", "delta"]
 EXTRA = ["backbone", "spread"]
 MEASURED = ["id", "value", "low", "high", "on"]
+ITEM_COLUMNS = ["item", "notebook", "shows"]
 CLAIM_COLUMNS = ["id", "item", "claim", "notebook", "paper_number", "paper_delta", "expected"]
-TEXT = {"row", "column", "setting", "metric", "backbone", "id", "item", "claim", "notebook", "paper_number", "expected"}
+TEXT = {*ITEM_COLUMNS, "row", "column", "setting", "metric", "backbone", "id", "claim", "paper_number", "expected"}
 
 NOTES = {
     3: "‡: HummingBird is quoted from Balazevic et al. (2024), largest memory bank only.",
@@ -59,6 +60,11 @@ def claims() -> pd.DataFrame:
     prints no number; ``notebook`` is the notebook that measures it.
     """
     return _read("claims.csv", CLAIM_COLUMNS)
+
+
+def items() -> pd.DataFrame:
+    """Every figure and table of the paper: item ("Fig. 2", "Table 10"), the notebook that has it, what it shows."""
+    return _read("items.csv", ITEM_COLUMNS)
 
 
 def beside(ours: pd.DataFrame, table: int, on: list[str]) -> pd.DataFrame:

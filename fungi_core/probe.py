@@ -5,6 +5,7 @@ C = 1 / (strength * rows). No intercept, relative duality gap 1e-3, double preci
 """
 
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -35,9 +36,11 @@ def fit(x, y, strength: float, *, epochs: int = EPOCHS, tolerance: float = 1e-3)
     loss, strength = ("logistic", strength / 2) if two else ("multiclass-logistic", strength)
     settings = dict(penalty="l2", fit_intercept=False, solver="auto", random_state=0, verbose=False)
     model = Classifier(loss, lambda_1=strength, tol=tolerance, max_iter=epochs, **settings)
-    with warnings.catch_warnings():
+    # In a thread of its own: cyanure leaves OpenMP's dynamic teams switched on in the thread that calls it, and torch's
+    # bf16 products on a CPU are wrong wherever a team then gets fewer threads than it was promised.
+    with warnings.catch_warnings(), ThreadPoolExecutor(1) as thread:
         warnings.simplefilter("ignore", ConvergenceWarning)  # the paper stops at that many epochs too
-        model.fit(x, 2 * y - 1 if two else y)
+        thread.submit(model.fit, x, 2 * y - 1 if two else y).result()
     w = np.asarray(model.coef_).reshape(x.shape[1], -1)  # (d, 1) for two classes: w_1 - w_0, the same optimum
     return classes, np.hstack([-w / 2, w / 2]) if two else w
 

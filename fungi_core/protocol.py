@@ -84,7 +84,7 @@ def missing(encoders: Sequence[str], sets: Sequence[str]) -> pd.DataFrame:
         raise ValueError(f"unknown data set {unknown[0]!r}; there are {', '.join(known)}")
     lines = [(x["name"], x["gb"], x["licence"], x["get"])
              for x in map(known.get, dict.fromkeys(sets)) if not x["available"]]  # fmt: skip
-    lacking = [(backbones.BACKBONES[x], get) for x in dict.fromkeys(encoders) if (get := backbones.how_to_get(x))]
+    lacking = [(backbones.spec_of(x), get) for x in dict.fromkeys(encoders) if (get := backbones.how_to_get(x))]
     lines += [(spec.name, spec.gb, spec.licence, get) for spec, get in lacking]
     frame = pd.DataFrame(lines, columns=["name", "size", "licence", "how to get it"])
     frame["size"] = [f"{gb:g} GB" if gb else "–" for gb in frame["size"]]

@@ -1,12 +1,14 @@
-"""Images that need no official archive: packed ``.npz`` files, and sets cut from what installed packages ship.
+"""Images that need no official archive: one's own folder, packed ``.npz`` files, sets cut from installed packages.
 
 A source gives a `Split`: where each image is, not the image. Sources share the signature (root of the downloads, train
 or test, whether to download); those of installed packages need neither root nor network.
 """
 
+import os
 import struct
 import zipfile
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -15,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .images import Split
+from .images import Images, Split, picture
 
 ARRAYS = ("data", "offsets", "labels", "split", "names", "classes")  # of a packed classification set, see `pack`
 
@@ -27,6 +29,53 @@ PHOTOS = (
     "gravel.png", "moon.png",
 )  # fmt: skip
 PHOTO_MAX, CELL, GAP, SIDES = 512, 128, 8, (32, 120)  # pixels: shorter side at most, cell at least, gap, crop sides
+
+
+def folder(path: Path, on_error: str = "raise") -> Images:
+    """Every file below a folder as one split, turned upright, in order of their names; hidden files do not count.
+
+    Each is decoded once before anything is extracted, so that one bad file cannot end a long run. Files that are no
+    whole image: "raise" is a ValueError that names them, "skip" leaves them out and lists them in ``.skipped``, which
+    goes into the store's metadata. Row i stays ``.names[i]``, ``.labels[i]``, and file ``.rows[i]`` of the listing.
+    The class of an image is the first sub-folder on its way; without sub-folders there is one.
+    """
+    path = Path(path).expanduser().resolve()
+    if on_error not in ("raise", "skip"):
+        raise ValueError(f"on_error {on_error!r} is unknown; use 'raise' or 'skip'")
+    if not path.is_dir():
+        raise ValueError(f"{path} is no folder")
+    found = (Path(where, file) for where, _, files in os.walk(path) for file in files)
+    files = sorted((file.relative_to(path).as_posix(), file) for file in found)
+    files = [(name, file) for name, file in files if not any(part.startswith(".") for part in name.split("/"))]
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # few: a decoded image can be large
+        faults = list(pool.map(_fault, [file for _, file in files]))
+    skipped = {name: fault for (name, _), fault in zip(files, faults) if fault}
+    if skipped and on_error == "raise":
+        named = "; ".join(f"{name}: {fault}" for name, fault in list(skipped.items())[:5])
+        rest = f"; and {len(skipped) - 5} more" if len(skipped) > 5 else ""
+        raise ValueError(f"{path}: {len(skipped)} of {len(files)} files cannot be read as images ({named}{rest}); "
+                         "take them out, or pass on_error='skip'")  # fmt: skip
+    rows = np.array([i for i, fault in enumerate(faults) if not fault], np.int64)
+    if not len(rows):
+        raise ValueError(f"{path} holds no image in {len(files)} files")
+    names = [files[i][0] for i in rows]
+    kinds = [name.split("/")[0] if "/" in name else "" for name in names]
+    classes, labels = np.unique(kinds, return_inverse=True)
+    note = f"{len(skipped)} of {len(files)} files skipped" if skipped else ""
+    return Images(path.name, "all", labels.astype(np.int64), [str(c) or path.name for c in classes], "accuracy", names,
+                  [file for _, file in files], rows, note, "not recorded", upright=True, skipped=skipped)  # fmt: skip
+
+
+def _fault(file: Path) -> str:
+    """Why a file is no whole image, in one line; "" if it is one."""
+    try:
+        if not file.is_file():  # a pipe would be waited for, for ever
+            return "no file" if file.exists() else "a link to nothing"
+        picture(file, upright=True)
+        return ""
+    except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error ... for a broken file
+        reason = str(error).replace(str(file), file.name)
+        return " ".join(reason.split()) or type(error).__name__
 
 
 @dataclass(frozen=True, eq=False)

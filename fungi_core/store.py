@@ -2,10 +2,12 @@
 
 ``<key>/<first row>-<checksum>.npy`` holds SHARD rows (the last one fewer) and appears by a rename: rows are complete
 or absent, the directory listing is the index. ``<key>/meta.json`` says what they are; ``meta`` is all that changes a
-feature and nothing else (no batch size, no workers). Lock files stay: removing one is a race on NFS. ``<key>.lock`` is
-that of the whole, ``<key>.<start>-<stop>.lock`` of a row range, so that several processes can fill one key.
+feature and nothing else (no batch size, no workers). Lock files stay: removing one is a race on NFS.
+
+    python -m fungi_core.store list | check | repair     # repair removes what check names; extraction recomputes it
 """
 
+import argparse
 import fcntl
 import hashlib
 import io
@@ -13,6 +15,8 @@ import json
 import logging
 import os
 import re
+import secrets
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -72,6 +76,29 @@ def entries(root: Path | None = None) -> list[dict]:
     ]
 
 
+def check(root: Path | None = None, repair: bool = False) -> tuple[int, list[Path]]:
+    """Read every file of the store: how many entries there are, and the files that are not what was written there.
+
+    ``repair`` removes them, and only them, under each entry's lock; the next extraction recomputes their rows.
+    """
+    bad, files = [], sorted(Path(root or paths.store_dir()).glob("*/meta.json"))
+    for file in files:
+        try:
+            rows = Rows(file.parent, _load_record(file))
+            sound = key(rows.record["meta"]) == rows.key
+        except StoreCorrupt:
+            sound = False
+        if not sound:  # whose rows these are is not known, so neither is whether they are right
+            rows = Rows(file.parent, {"n": 0, "width": 0})
+        names = rows.drop_corrupt() if repair else rows.corrupt()
+        bad += [rows.path / name for name in names]
+        if not sound:
+            bad.append(file)
+            if repair:
+                file.unlink()
+    return len(files), bad
+
+
 def _load_record(file: Path) -> dict:
     try:
         record = json.loads(file.read_bytes())
@@ -86,18 +113,17 @@ class Rows:
     def __init__(self, path: Path, record: dict):
         self.path, self.key, self.record, self.n, self.width = path, path.name, record, record["n"], record["width"]
         self._filling: dict[int, np.ndarray] | None = None  # shards not yet full, NaN where empty; None: not locked
-        self._locked = 0, 0  # rows that may be written
+        self._range = 0, self.n  # the rows that the lock is for
 
     def missing(self, start: int = 0, stop: int | None = None) -> list[tuple[int, int]]:
-        """Row ranges ``[start, stop)`` not on disk, in order and disjoint; from the listing alone.
-
-        ``start``, ``stop``: only this part, as for `lock`.
+        """Row ranges ``[low, high)`` of ``start .. stop`` (whole shards; default: all) that are not on disk, in order
+        and disjoint; from the listing alone.
         """
-        start, stop = self._whole_shards(start, stop)
+        start, stop = self._part(start, stop)
         shards = self._shards()
         absent = [first not in shards for first in range(start, stop, SHARD)]
         edges = start + np.flatnonzero(np.diff([False, *absent, False])) * SHARD
-        return [(int(first), min(int(last), stop)) for first, last in edges.reshape(-1, 2)]  # (2 gaps,) -> (gaps, 2)
+        return [(int(low), min(int(high), stop)) for low, high in edges.reshape(-1, 2)]  # (2 gaps,) -> (gaps, 2)
 
     complete = property(lambda self: not self.missing(), doc="Whether every row is on disk.")
 
@@ -112,8 +138,10 @@ class Rows:
             raise RuntimeError(f"{self.path}: rows are written inside `with rows.lock():`")
         if block.ndim != 2 or block.shape[1] != self.width or not 0 <= start <= self.n - len(block):
             raise ValueError(f"{self.path}: {block.shape} at row {start} does not fit in ({self.n}, {self.width})")
-        if not self._locked[0] <= start <= self._locked[1] - len(block):
-            raise RuntimeError(f"{self.path}: {len(block)} rows at {start} are not among the locked {self._locked}")
+        low, high = self._range
+        if not low <= start <= start + len(block) <= high:
+            asked = f"{start} to {start + len(block)}"
+            raise ValueError(f"{self.path}: rows {asked} are not in the locked {low} to {high}")
         if not (finite := np.isfinite(block).all(axis=1)).all():
             raise ValueError(f"{self.path}: row {start + finite.argmin()} holds NaN or infinity; block not stored")
         for first in range(start - start % SHARD, start + len(block), SHARD):
@@ -138,63 +166,63 @@ class Rows:
             out[start : start + SHARD] = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
         return out
 
+    def corrupt(self) -> list[str]:
+        """Names of the shards that `read` refuses; reads every one, changes nothing."""
+        return [n for start, n in self._shards().items() if self._name(start, (self.path / n).read_bytes()) != n]
+
     def drop_corrupt(self) -> list[str]:
         """Remove the shards that `read` refuses, and only those; returns their names. Takes the lock itself."""
         with self.lock():
-            bad = [n for start, n in self._shards().items() if self._name(start, (self.path / n).read_bytes()) != n]
+            bad = self.corrupt()
             for name in bad:
                 (self.path / name).unlink()
         return bad
 
     @contextmanager
     def lock(self, start: int = 0, stop: int | None = None) -> Iterator[None]:
-        """Be the one writer of rows ``start .. stop``, all by default: others who want any of them wait, then ask
-        `missing` again; freed by the kernel after a kill. ValueError unless the range is made of whole shards.
+        """Be the one writer of this key: others wait, then ask `missing` again; freed by the kernel after a kill.
+
+        Of rows ``start .. stop`` (whole shards; default: all): writers of other ranges work beside this one, a writer
+        of all rows waits for every one of them. Ranges that overlap are safe but compute their common rows twice.
         """
-        start, stop = self._whole_shards(start, stop)
+        start, stop = self._part(start, stop)
         if self._filling is not None:
             raise RuntimeError(f"{self.path}: these rows are locked already")  # waiting for oneself never ends
+        whole = (start, stop) == (0, self.n)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        own = f"{self.key}.lock" if stop - start == self.n else f"{self.key}.{start:09d}-{stop:09d}.lock"
-        with ExitStack() as stack:
-            files = {own: stack.enter_context(open(self.path.with_name(own), "a+b", buffering=0))}
-            # One's own file exclusively, those of overlapping ranges shared. Each makes its own before it looks, so of
-            # two processes the later one sees the other's; all lock in one order, so no two wait for each other.
-            for name in sorted({own, *self._overlapping(start, stop)}):
-                file = files.get(name) or stack.enter_context(open(self.path.with_name(name), "a+b", buffering=0))
-                self._flock(file, fcntl.LOCK_EX if name == own else fcntl.LOCK_SH)
-                stack.callback(fcntl.flock, file, fcntl.LOCK_UN)  # closing is not enough: forked loaders share the file
-            with suppress(OSError):  # naming the holder is a courtesy: a full disk must not forbid drop_corrupt
-                files[own].truncate(0)
-                files[own].write(f"process {os.getpid()} on {os.uname().nodename}".encode())
-            for torn in self.path.glob("*.tmp"):  # left by a killed writer; beside a range others may be writing
-                place = re.match(r"\d{9}", torn.name)
-                if stop - start == self.n or (place and start <= int(place[0]) < stop):
-                    torn.unlink()
+        with ExitStack() as locks:
+            locks.enter_context(self._flock(".lock", fcntl.LOCK_EX if whole else fcntl.LOCK_SH))
+            if not whole:
+                locks.enter_context(self._flock(f".{start}-{stop}.lock", fcntl.LOCK_EX))
+            for torn in self.path.glob("*.tmp"):  # left by a killed writer; another range's may be in the making
+                if whole or torn.name[:9].isdigit() and start <= int(torn.name[:9]) < stop:
+                    torn.unlink(missing_ok=True)
             try:
-                self._filling, self._locked = {}, (start, stop)
+                self._filling, self._range = {}, (start, stop)
                 yield
             finally:
-                self._filling, self._locked = None, (0, 0)
+                self._filling, self._range = None, (0, self.n)
 
-    def _flock(self, file, kind: int) -> None:
-        try:
-            fcntl.flock(file, kind | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logging.getLogger(__name__).warning("%s: waiting for %s to end", self.path, Path(file.name).read_text())
-            fcntl.flock(file, kind)
+    @contextmanager
+    def _flock(self, suffix: str, kind: int) -> Iterator[None]:
+        with open(self.path.with_suffix(suffix), "a+b", buffering=0) as file:
+            try:
+                fcntl.flock(file, kind | fcntl.LOCK_NB)
+            except BlockingIOError:
+                logging.getLogger(__name__).warning("%s: waiting for %s to end", self.path, Path(file.name).read_text())
+                fcntl.flock(file, kind)
+            with suppress(OSError):  # naming the holder is a courtesy: a full disk must not forbid drop_corrupt
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {os.uname().nodename}".encode())
+            try:
+                yield
+            finally:
+                fcntl.flock(file, fcntl.LOCK_UN)  # closing is not enough: forked data loaders share the open file
 
-    def _overlapping(self, start: int, stop: int) -> list[str]:
-        """Lock files of this key whose rows are among ``start .. stop``."""
-        found = {file.name: re.fullmatch(r"\w+(?:\.(\d{9})-(\d{9}))?\.lock", file.name)
-                 for file in self.path.parent.glob(f"{self.key}*.lock")}  # fmt: skip
-        rows = {name: (int(m[1] or 0), int(m[2] or self.n)) for name, m in found.items() if m}
-        return [name for name, (first, last) in rows.items() if first < stop and start < last]
-
-    def _whole_shards(self, start: int, stop: int | None) -> tuple[int, int]:
+    def _part(self, start: int, stop: int | None) -> tuple[int, int]:
         stop = self.n if stop is None else stop
-        if not 0 <= start <= stop <= self.n or start % SHARD or (stop % SHARD and stop != self.n):
-            raise ValueError(f"{self.path}: rows {start} to {stop} of {self.n} are not whole shards of {SHARD} rows")
+        if start % SHARD or (stop % SHARD and stop != self.n) or not 0 <= start <= stop <= self.n:
+            raise ValueError(f"{self.path}: rows {start} to {stop} are no whole files of {SHARD} rows in 0 to {self.n}")
         return start, stop
 
     def _shards(self) -> dict[int, str]:
@@ -208,12 +236,12 @@ class Rows:
     def _save(self, start: int, rows: np.ndarray) -> None:
         np.lib.format.write_array(file := io.BytesIO(), rows, allow_pickle=False)
         if not (self.path / "meta.json").exists():
-            self._put("meta.json", json.dumps(self.record, indent=1).encode(), start)
+            self._put("meta.json", json.dumps(self.record, indent=1).encode())
         if start not in self._shards():
-            self._put(self._name(start, file.getvalue()), file.getvalue(), start)
+            self._put(self._name(start, file.getvalue()), file.getvalue())
 
-    def _put(self, name: str, data: bytes, start: int) -> None:
-        torn = self.path / f"{start:09d}.tmp"  # by row: writers of different ranges may both write meta.json
+    def _put(self, name: str, data: bytes) -> None:
+        torn = self.path / f"{name}.{secrets.token_hex(4)}.tmp"  # two ranges write one meta.json at a time
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             with open(torn, "wb") as file:
@@ -224,3 +252,25 @@ class Rows:
         except OSError as err:  # the same errno gives the same subclass of OSError
             torn.unlink(missing_ok=True)
             raise OSError(err.errno, f"cannot write features into {self.path}: {err.strerror}") from err
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m fungi_core.store", description=__doc__.split("\n\n")[0])
+    parser.add_argument("what", choices=("list", "check", "repair"), help="repair removes the files that check names")
+    parser.add_argument("--root", type=Path, help="default: FUNGI_STORE, else data/store")
+    args = parser.parse_args(argv)
+    if args.what == "list":
+        for entry in entries(args.root):
+            what = " ".join(str(entry["meta"].get(name, "")) for name in ("data", "backbone", "feature"))
+            print(f"{entry['key']}  {entry['done']} of {entry['n']} rows  {entry['bytes'] / 1e6:.1f} MB  {what}")
+        return
+    count, bad = check(args.root, args.what == "repair")
+    for file in bad:
+        print(f"{file} is truncated, altered or foreign{'; removed' if args.what == 'repair' else ''}")
+    print(f"{count} entries, {len(bad)} bad files")
+    if bad and args.what == "check":
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

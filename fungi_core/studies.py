@@ -1,5 +1,6 @@
-"""One analysis each, of one notebook: few shots, PCA sizes, seeds, pairs, probes, retrieval, clusters, projections."""
+"""One analysis each, of one notebook: shots, PCA, seeds, folds, pairs, probes, retrieval, clusters, projections."""
 
+import re
 import time
 from collections.abc import Sequence
 from itertools import combinations_with_replacement
@@ -211,6 +212,45 @@ def class_gains(
     frames = [
         pd.DataFrame({"features": n, "class": test.data.classes, "value": by_class[n] - by_class["E"]}) for n in letters
     ]
+    return pd.concat(frames, ignore_index=True).dropna(subset="value")
+
+
+def by_set(runs: Sequence) -> dict[tuple[str, str], list[tuple[extract.Rows, extract.Rows]]]:
+    """`protocol.collect`'s runs with folds gathered: {(backbone, data set): [(train, test) of each fold]}.
+
+    Data sets called ``name_fold1``, ``name_fold2`` or ``name_part1`` ... are the folds of ``name``.
+    """
+    gathered = {}
+    for backbone, dataset, train, test in runs:
+        gathered.setdefault((backbone, re.sub(r"_(fold|part)\d+$", "", dataset)), []).append((train, test))
+    return gathered
+
+
+def over_folds(
+    folds: Sequence[tuple[extract.Rows, extract.Rows]], letters: Sequence[str], *, k: int, shots: int | None = None,
+    pca: int | None = None, seed: int = 0,
+) -> pd.DataFrame:  # fmt: skip
+    """`protocol.knn`'s table for leave-one-fold-out: each test row of each fold counts once; one fold is `knn` itself.
+
+    PCA is fitted on each fold's own training rows.
+    """
+    right = {name: [] for name in dict.fromkeys(("E", *letters))}
+    for train, test in folds:
+        train = train.take(evaluate.few_shot_indices(train.labels, shots)) if shots else train
+        for name, hits in right.items():
+            hits.append(right_or_wrong(train, test, name, k, pca))
+    right = {name: np.concatenate(hits) for name, hits in right.items()}
+    return compare(right, letters, f"{shots}-shot" if shots else "full", None, seed)
+
+
+def class_gains_over_folds(
+    folds: Sequence[tuple[extract.Rows, extract.Rows]], letters: Sequence[str], *, k: int, pca: int | None = None
+) -> pd.DataFrame:
+    """Per-class accuracy of each feature set minus the embedding's over all folds: features, class, value (points)."""
+    labels, classes = np.concatenate([test.labels for _, test in folds]), folds[0][1].data.classes
+    found = {name: np.concatenate([predict(*fold, name, k, pca) for fold in folds]) for name in ("E", *letters)}
+    by_class = {name: evaluate.per_class_accuracy(x, labels, len(classes)) for name, x in found.items()}
+    frames = [pd.DataFrame({"features": n, "class": classes, "value": by_class[n] - by_class["E"]}) for n in letters]
     return pd.concat(frames, ignore_index=True).dropna(subset="value")
 
 

@@ -51,6 +51,7 @@ def encoder(name: str, size: int, **options) -> backbones.Backbone:
 
 def pixels(backbone: backbones.Backbone, pictures: list[np.ndarray]) -> torch.Tensor:
     """uint8 (S, S, 3) images, normalised as the backbone wants them: (B, 3, S, S) on its device, in its dtype."""
+    backbones.fixed_teams()
     batch = torch.from_numpy(np.stack(pictures))[:, None].to(backbone.device)  # (B, 1, S, S, 3)
     return views.finish(batch, None, backbone.mean, backbone.std, backbone.dtype)[:, 0]
 

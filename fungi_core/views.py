@@ -4,10 +4,14 @@ A view never depends on the batch, its order or the number of workers: the gener
 image's own bytes. Geometry that depends on the image's size happens on the CPU with PIL (``whole``, ``crops``,
 ``square``) and gives uint8; what is the same for every image (cutting and enlarging SimCLR's patches, normalisation)
 happens on the model's device.
+
+The last six functions are what `fungi` asks of every modality (see also `texts`), in terms of a `backbones.Backbone`.
 """
 
 import hashlib
 import math
+from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
 
@@ -36,6 +40,10 @@ def whole(image: Image.Image, size: int, crop_ratio: float = 1.0) -> np.ndarray:
     """
     short = math.floor(size / crop_ratio)
     resized = tuple(int(short * side / min(image.size)) for side in image.size)
+    if max(resized) > 64 * size:  # 20,000 x 1 pixels would become 3 GB: resize the middle alone
+        places = ((round((new - size) / 2) * old / new, old / new, old) for old, new in zip(image.size, resized))
+        (left, right), (top, bottom) = ((low, min(low + size * scale, old)) for low, scale, old in places)
+        return np.asarray(image.resize((size, size), Image.BICUBIC, box=(left, top, right, bottom)))[None]
     image = image.resize(resized, Image.BICUBIC) if resized != image.size else image
     left, top = (round((side - size) / 2) for side in resized)
     return np.asarray(image.crop((left, top, left + size, top + size)))[None]
@@ -241,10 +249,8 @@ def to_image(item, name: str = "image") -> Image.Image:
     """
     if isinstance(item, (str, Path, Image.Image)):
         try:
-            if isinstance(item, Image.Image):
-                return _rgb(item)
-            with Image.open(item) as opened:
-                return _rgb(ImageOps.exif_transpose(opened))
+            with nullcontext(item) if isinstance(item, Image.Image) else Image.open(item) as opened:
+                return _rgb(ImageOps.exif_transpose(opened))  # as the camera says
         except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error ... for a broken file
             raise ValueError(
                 f"cannot read the image {name if isinstance(item, Image.Image) else item}: {error}"
@@ -264,3 +270,36 @@ def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):  # Pillow would cut every value above 255 to white
         image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
     return image.convert("RGB")
+
+
+def view_count(backbone, objective) -> int:
+    """Views an image: 1 for KL, 12 for DINO, 49 for SimCLR with the paper's settings."""
+    if objective.views == "patches":
+        return patch_count(backbone.size, objective.grid, objective.stride_scale)
+    return objective.global_crops + objective.local_crops if objective.views == "crops" else 1
+
+
+def at_once(backbone, count: int) -> int:
+    """Images of ``count`` views that make a good batch."""
+    return min(256, (2**22 if backbone.device == "cpu" else 2**26) // (count * backbone.size**2))
+
+
+def item_views(backbone, objective, item, seed: int, name: str) -> np.ndarray | torch.Tensor:
+    """What one image contributes to a batch, on the CPU: see `prepare`. Raises ValueError naming it if it is none."""
+    image = to_image(item, name)
+    return prepare(image, backbone.size, backbone.crop_ratio, objective, seed, backbone.device)
+
+
+def stack(backbone, items: Sequence[np.ndarray | torch.Tensor]) -> torch.Tensor:
+    """The items of a batch in one tensor."""
+    return torch.stack(items) if isinstance(items[0], torch.Tensor) else torch.from_numpy(np.stack(items))
+
+
+def finished(backbone, objective, batch: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
+    """Views for the model from a batch on its device: see `finish`."""
+    return finish(batch, objective, backbone.mean, backbone.std, backbone.dtype)
+
+
+def identity(backbone) -> list:
+    """What of the backbone's input changes a feature, for the store's keys."""
+    return [backbone.size, backbone.crop_ratio, backbone.mean.tolist(), backbone.std.tolist()]

@@ -3,15 +3,19 @@
 import dataclasses
 import os
 
+import numpy as np
 import pandas as pd
 import pytest
 import timm
 import torch
+from helpers import shrink_test_vit
 from timm.models.vision_transformer import VisionTransformer
 from torchvision.models import vit_b_16, vit_b_32
 from torchvision.models.vision_transformer import VisionTransformer as TorchvisionViT
 
 from fungi_core import backbones, checkpoints, paper, throughput
+from fungi_core.fungi import view_batches
+from fungi_core.objectives import KL
 
 SIZES = {384: 147_840, 768: 590_592, 1024: 1_049_600}  # width -> entries of the attention output projection with bias
 PAPERS = [spec for spec in backbones.BACKBONES.values() if spec.size == 224]
@@ -204,3 +208,17 @@ def test_modules_of_other_structure_with_the_same_weights_have_another_fingerpri
     b.load_state_dict(a.state_dict())
     prints = [backbones.load(m, layer="blocks.5.attn.proj", dtype="float32").fingerprint for m in (a, b, a)]
     assert prints[0] != prints[1] and prints[0] == prints[2]
+
+
+def test_dynamic_teams_of_openmp_are_off_where_features_are_made(monkeypatch):
+    if not backbones._openmp():
+        pytest.skip("torch here uses another OpenMP than GNU's")
+    (library,) = backbones._openmp()
+    library.omp_set_dynamic(1)
+    try:
+        a = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        shrink_test_vit(monkeypatch)
+        next(view_batches(backbones.load("random:test_vit", device="cpu"), KL(), [a], 0))
+        assert library.omp_get_dynamic() == 0
+    finally:
+        library.omp_set_dynamic(0)

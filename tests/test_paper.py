@@ -214,3 +214,13 @@ def test_errors_say_what_exists(tmp_path, monkeypatch):
         paper.load(1)
     with pytest.raises(FileNotFoundError, match="claims.csv"):
         paper.claims()
+
+
+def test_every_figure_and_table_has_its_notebook():
+    items = paper.items()
+    printed = {"Algorithm 1", *(f"Fig. {i}" for i in range(1, 13)), *(f"Table {i}" for i in range(1, 23))}
+    assert set(items["item"]) == printed and items["item"].is_unique
+    assert set(items["notebook"]) <= NOTEBOOKS and (items["shows"].str.len() > 5).all()
+    claims = paper.claims().merge(items, on="item", suffixes=("", "_of_item"))
+    assert len(claims) == (paper.claims()["item"] != "Clustering").sum()
+    assert (claims["notebook"] == claims["notebook_of_item"]).all()

@@ -1,7 +1,11 @@
 """The linear probe against scikit-learn's logistic regression: the same objective, minimum and predictions."""
 
+import ctypes
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
 from scipy.special import logsumexp
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedShuffleSplit
@@ -107,3 +111,17 @@ def test_what_cannot_be_fitted_is_one_line():
         with pytest.raises(ValueError, match=message) as caught:
             fault()
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_a_fit_leaves_the_threads_of_torch_as_they_were(classes):
+    # cyanure sets OpenMP's dynamic teams; where a busy machine grants fewer threads, torch's bf16 products are wrong
+    torch.zeros(1)  # its OpenMP is loaded
+    maps = Path("/proc/self/maps")
+    loaded = {line.split()[-1] for line in maps.read_text().splitlines() if "libgomp" in line} if maps.exists() else ()
+    if not loaded:
+        pytest.skip("torch here uses another OpenMP than GNU's")
+    openmp = [ctypes.CDLL(file) for file in loaded]
+    assert not any(lib.omp_get_dynamic() for lib in openmp)
+    probe.fit(*problem(120, 6, classes), 0.1)
+    assert not any(lib.omp_get_dynamic() for lib in openmp)

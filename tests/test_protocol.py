@@ -300,3 +300,29 @@ def test_projections_of_factors_approach_the_exact_similarity():
         assert small["low"] <= small["value"] <= small["high"]
         assert small["gain"] == pytest.approx(small["value"] - exact["value"])
     assert table.loc[("dense ±1", "16 d"), "distortion"] < 8  # 1 / sqrt(2 * 192) and a little
+
+
+def test_folds_are_pooled_by_clip():
+    """Unequal folds: every test row counts once, and a fold alone is `knn`."""
+    folds = [(rows(40, 2 * i), rows(20 + 8 * i, 2 * i + 1)) for i in range(3)]
+    letters = ("E", "E+S", "E+K", "E+K+S")
+    table = studies.over_folds(folds, letters, k=5).set_index("features")
+    for name in letters:
+        hits = [protocol.right_or_wrong(*fold, name, 5, None) for fold in folds]
+        assert table.loc[name, "value"] == pytest.approx(100 * np.concatenate(hits).mean())
+    assert table.loc["E+K+S", "step"] == pytest.approx(table.loc["E+K+S", "value"] - table.loc["E+K", "value"])
+    for shots in (None, 2):
+        alone = studies.over_folds(folds[:1], letters, k=5, shots=shots, pca=6)
+        pd.testing.assert_frame_equal(alone, protocol.knn(*folds[0], letters, k=5, shots=shots, pca=6))
+    gains = studies.class_gains_over_folds(folds, ["E+K"], k=5)
+    labels = np.concatenate([test.labels for _, test in folds])
+    right = {n: np.concatenate([protocol.right_or_wrong(*f, n, 5, None) for f in folds]) for n in ("E", "E+K")}
+    by_hand = [100 * (right["E+K"][labels == c].mean() - right["E"][labels == c].mean()) for c in range(4)]
+    np.testing.assert_allclose(gains["value"], by_hand)
+
+
+def test_folds_are_found_by_name():
+    runs = [("net", name, name, name) for name in ("esc10_fold1", "esc10_fold2", "fsdd", "esc50_fold4_part1")]
+    gathered = studies.by_set(runs)
+    assert list(gathered) == [("net", "esc10"), ("net", "fsdd"), ("net", "esc50_fold4")]
+    assert gathered["net", "esc10"] == [("esc10_fold1",) * 2, ("esc10_fold2",) * 2]

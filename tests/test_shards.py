@@ -1,14 +1,12 @@
-"""One extraction as several jobs: row ranges locked apart, the bytes of a single run in any order and after a kill."""
+"""One extraction as several jobs: the bytes of a single run, in any order and after a kill."""
 
 import json
 import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from fungi_core import extract, paths, store
@@ -139,116 +137,3 @@ def test_the_last_job_fills_what_is_left_and_refuses_a_torn_file(tmp_path, ended
     torn.write_bytes(torn.read_bytes()[:-1])
     ((status, text),) = ended((root, 0))
     assert status == 1 and torn.name in text and "Traceback" not in text
-
-
-# --- row-range locks
-
-N = 4 * SHARD + 17
-HOLD = f"n = {N}" + """
-import sys
-from pathlib import Path
-from fungi_core import store
-rows = store.open_rows({"a": 1}, n, 2, Path(sys.argv[1]))
-print("wants", flush=True)
-with rows.lock(*map(int, sys.argv[2:])):
-    print("has", flush=True)
-    sys.stdin.readline()
-"""
-
-
-def holder(root: Path, *part: int) -> subprocess.Popen:
-    """A process that asks for these rows, prints "has" when it has them, and keeps them until its input ends."""
-    process = subprocess.Popen([sys.executable, "-c", HOLD, str(root), *map(str, part)], cwd=paths.ROOT, text=True,
-                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)  # fmt: skip
-    assert process.stdout.readline() == "wants\n"
-    return process
-
-
-def waits(process: subprocess.Popen, seconds: float = 0.7) -> bool:
-    os.set_blocking(process.stdout.fileno(), False)
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if process.stdout.readline():
-            return False
-        time.sleep(0.05)
-    return True
-
-
-@pytest.mark.parametrize("first, second, shut_out", [
-    ((0, 2 * SHARD), (2 * SHARD, N), False),
-    ((0, 2 * SHARD), (0, 2 * SHARD), True),
-    ((0, 2 * SHARD), (SHARD, 3 * SHARD), True),  # another number of shards
-    ((SHARD, 3 * SHARD), (0, 2 * SHARD), True),
-    ((0, SHARD), (), True),  # the whole against a part
-    ((), (3 * SHARD, N), True),
-])  # fmt: skip
-def test_who_shuts_out_whom(tmp_path, first, second, shut_out):
-    with store.open_rows({"a": 1}, N, 2, tmp_path).lock():
-        pass  # the file of the whole is there already, as after an earlier run
-    one = holder(tmp_path, *first)
-    assert one.stdout.readline() == "has\n"
-    two = holder(tmp_path, *second)
-    try:
-        assert waits(two) == shut_out
-        one.send_signal(signal.SIGKILL)  # the kernel frees what a killed job held
-        one.wait()
-        if shut_out:
-            assert not waits(two, 10)
-    finally:
-        for process in (one, two):
-            process.kill()
-            process.wait()
-
-
-def test_many_ranges_at_once_end_and_never_overlap(tmp_path):
-    """Eight processes lock overlapping ranges over and over: no deadlock, and no row is ever held twice."""
-    code = f"""
-import random, sys
-from pathlib import Path
-from fungi_core import store
-rows = store.open_rows({{"a": 1}}, {N}, 2, Path(sys.argv[1]))
-draw = random.Random(int(sys.argv[2]))
-for _ in range(25):
-    first = draw.randrange(0, 5)
-    last = draw.randrange(first + 1, 6)
-    with rows.lock(first * {SHARD}, min(last * {SHARD}, {N})):
-        taken = [Path(sys.argv[1]) / f"row{{i}}" for i in range(first, last)]
-        for path in taken:
-            path.touch(exist_ok=False)
-        for path in taken:
-            path.unlink()
-"""
-    running = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path), str(seed)], cwd=paths.ROOT,
-                                stderr=subprocess.PIPE, text=True) for seed in range(8)]  # fmt: skip
-    for process in running:
-        _, err = process.communicate(timeout=120)
-        assert process.returncode == 0, err
-
-
-def test_ranges_are_whole_shards_and_rows_outside_are_refused(tmp_path):
-    rows = store.open_rows({"a": 1}, N, 2, tmp_path)
-    for part in ((1, SHARD), (0, 100), (0, N + 1), (SHARD, 0), (-SHARD, SHARD)):
-        with pytest.raises(ValueError, match="are not whole shards of 256 rows"), rows.lock(*part):
-            pass
-    values = np.arange(2 * N, dtype=np.float32).reshape(N, 2)
-    with rows.lock(SHARD, 3 * SHARD):
-        with pytest.raises(RuntimeError, match=f"{SHARD} rows at 0 are not among the locked"):
-            rows.write(0, values[:SHARD])
-        with pytest.raises(RuntimeError, match="are not among the locked"):
-            rows.write(2 * SHARD, values[2 * SHARD : 3 * SHARD + 1])
-        rows.write(SHARD, values[SHARD : 2 * SHARD])
-    assert rows.missing() == [(0, SHARD), (2 * SHARD, N)]
-    assert rows.missing(SHARD, 3 * SHARD) == [(2 * SHARD, 3 * SHARD)] and rows.missing(SHARD, 2 * SHARD) == []
-    assert rows.missing(0, 2 * SHARD) == [(0, SHARD)] and rows.missing(4 * SHARD) == [(4 * SHARD, N)]
-
-
-def test_a_range_clears_its_own_torn_files_alone(tmp_path):
-    rows = store.open_rows({"a": 1}, N, 2, tmp_path)
-    rows.path.mkdir()
-    torn = [rows.path / f"{first:09d}.tmp" for first in (0, SHARD, 3 * SHARD)]
-    for file in torn:
-        file.write_text("x")
-    with rows.lock(0, 2 * SHARD):
-        assert [file.exists() for file in torn] == [False, False, True]  # the third may be being written
-    with rows.lock():
-        assert not any(file.exists() for file in torn)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -309,6 +310,86 @@ def test_files_that_are_no_shards_are_never_used_and_temporary_ones_cleared_by_t
     assert np.array_equal(rows.read(), features()) and rows.drop_corrupt() == []
     left = {".DS_Store", "notes.txt", "000000000.npy", "features.npy"}
     assert contents(rows.path).keys() == before | left
+
+
+def test_check_names_what_repair_removes_and_extraction_makes_anew(tmp_path, capsys):
+    rows, other = filled(tmp_path), filled(tmp_path, META | {"seed": 1})
+    before = contents(rows.path), contents(other.path)
+    assert store.check(tmp_path) == (2, [])
+    shard, meta = next(rows.path.glob(f"{SHARD:09d}-*")), other.path / "meta.json"
+    flip_data(shard, rows, tmp_path)
+    meta.write_text(meta.read_text().replace('"seed": 1', '"seed": 2'))  # valid JSON that describes other rows
+    for line in ("list", "check"):
+        with pytest.raises(SystemExit) if line == "check" else nullcontext() as info:
+            store.main([line, "--root", str(tmp_path)])
+    assert info.value.code == 1
+    said = capsys.readouterr().out
+    assert f"{N} of {N} rows" in said and f"{shard} is truncated, altered or foreign\n" in said
+    assert f"{meta} is truncated, altered or foreign\n" in said
+    assert contents(rows.path).keys() == before[0].keys()  # check changes nothing
+    store.main(["repair", "--root", str(tmp_path)])
+    assert f"{shard} is truncated, altered or foreign; removed" in capsys.readouterr().out
+    store.main(["check", "--root", str(tmp_path)])
+    assert capsys.readouterr().out == "1 entries, 0 bad files\n"  # the other entry says no more what it holds
+    assert open_rows(META, N, WIDTH, tmp_path).missing() == [(SHARD, 2 * SHARD)]
+    for again, files in ((filled(tmp_path), before[0]), (filled(tmp_path, META | {"seed": 1}), before[1])):
+        assert contents(again.path) == files and np.array_equal(again.read(), features())
+
+
+# --- ranges of one key -------------------------------------------------------------------------------------------
+
+
+def test_ranges_are_written_beside_each_other_and_by_two_processes(tmp_path):
+    """What separate jobs of one extraction do: each locks and fills its own rows, and nothing is left to be merged."""
+    first, second = (open_rows(META, N, WIDTH, tmp_path) for _ in range(2))
+    cut = 2 * SHARD
+    with first.lock(0, cut), second.lock(cut, N):
+        torn = second.path / f"{cut:09d}-{'0' * 16}.npy.1.tmp"
+        first.write(0, features()[:cut])
+        torn.write_text("in the making")
+        assert first.missing(0, cut) == [] and second.missing(cut) == [(cut, N)] == first.missing()
+        with open_rows(META, N, WIDTH, tmp_path).lock(cut - SHARD, cut):
+            assert torn.exists()  # another range's
+        second.write(cut, features()[cut:])
+    with second.lock(cut, N):
+        assert not torn.exists()
+    assert contents(first.path) == contents(filled(tmp_path / "whole").path)
+
+
+def test_a_range_waits_for_the_same_range_and_the_whole_for_all(tmp_path):
+    rows = open_rows(META, N, WIDTH, tmp_path)
+
+    def locked(*part) -> bool:
+        with open_rows(META, N, WIDTH, tmp_path).lock(*part):
+            return True
+
+    with ThreadPoolExecutor(3) as pool:
+        with rows.lock(SHARD, 2 * SHARD):
+            waiting = [pool.submit(locked, SHARD, 2 * SHARD), pool.submit(locked)]
+            time.sleep(0.1)
+            assert not any(one.done() for one in waiting)
+        assert all(one.result(timeout=10) for one in waiting)
+        with rows.lock():
+            waiting = pool.submit(locked, SHARD, 2 * SHARD)
+            time.sleep(0.1)
+            assert not waiting.done()
+        assert waiting.result(timeout=10)
+
+
+@pytest.mark.parametrize("part", [(1, SHARD), (0, 5), (SHARD, 0), (0, N + SHARD), (-SHARD, SHARD)])
+def test_ranges_are_whole_files(tmp_path, part):
+    rows = open_rows(META, N, WIDTH, tmp_path)
+    with pytest.raises(ValueError, match=f"no whole files of {SHARD} rows in 0 to {N}"), rows.lock(*part):
+        pass
+    with pytest.raises(ValueError, match="no whole files"):
+        rows.missing(*part)
+
+
+def test_rows_outside_the_locked_range_are_refused(tmp_path):
+    rows = open_rows(META, N, WIDTH, tmp_path)
+    with rows.lock(SHARD, 2 * SHARD), pytest.raises(ValueError, match=f"locked {SHARD} to {2 * SHARD}"):
+        rows.write(0, features())
+    assert not rows.path.exists()
 
 
 # --- kills and races ---------------------------------------------------------------------------------------------

@@ -125,6 +125,8 @@ def jobs(env: dict[str, str]) -> list[dict[str, str]]:
     """All jobs since the start, in order: id, state, exit, start, end, rule and wildcards."""
     rows = []
     for line in ask(env, "scontrol", "-o", "show", "jobs").splitlines():
+        if not line.startswith("JobId="):
+            continue  # "No jobs in the system"
         fields = dict(part.split("=", 1) for part in line.split() if "=" in part)
         rows.append({"id": fields["JobId"], "state": fields["JobState"], "exit": fields["ExitCode"],
                      "seconds": fields["RunTime"], "cpus": fields["NumCPUs"], "tres": fields.get("TRES", ""),
