@@ -25,8 +25,8 @@ ALONE = {"16_simclr_views", "17_throughput"}  # timings: nothing else runs besid
 PAPER = PROFILE == "paper"
 ROWS = config.get("rows_a_job")  # --config rows_a_job=N: another size of the shards; 0: none
 GROUPS = {group: rows if ROWS is None else int(ROWS) for group, rows in plan.groups(PROFILE).items()}
-CLUSTER = workflow.remote_exec or workflow.non_local_exec  # inside of a cluster's job, or about to submit it
-THREADS = 8 if PAPER else 2 if CLUSTER else workflow.cores or 1
+CORES = None if workflow.remote_exec else workflow.resource_settings.cores  # None on a cluster, here and in its jobs
+THREADS = 8 if PAPER else CORES or 2
 MEMORY, MINUTES = (64_000, 240) if PAPER else (4_000, 60)  # MB and time limit of a job; twice that at its second try
 GPU = int(PAPER)  # what a job asks for; locally limited by --resources gpu=N, one process a device
 PRESENT = {row["name"] for row in datasets.table() if row["available"]}  # the rest is "not run" in the notebooks
@@ -34,9 +34,9 @@ PRESENT |= {name for p in PARAMETERS.values() for name in p.get("backbones", ())
 
 CODE = sorted(Path("fungi_core").glob("*.py"))
 # Modules that change no feature; a change in any other runs the features jobs again, which then find their rows stored.
-AFTER_FEATURES = {"clustering", "diagram", "evaluate", "explore", "figures", "grids", "iou", "masks", "neighbours", "paper",
-                  "pca", "plan", "plots", "probe", "protocol", "retrieval", "run", "scenes", "segmentation", "similarity", "studies",
-                  "throughput", "tokens"}
+AFTER_FEATURES = {"clustering", "devices", "diagram", "evaluate", "explore", "figures", "grids", "iou", "masks",
+                  "neighbours", "paper", "pca", "plan", "plots", "probe", "protocol", "retrieval", "run", "scenes",
+                  "segmentation", "similarity", "studies", "throughput", "tokens"}
 
 
 JOBS = {slug: plan.jobs(PARAMETERS[slug], PROFILE, PRESENT) for slug in SLUGS}
@@ -63,6 +63,7 @@ EXTRACT = (
     "{sys.executable} -m fungi_core.extract {wildcards.backbone:q} {wildcards.dataset} {wildcards.split} {params.names}"
     " --n-train {wildcards.n_train} --n-test {wildcards.n_test} --seed {wildcards.seed}"
 )
+FOLDER = RUNS + "/features/{backbone}/{dataset}/{split}-{n_train}-{n_test}-seed{seed}"
 CODE_OF_FEATURES = [path for path in CODE if path.stem not in AFTER_FEATURES]
 
 wildcard_constraints:
@@ -72,7 +73,7 @@ wildcard_constraints:
 
 rule shard:  # one of several jobs that fill different rows of one store
     input: CODE_OF_FEATURES
-    output: touch(RUNS + "/features/{backbone}/{dataset}/{split}-{n_train}-{n_test}-seed{seed}/{names}.{part}-of-{parts}.done")
+    output: touch(FOLDER + "/{names}.{part}-of-{parts}.done")
     params: names=lambda wc: wc.names.replace("+", " ")
     threads: THREADS
     resources: gpu=GPU, mem_mb=lambda wc, attempt: MEMORY * attempt, runtime=lambda wc, attempt: MINUTES * attempt
@@ -81,7 +82,7 @@ rule shard:  # one of several jobs that fill different rows of one store
 
 rule features:  # all rows; after its shards it finds them there, and reads every checksum
     input: CODE_OF_FEATURES, shards
-    output: touch(RUNS + "/features/{backbone}/{dataset}/{split}-{n_train}-{n_test}-seed{seed}/{names}.done")
+    output: touch(FOLDER + "/{names}.done")
     params: names=lambda wc: wc.names.replace("+", " ")
     threads: THREADS
     resources: gpu=GPU, mem_mb=lambda wc, attempt: MEMORY * attempt, runtime=lambda wc, attempt: MINUTES * attempt

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from . import backbones, datasets, evaluate, fungi, objectives, pca, store
+from . import backbones, datasets, devices, evaluate, fungi, objectives, pca, store
 from . import projection as projections
 from .gradients import Factors, linear_layer
 
@@ -326,6 +326,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--shard", type=_shard, default=(1, 1), metavar="I/N", help="one of N parts of the rows")
     args = parser.parse_args(argv)
+    devices.claim()
     try:
         encoder = backbones.load(args.backbone)
         train, test = _load(args.dataset, args.n_train, args.n_test)

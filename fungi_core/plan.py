@@ -49,7 +49,7 @@ def groups(profile: str) -> dict[str, int]:
     """
     if profile != "paper":
         return {"embedding+kl+dino+simclr": 0}
-    speed = speeds("paper", folder=Path("none")).loc["vit_b_16.tv_in1k"]  # printed ones, so that shards stay what they are
+    speed = speeds("paper", folder=Path("none")).loc["vit_b_16.tv_in1k"]  # printed ones: fixed shards
     rows = {"embedding+kl": speed["K"], "dino": speed["D"], "simclr": speed["S"]}
     return {group: 1000 * math.ceil(value * 60 * MINUTES_A_JOB / 1000) for group, value in rows.items()}
 
@@ -78,13 +78,17 @@ def shards(job: Job, rows: int) -> int:
 
 @cache
 def cost(backbone: str) -> float:
-    """Multiplications of one forward pass, roughly: parameters x tokens. NaN for networks without patches."""
+    """Multiplications of one forward pass, roughly: parameters x tokens. NaN for networks without image patches."""
     spec = backbones.BACKBONES.get(backbone)
+    mini = backbones.MINI.get(backbone.split(".")[0])
+    if spec and spec.modality != "image":
+        return math.nan
     with torch.device("meta"):  # shapes without numbers
-        if spec and spec.size == 64:
-            model = backbones.VisionTransformer(**backbones.MINI[backbone.split(".")[0]], num_classes=0)
+        if mini:
+            model = backbones.VisionTransformer(**mini, num_classes=0)
         else:
-            model = backbones.skeleton(spec) if spec else timm.create_model(backbone.removeprefix("random:"))
+            name = backbone.removeprefix("random:")
+            model = backbones.skeleton(spec) if spec else timm.create_model(name, num_classes=0)
     tokens = model.patch_embed.num_patches + 1 if hasattr(model, "patch_embed") else math.nan
     return float(sum(p.numel() for p in model.parameters()) * tokens)
 
@@ -118,13 +122,16 @@ def hours(todo: Sequence[Job], measured: pd.DataFrame) -> pd.DataFrame:
     """
     rows = []
     for job in todo:
-        if (like := job.backbone) not in measured.index:
+        if (like := job.backbone) not in measured.index and not math.isnan(cost(job.backbone)):
             distance = {name: abs(math.log(cost(name) / cost(job.backbone))) for name in measured.index}
             like = min(distance, key=distance.get)
         letters = {LETTERS[name] for name in job.group.split("+")} - {"E"} or {"K"}  # E alone: no more than with K
+        if like not in measured.index or not job.images:
+            rows.append((*job, job.images, math.nan))
+            continue
         slower = 1 if like == job.backbone else cost(job.backbone) / cost(like)
         seconds = sum(job.images * slower / measured.loc[like, letter] for letter in letters)
-        rows.append((*job, job.images, seconds / 3600 if job.images else math.nan))
+        rows.append((*job, job.images, seconds / 3600))
     return pd.DataFrame(rows, columns=[*Job._fields, "images", "hours"])
 
 
@@ -138,12 +145,13 @@ def summary(todo: Sequence[Job], profile: str, rows: int | None = None) -> str:
     sums = table.groupby("group", sort=False)[["jobs", "images", "hours"]].sum()
     sums.loc["all"] = sums.sum()
     lines = sums.to_string(formatters={"jobs": "{:.0f}".format, "images": "{:,.0f}".format, "hours": "{:.2f}".format})
-    unknown = sorted(set(table.loc[table["hours"].isna(), "dataset"]))
+    unknown = table[table["hours"].isna()]
+    unknown = sorted({f"{row.dataset} with {row.backbone}" for row in unknown.itertuples()})
     return "\n".join([
         f"profile {profile}, features to extract:", lines,
         f"hours of one device, by {measured.attrs['basis']}; other backbones by parameters x tokens.",
         "Not in it: decoding, queues, start of the jobs, what notebooks extract themselves, and evaluation.",
-        *([f"Size not known, counted as nothing: {', '.join(unknown)}"] if unknown else []),
+        *([f"No hours known, counted as none: {', '.join(unknown)}"] if unknown else []),
     ])  # fmt: skip
 
 

@@ -1,11 +1,17 @@
 """The plan of a batch: which jobs, how many shards, and hours worked out by hand."""
 
 import json
+import os
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
 
 import pandas as pd
 import pytest
 
-from fungi_core import plan
+from fungi_core import paths, plan, run
+from fungi_core.backbones import BACKBONES
 from fungi_core.plan import Job
 
 DEIT = "vit_b_16.tv_in1k"
@@ -37,7 +43,8 @@ def test_hours_worked_by_hand():
     assert (table["hours"] * 3600).round(6).tolist() == [500, 5000, 10_000, 15_500]
     alone = plan.hours([job(group="embedding", n_train=900)], printed())["hours"]
     assert alone.item() == 9 / 3600  # no more than with KL
-    assert plan.hours([job(dataset="imagenet100")], printed())["hours"].isna().all()
+    unknown = [job(dataset="imagenet100"), job(next(n for n, s in BACKBONES.items() if s.modality != "image"))]
+    assert plan.hours(unknown, printed())["hours"].isna().all()
 
 
 def test_a_backbone_that_was_not_measured_costs_parameters_times_tokens():
@@ -95,7 +102,7 @@ def test_the_summary_says_what_it_is_based_on(monkeypatch):
     monkeypatch.setattr(plan, "speeds", lambda *_a, **_k: printed())
     text = plan.summary([job(group="embedding+kl"), job(dataset="imagenet100", group="embedding+kl")], "paper", 10_000)
     assert "hours of one device, by hand" in text and "Not in it: decoding, queues" in text
-    assert "Size not known, counted as nothing: imagenet100" in text
+    assert f"No hours known, counted as none: imagenet100 with {DEIT}" in text
     assert text.splitlines()[3].split() == ["embedding+kl", "6", "50,000", "0.14"]  # 5 shards and 1; 500 s
     assert "no features to extract" in plan.summary([], "mini")
 
@@ -105,3 +112,51 @@ def test_the_command_prints_a_profile_or_one_line(capsys):
     assert "profile mini, features to extract:" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="plan: unknown profile 'huge'"):
         plan.main(["huge"])
+
+
+# --- what Snakemake makes of it
+
+
+def snakemake(*arguments: str, **env: str) -> str:
+    command = [sys.executable, "-m", "snakemake", "--dry-run", "--forceall", "--nolock", *arguments]
+    done = subprocess.run(command, cwd=paths.ROOT, env=os.environ | env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def counts(text: str) -> dict[str, int]:
+    """Job stats: rule -> jobs."""
+    return {rule: int(n) for rule, n in re.findall(r"^(shard|features|notebook|all) +(\d+)$", text, re.MULTILINE)}
+
+
+def test_shards_of_any_profile_by_config():
+    text = snakemake("--cores", "2", "--config", "profile=mini", "rows_a_job=256", "--", "runs/mini/15_pca.ipynb")
+    assert counts(text) == {"shard": 12, "features": 6, "notebook": 1}  # 6 splits of up to 500 rows: two shards each
+    assert "profile mini, features to extract:" in text and "hours of one device" in text
+
+
+def test_the_papers_profile_asks_for_gpus_and_is_in_shards(tmp_path):
+    """With CIFAR 10 and DeiT "here": 10,000 and 50,000 rows, of which SimCLR's are two shards; all else is one job."""
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "vit_b_16-c867db91.pth").touch()
+    text = snakemake("--cores", "16", "--printshellcmds", "--config", "profile=paper", "--",
+                     "runs/paper/03_image_classification.ipynb", FUNGI_DATA=str(tmp_path))  # fmt: skip
+    assert counts(text) == {"shard": 2, "features": 6, "notebook": 1}
+    for i in (1, 2):
+        assert f"{DEIT} cifar10 train simclr --n-train 0 --n-test 0 --seed 0 --shard {i}/2" in text
+    resources = re.findall(r"resources: .*", text)
+    asked = [line for line in resources if "gpu=1" in line and "mem_mb=64000" in line and "runtime=" in line]
+    assert len(asked) == 9
+
+
+def test_mini_asks_for_no_gpu():
+    text = snakemake("--cores", "2", "--config", "profile=mini", "--", "runs/mini/15_pca.ipynb")
+    assert counts(text) == {"features": 6, "notebook": 1} and "gpu=1" not in text
+
+
+@pytest.mark.skipif(not find_spec("snakemake_executor_plugin_slurm"), reason="needs the extra cluster")
+def test_the_slurm_profile_is_accepted_and_is_no_profile_of_ours():
+    text = snakemake("--workflow-profile", "notebooks/profiles/slurm", "--config", "profile=mini")
+    assert counts(text)["notebook"] == len(run.notebooks())
+    assert "slurm" not in run.profiles()
