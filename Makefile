@@ -10,7 +10,7 @@ SNAKEMAKE  = $(BIN)/snakemake --cores $(CORES) --keep-going --rerun-incomplete -
 SCRATCH   := $(CURDIR)/build/test
 TEST_ENV   = FUNGI_STORE=$(SCRATCH)/store FUNGI_FIGURES=$(SCRATCH)/figures
 
-.PHONY: help install reproduce lite paper lab test lint normalize refresh lock clean
+.PHONY: help install reproduce lite paper lab site test lint normalize refresh lock clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -41,6 +41,9 @@ paper:  ## the paper profile: a GPU machine; data and weights in FUNGI_DATA or d
 
 lab: $(INSTALLED)  ## open JupyterLab at the first notebook
 	$(BIN)/jupyter lab notebooks/00_start_here.ipynb
+
+site: $(INSTALLED)  ## the executed notebooks, figures/lite and the scoreboard as pages: build/site/index.html
+	@$(BIN)/python -m fungi_core.site
 
 lint: $(INSTALLED)  ## style of code and notebooks
 	$(BIN)/ruff check .

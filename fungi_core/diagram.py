@@ -22,6 +22,10 @@ def method_diagram() -> Figure:
     _features(ax)
     ax.set(xlim=(0, WIDE), ylim=(0, HEIGHT), aspect="equal")
     ax.axis("off")
+    fig.set_label(
+        "The method in eight steps: views of one image, a frozen transformer, losses on random heads, the gradient of each "
+        "loss at the last attention's output projection, its projection by signs, joined with the embedding, PCA, kNN."
+    )
     return fig
 
 

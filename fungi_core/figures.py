@@ -20,6 +20,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from IPython.display import Image
+from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
@@ -121,7 +122,8 @@ def provenance(
 def save_figure(
     fig: Figure, name: str, data: pd.DataFrame, provenance: Mapping, folder: Path | str | None = None
 ) -> dict[str, Path]:
-    """Write NAME.png, .pdf, .csv (`data`: the numbers drawn) and .json, and return their paths by suffix.
+    """Write NAME.png, .pdf, .csv (`data`: the numbers drawn) and .json, and return their paths by suffix. The JSON
+    holds `provenance` and, as "alt", what the image shows.
 
     `folder` defaults to `paths.figures_dir()` / the profile among the provenance's parameters. `name` is lower-case
     letters, digits and underscores. Everything is rendered before the first file is touched.
@@ -134,11 +136,29 @@ def save_figure(
     if any(n is not None for n in data.index.names):
         data = data.reset_index()  # a named index carries numbers too
     csv = data.to_csv(index=False, float_format="%.6g", lineterminator="\n")
-    text = {"csv": csv.encode(), "json": (_json(provenance) + "\n").encode()}
+    text = {"csv": csv.encode(), "json": (_json(dict(provenance) | {"alt": describe(fig)}) + "\n").encode()}
     contents = {"png": png.getvalue(), "pdf": pdf.getvalue()} | text
     folder = Path(folder) if folder is not None else _profile_folder(name, provenance)
     folder.mkdir(parents=True, exist_ok=True)
     return {suffix: _write(folder / f"{name}.{suffix}", content) for suffix, content in contents.items()}
+
+
+def describe(fig: Figure) -> str:
+    """Alternative text of a figure, for those who cannot see it: its label where a drawing has set one
+    (`fig.set_label`), else the texts of its titles, axes and key.
+    """
+    if fig.get_label():
+        return fig.get_label()
+    axes = fig.axes
+    said = lambda texts: list(dict.fromkeys(" ".join(t.split()) for t in texts if t.strip()))
+    titles = said(ax.get_title("left") or ax.get_title() for ax in axes)
+    across, up = said(ax.get_xlabel() for ax in axes), said(ax.get_ylabel() for ax in axes)
+    key = said(text.get_text() for legend in [*fig.legends, *filter(None, map(Axes.get_legend, axes))]
+               for text in legend.get_texts())  # fmt: skip
+    named = lambda head, texts: f"{head}: {'; '.join(texts[:8])}{' and more' * (len(texts) > 8)}." * bool(texts)
+    panels = f"Plot of {len(axes)} panel{'s' * (len(axes) != 1)}."
+    parts = [panels, named("Titles", titles), named("Vertical", up), named("Horizontal", across), named("Key", key)]
+    return " ".join(filter(None, parts))
 
 
 def photographs(fig: Figure) -> Image:
@@ -163,8 +183,10 @@ def table_figure(table: pd.DataFrame, *, decimals: int = 1) -> Figure:
         raise ValueError(f"a table needs rows and one level of column names; this one has {found}")
     table = table.reset_index() if any(table.index.names) else table
     cells = table.map(lambda v: _cell(v, decimals)).astype(str)
+    said = f"Table of {len(table)} rows with the columns {', '.join(map(str, table.columns))}."
     heads = [textwrap.fill(str(c), max(cells.iloc[:, j].str.len().max(), 9)) for j, c in enumerate(table.columns)]
     fig, [[ax]] = figure(width=1, height=1)
+    fig.set_label(said)
     em = 8 / 72  # inches: one font size
 
     def inches(text: str, **font) -> float:
