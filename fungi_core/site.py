@@ -27,7 +27,6 @@ from fungi_core.figures import VERDICTS
 
 TEMPLATES = paths.ROOT / "data" / "site"
 THUMBNAIL = 560  # pixels: two for each one of a gallery column
-FIRST = ["disagrees", "undecided", "agrees", "not testable here", "not run"]  # of the scoreboard: what a sceptic wants
 
 
 def build(out: Path, profile: str = "lite", notebooks: Path = run.NOTEBOOKS, runs: Path | None = None) -> list[Path]:
@@ -47,13 +46,13 @@ def build(out: Path, profile: str = "lite", notebooks: Path = run.NOTEBOOKS, run
     slugs = [page["slug"] for page in pages]
     drawn = gallery(out, paths.figures_dir() / profile)
     board = paper.scoreboard(profile)
-    board["order"] = board["verdict"].map(FIRST.index)
+    board["order"] = board["verdict"].map(list(VERDICTS).index)
     claims = board.sort_values("order", kind="stable").to_dict("records")
     items = [row | {"verdicts": board.loc[board["item"] == row["item"], "verdict"].value_counts().to_dict(),
                     "figures": [f for f in drawn if row["item"] in f["items"]]}
              for row in paper.items().to_dict("records")]  # fmt: skip
     shared = {"pages": pages, "slugs": slugs, "figures": drawn, "claims": claims, "items": items, "profile": profile,
-              "colours": VERDICTS, "counts": board["verdict"].value_counts().reindex(FIRST).dropna().astype(int)}
+              "colours": VERDICTS, "counts": board["verdict"].value_counts().reindex(VERDICTS).dropna().astype(int)}
     env = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
                       lstrip_blocks=True)  # fmt: skip
     env.filters |= {"points": points, "anchor": anchor}
