@@ -118,6 +118,20 @@ def scoreboard(profile: str) -> pd.DataFrame:
     return board
 
 
+def as_markdown(board: pd.DataFrame) -> str:
+    """The measured claims of a `scoreboard` as a Markdown table, the disagreements first: README's."""
+    order = ["disagrees", "undecided", "agrees"]
+    board = board[board["verdict"].isin(order)].sort_values("verdict", key=lambda v: v.map(order.index), kind="stable")
+    number = lambda x: f"{x:+.1f}".replace("-", "−")
+    lines = ["| paper | claim | theirs | ours | verdict | size |", "|---|---|---|---|---|---|"]
+    for r in board.to_dict("records"):
+        theirs = "–" if pd.isna(r["paper_delta"]) else number(r["paper_delta"])
+        interval = "" if pd.isna(r["low"]) else f" [{number(r['low'])}, {number(r['high'])}]"
+        cells = r["item"], r["claim"], theirs, number(r["value"]) + interval, r["verdict"], r["size"] or "–"
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def size(paper_delta: float, value: float, low: float, high: float) -> str:
     """How our difference compares with the paper's, which a verdict on the sign leaves open: "alike" where the paper's
     number is inside our interval, else "smaller", "larger" or "other sign"; "" where one of the numbers is missing.
