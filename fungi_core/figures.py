@@ -39,7 +39,6 @@ VERDICTS = {  # the disagreements first
     "disagrees": "#B84A00", "undecided": "#E69F00", "agrees": "#0072B2",
     "not testable here": "#333333", "not run": "#999999",
 }  # fmt: skip
-LETTERS = {"embedding": "E", "kl": "K", "dino": "D", "simclr": "S", "deepcluster": "C", "ibot": "I"}
 NAMES = {"E": "embedding", "K": "KL", "D": "DINO", "S": "SimCLR", "C": "DeepCluster", "I": "iBOT"}
 
 STYLE = {
