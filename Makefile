@@ -11,7 +11,7 @@ SNAKEMAKE  = $(BIN)/snakemake --cores $(CORES) --resources gpu=$(GPUS) --keep-go
 SCRATCH   := $(CURDIR)/build/test
 TEST_ENV   = FUNGI_STORE=$(SCRATCH)/store FUNGI_FIGURES=$(SCRATCH)/figures
 
-.PHONY: help install reproduce lite paper plan lab test lint normalize refresh lock clean
+.PHONY: help install reproduce lite paper plan lab site test lint normalize refresh lock clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -46,6 +46,9 @@ plan: $(INSTALLED)  ## what `make reproduce` would run for PROFILE (mini), with 
 
 lab: $(INSTALLED)  ## open JupyterLab at the first notebook
 	$(BIN)/jupyter lab notebooks/00_start_here.ipynb
+
+site: $(INSTALLED)  ## the executed notebooks, figures/lite and the scoreboard as pages: build/site/index.html
+	@$(BIN)/python -m fungi_core.site
 
 lint: $(INSTALLED)  ## style of code and notebooks
 	$(BIN)/ruff check .

@@ -24,7 +24,8 @@ ALONE = {"16_simclr_views", "17_throughput"}  # timings: nothing else runs besid
 
 PAPER = PROFILE == "paper"
 ROWS = config.get("rows_a_job")  # --config rows_a_job=N: another size of the shards; 0: none
-GROUPS = {group: rows if ROWS is None else int(ROWS) for group, rows in plan.groups(PROFILE).items()}
+GROUPS = plan.groups(PROFILE) | plan.groups(PROFILE, "audio")
+GROUPS = GROUPS if ROWS is None else dict.fromkeys(GROUPS, int(ROWS))
 CORES = None if workflow.remote_exec else workflow.resource_settings.cores  # None on a cluster, here and in its jobs
 THREADS = 8 if PAPER else CORES or 2
 MEMORY, MINUTES = (64_000, 240) if PAPER else (4_000, 60)  # MB and time limit of a job; twice that at its second try
@@ -36,7 +37,7 @@ CODE = sorted(Path("fungi_core").glob("*.py"))
 # Modules that change no feature; a change in any other runs the features jobs again, which then find their rows stored.
 AFTER_FEATURES = {"clustering", "devices", "diagram", "evaluate", "explore", "figures", "grids", "iou", "masks",
                   "neighbours", "paper", "pca", "plan", "plots", "probe", "protocol", "retrieval", "run", "scenes",
-                  "segmentation", "similarity", "studies", "throughput", "tokens"}
+                  "segmentation", "similarity", "site", "studies", "throughput", "tokens"}
 
 
 JOBS = {slug: plan.jobs(PARAMETERS[slug], PROFILE, PRESENT) for slug in SLUGS}

@@ -1,4 +1,4 @@
-"""FUNGI in one picture (what the paper's Figs 1 and 4 explain), drawn to scale in inches."""
+"""FUNGI in one picture (what the paper's Figs 1 and 4 explain), drawn in its own units."""
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -6,13 +6,13 @@ from matplotlib.patches import FancyBboxPatch
 
 from fungi_core.figures import COLOURS, FUNGI, WIDE, figure
 
-INK, GREY, HEIGHT = "#333333", "#767676", 3.5
+INK, GREY, WIDTH, HEIGHT = "#333333", "#767676", 6.8, 3.5
 ROWS = {"K": 2.88, "D": 2.38, "S": 1.88}  # heights of the three objectives' lanes
 
 
 def method_diagram() -> Figure:
     """The method from an image to a neighbour search: three objectives, one layer's gradient, one feature."""
-    fig, [[ax]] = figure(height=HEIGHT)
+    fig, [[ax]] = figure(width=WIDE, height=HEIGHT * WIDE / WIDTH)  # drawn in its own units: the text gains on the rest
     fig.set_layout_engine("none")
     ax.set(position=[0, 0, 1, 1])
     picture = _toadstool()
@@ -20,8 +20,12 @@ def method_diagram() -> Figure:
     _transformer(ax)
     _losses(ax)
     _features(ax)
-    ax.set(xlim=(0, WIDE), ylim=(0, HEIGHT), aspect="equal")
+    ax.set(xlim=(0, WIDTH), ylim=(0, HEIGHT), aspect="equal")
     ax.axis("off")
+    fig.set_label(
+        "The method in eight steps: views of one image, a frozen transformer, losses on random heads, the gradient of "
+        "each at the last attention's output projection, its projection by signs, joined with the embedding, PCA, kNN."
+    )
     return fig
 
 
@@ -51,7 +55,7 @@ def _transformer(ax) -> None:
         _box(ax, x, 1.82, 0.11, 1.2, "white", "#999999")
     ax.text(2.85, 1.67, "blocks", size=6.8, color=GREY)
     _box(ax, 3.4, 1.77, 0.87, 1.3, "white", "#777777")
-    ax.text(3.88, 1.67, "last block", size=6.8, color=GREY)
+    ax.text(3.88, 1.67, "last block", size=6.2, color=GREY)
     for x, y, name in ((3.46, 2.42, "attention"), (3.72, 2.42, "output projection"), (3.98, 2.63, "MLP")):
         target = name == "output projection"  # the layer whose gradient is taken
         _box(ax, x, 1.83, 0.22, 1.18, "#F0E442" if target else "#E8E8E8", "black" if target else "#999999")

@@ -20,12 +20,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from IPython.display import Image
+from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from fungi_core import paths
 
-COLUMN, WIDE = 3.3, 6.8  # widths in inches: one and two columns of a page
+COLUMN, WIDE = 3.3, 6.2  # widths in inches: one column of a page, and two
+MOST = 50  # rows of a table that are drawn
 
 # After Okabe and Ito (2008), safe for colour-blind readers: embedding neutral, a hue a gradient, FUNGI vermillion.
 COLOURS = {
@@ -33,16 +35,15 @@ COLOURS = {
     "E+K": "#CC79A7", "E+K+D": "#8F4A8C", "E+K+D+S": "#D55E00",
 }  # fmt: skip
 FUNGI = COLOURS["E+K+D+S"]
-VERDICTS = {
-    "agrees": "#0072B2", "disagrees": "#D55E00", "undecided": "#E69F00",
+VERDICTS = {  # the disagreements first
+    "disagrees": "#B84A00", "undecided": "#E69F00", "agrees": "#0072B2",
     "not testable here": "#333333", "not run": "#999999",
 }  # fmt: skip
-LETTERS = {"embedding": "E", "kl": "K", "dino": "D", "simclr": "S", "deepcluster": "C", "ibot": "I"}
 NAMES = {"E": "embedding", "K": "KL", "D": "DINO", "S": "SimCLR", "C": "DeepCluster", "I": "iBOT"}
 
 STYLE = {
-    "font.family": "DejaVu Sans", "mathtext.fontset": "dejavusans", "font.size": 8, "legend.fontsize": 7.5,
-    "axes.titlesize": 8, "axes.labelsize": 8, "xtick.labelsize": 7.5, "ytick.labelsize": 7.5,
+    "font.family": "DejaVu Sans", "mathtext.fontset": "dejavusans", "font.size": 9, "legend.fontsize": 9,
+    "axes.titlesize": 9, "axes.labelsize": 9, "xtick.labelsize": 8.5, "ytick.labelsize": 8.5,
     "figure.dpi": 110, "savefig.dpi": 200, "pdf.fonttype": 42, "figure.facecolor": "white", "legend.frameon": False,
     "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.7, "axes.edgecolor": "#444444",
     "axes.titlelocation": "left", "axes.axisbelow": True, "grid.color": "#E3E3E3", "grid.linewidth": 0.6,
@@ -121,7 +122,8 @@ def provenance(
 def save_figure(
     fig: Figure, name: str, data: pd.DataFrame, provenance: Mapping, folder: Path | str | None = None
 ) -> dict[str, Path]:
-    """Write NAME.png, .pdf, .csv (`data`: the numbers drawn) and .json, and return their paths by suffix.
+    """Write NAME.png, .pdf, .csv (`data`: the numbers drawn) and .json, and return their paths by suffix. The JSON
+    holds `provenance` and, as "alt", what the image shows.
 
     `folder` defaults to `paths.figures_dir()` / the profile among the provenance's parameters. `name` is lower-case
     letters, digits and underscores. Everything is rendered before the first file is touched.
@@ -134,11 +136,29 @@ def save_figure(
     if any(n is not None for n in data.index.names):
         data = data.reset_index()  # a named index carries numbers too
     csv = data.to_csv(index=False, float_format="%.6g", lineterminator="\n")
-    text = {"csv": csv.encode(), "json": (_json(provenance) + "\n").encode()}
+    text = {"csv": csv.encode(), "json": (_json(dict(provenance) | {"alt": describe(fig)}) + "\n").encode()}
     contents = {"png": png.getvalue(), "pdf": pdf.getvalue()} | text
     folder = Path(folder) if folder is not None else _profile_folder(name, provenance)
     folder.mkdir(parents=True, exist_ok=True)
     return {suffix: _write(folder / f"{name}.{suffix}", content) for suffix, content in contents.items()}
+
+
+def describe(fig: Figure) -> str:
+    """Alternative text of a figure, for those who cannot see it: its label where a drawing has set one
+    (`fig.set_label`), else the texts of its titles, axes and key.
+    """
+    if fig.get_label():
+        return fig.get_label()
+    axes = fig.axes
+    said = lambda texts: list(dict.fromkeys(" ".join(t.split()) for t in texts if t.strip()))
+    titles = said(ax.get_title("left") or ax.get_title() for ax in axes)
+    across, up = said(ax.get_xlabel() for ax in axes), said(ax.get_ylabel() for ax in axes)
+    key = said(text.get_text() for legend in [*fig.legends, *filter(None, map(Axes.get_legend, axes))]
+               for text in legend.get_texts())  # fmt: skip
+    named = lambda head, texts: f"{head}: {'; '.join(texts[:8])}{' and more' * (len(texts) > 8)}." * bool(texts)
+    panels = f"Plot of {len(axes)} panel{'s' * (len(axes) != 1)}."
+    parts = [panels, named("Titles", titles), named("Vertical", up), named("Horizontal", across), named("Key", key)]
+    return " ".join(filter(None, parts))
 
 
 def photographs(fig: Figure) -> Image:
@@ -157,38 +177,52 @@ def save_table(
 
 
 def table_figure(table: pd.DataFrame, *, decimals: int = 1) -> Figure:
-    """A table drawn as text between three rules, as wide as its contents need; columns named "paper..." are grey."""
+    """A table drawn as text between three rules, as wide as its contents need; columns named "paper..." are grey.
+
+    Long texts are wrapped; of more than `MOST` rows the first are drawn, and a last line counts those in the CSV alone.
+    """
     if table.columns.nlevels > 1 or table.empty:
         found = f"{len(table)} rows, {table.columns.nlevels} levels"
         raise ValueError(f"a table needs rows and one level of column names; this one has {found}")
     table = table.reset_index() if any(table.index.names) else table
     cells = table.map(lambda v: _cell(v, decimals)).astype(str)
-    heads = [textwrap.fill(str(c), max(cells.iloc[:, j].str.len().max(), 9)) for j, c in enumerate(table.columns)]
+    said = f"Table of {len(table)} rows with the columns {', '.join(map(str, table.columns))}."
+    if rest := max(0, len(cells) - MOST):
+        cells = cells.head(MOST)
+    cells = cells.map(lambda text: textwrap.fill(text, 44))
+    heads = [textwrap.fill(str(c).replace("_", " "), max(cells.iloc[:, j].str.len().max(), 9), break_long_words=False)
+             for j, c in enumerate(table.columns)]  # fmt: skip
     fig, [[ax]] = figure(width=1, height=1)
-    em = 8 / 72  # inches: one font size
+    fig.set_label(said)
+    em = STYLE["font.size"] / 72  # inches: one font size
 
     def inches(text: str, **font) -> float:
         return ax.text(0, 0, text, **font).get_window_extent().width / fig.dpi
 
-    bold = {"weight": "bold", "fontsize": 7.5}
-    widths = [max(inches(head, **bold), *map(inches, set(cells.iloc[:, j]))) + 1.6 * em for j, head in enumerate(heads)]
+    widths = [max(inches(head, weight="bold"), *map(inches, set(cells.iloc[:, j]))) + 1.6 * em
+              for j, head in enumerate(heads)]  # fmt: skip
     ax.clear()
-    row, top = 1.7 * em, 1.25 * em * max(h.count("\n") + 1 for h in heads) + 0.6 * em
-    width, height = sum(widths), top + row * len(cells)
+    lines = lambda texts: max(text.count("\n") + 1 for text in texts)
+    top = 1.25 * em * lines(heads) + 0.6 * em
+    rows = np.array([0.45 * em + 1.25 * em * lines(row) for row in cells.to_numpy()])
+    edges = -top - np.concatenate([[0], rows.cumsum()])
+    width, height = sum(widths), -edges[-1] + 1.7 * em * bool(rest)
     fig.set_layout_engine("none")
     fig.set_size_inches(width + 2 * em, height + 2 * em)
     ax.set(position=[0, 0, 1, 1], xlim=(-em, width + em), ylim=(-height - em, em))
     ax.axis("off")
-    ax.hlines([0, -top, -height], 0, width, color="black", linewidth=[1, 0.6, 1])
+    ax.hlines([0, -top, edges[-1]], 0, width, color="black", linewidth=[1, 0.6, 1])
+    if rest:
+        ax.text(0.8 * em, -height + 0.5 * em, f"and {rest} more rows in the CSV", color="#666666", style="italic")
     right = 0.0
     for j, head in enumerate(heads):
         left, right = right + 0.8 * em, right + widths[j]
         numeric = pd.api.types.is_numeric_dtype(table.dtypes.iloc[j])
         x, align = (right - 0.8 * em, "right") if numeric else (left, "left")
         ink = "#666666" if str(table.columns[j]).lower().startswith("paper") else "black"
-        ax.text(x, -top + 0.6 * em, head, ha=align, va="baseline", color=ink, **bold)
+        ax.text(x, -top + 0.6 * em, head, ha=align, va="baseline", color=ink, weight="bold")
         for i, text in enumerate(cells.iloc[:, j]):
-            ax.text(x, -top - row * (i + 0.5), text, ha=align, va="center_baseline", color=ink)
+            ax.text(x, (edges[i] + edges[i + 1]) / 2, text, ha=align, va="center", color=ink)
     return fig
 
 

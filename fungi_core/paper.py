@@ -104,7 +104,9 @@ def save_measured(measured: pd.DataFrame, notebook: str, profile: str) -> pd.Dat
 
 
 def scoreboard(profile: str) -> pd.DataFrame:
-    """Every claim with ours (value, low, high, on) and a verdict, in the paper's order; what was not run says so."""
+    """Every claim with ours (value, low, high, on), a verdict on its sign and how its size compares (`size`), in the
+    paper's order; what was not run says so.
+    """
     files = sorted((figures_dir() / profile).glob("claims_*.csv"))
     ours = pd.concat([pd.DataFrame(columns=MEASURED), *map(pd.read_csv, files)]).drop_duplicates("id", keep="last")
     board = claims().merge(ours, on="id", how="left")
@@ -112,7 +114,35 @@ def scoreboard(profile: str) -> pd.DataFrame:
     board["verdict"] = [
         verdict(*row) for row in board[["expected", "value", "low", "high", "on"]].itertuples(index=False)
     ]
+    board["size"] = [size(*row) for row in board[["paper_delta", "value", "low", "high"]].itertuples(index=False)]
     return board
+
+
+def as_markdown(board: pd.DataFrame) -> str:
+    """The measured claims of a `scoreboard` as a Markdown table, the disagreements first: README's."""
+    order = ["disagrees", "undecided", "agrees"]
+    board = board[board["verdict"].isin(order)].sort_values("verdict", key=lambda v: v.map(order.index), kind="stable")
+    number = lambda x: f"{x:+.1f}".replace("-", "−")
+    lines = ["| paper | claim | theirs | ours | verdict | size |", "|---|---|---|---|---|---|"]
+    for r in board.to_dict("records"):
+        theirs = "–" if pd.isna(r["paper_delta"]) else number(r["paper_delta"])
+        interval = "" if pd.isna(r["low"]) else f" [{number(r['low'])}, {number(r['high'])}]"
+        cells = r["item"], r["claim"], theirs, number(r["value"]) + interval, r["verdict"], r["size"] or "–"
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def size(paper_delta: float, value: float, low: float, high: float) -> str:
+    """How our difference compares with the paper's, which a verdict on the sign leaves open: "alike" where the paper's
+    number is inside our interval, else "smaller", "larger" or "other sign"; "" where one of the numbers is missing.
+    """
+    if pd.isna([paper_delta, value, low, high]).any():
+        return ""
+    if low <= paper_delta <= high:
+        return "alike"
+    if value * paper_delta < 0:
+        return "other sign"
+    return "smaller" if abs(value) < abs(paper_delta) else "larger"
 
 
 def verdict(expected: str, value: float, low: float, high: float, on: object) -> str:

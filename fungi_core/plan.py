@@ -40,18 +40,19 @@ class Job(NamedTuple):
         return min(limit, official) if limit and official else limit or official
 
 
-def groups(profile: str) -> dict[str, int]:
+def groups(profile: str, kind: str = "image") -> dict[str, int]:
     """Features that one job extracts -> rows of one of its shards; 0: never in shards.
 
     A job starts Python and torch, which takes seconds: as long as the mini extraction itself. So one job makes all four
     features, but in the paper profile, where they take hours, each is a job, or several jobs that write different rows.
-    The embedding comes with the KL gradient for nothing.
+    The embedding comes with the KL gradient for nothing. ``kind``: text and audio have no DINO (Tables 12, 19).
     """
+    names = ["embedding+kl", *(["dino"] if kind == "image" else []), "simclr"]
     if profile != "paper":
-        return {"embedding+kl+dino+simclr": 0}
+        return {"+".join(names): 0}
     speed = speeds("paper", folder=Path("none")).loc["vit_b_16.tv_in1k"]  # printed ones: fixed shards
-    rows = {"embedding+kl": speed["K"], "dino": speed["D"], "simclr": speed["S"]}
-    return {group: 1000 * math.ceil(value * 60 * MINUTES_A_JOB / 1000) for group, value in rows.items()}
+    rows = {name: 60 * MINUTES_A_JOB * speed[LETTERS[name.split("+")[-1]]] for name in names}
+    return {name: 1000 * math.ceil(number / 1000) for name, number in rows.items()}
 
 
 def jobs(parameters: dict, profile: str, present: Iterable[str] | None = None) -> list[Job]:
@@ -67,8 +68,13 @@ def jobs(parameters: dict, profile: str, present: Iterable[str] | None = None) -
         for backbone in parameters["backbones"] if here(backbone)
         for dataset in parameters["datasets"] if here(dataset)
         for split in ("train", "test")
-        for group in groups(profile)
+        for group in groups(profile, modality(dataset))
     ]  # fmt: skip
+
+
+def modality(dataset: str) -> str:
+    """Of a data set of the table; a packed file without an entry holds images."""
+    return datasets.DATASETS[dataset].modality if dataset in datasets.DATASETS else "image"
 
 
 def shards(job: Job, rows: int) -> int:
@@ -139,7 +145,7 @@ def summary(todo: Sequence[Job], profile: str, rows: int | None = None) -> str:
     """The estimate in a few lines: jobs, images and hours by group, and what it is based on."""
     if not todo:
         return f"profile {profile}: no features to extract; either all is there, or none of its data or backbones is"
-    measured, sizes = speeds(profile), groups(profile)
+    measured, sizes = speeds(profile), groups(profile) | groups(profile, "audio")
     table = hours(todo, measured)
     table["jobs"] = [shards(job, sizes[job.group] if rows is None else rows) for job in todo]
     sums = table.groupby("group", sort=False)[["jobs", "images", "hours"]].sum()

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter, NullLocator, StrMethodFormatter
 
 from fungi_core.figures import COLOURS, COLUMN, FUNGI, NAMES, VERDICTS, WIDE, colour, contrast, figure
 
@@ -52,10 +52,9 @@ def class_deltas(df: pd.DataFrame) -> Figure:
     `df`: features ("K", "D", "S"), class, value (points). Each condition is a row of panels, which share their y axis.
     """
     df = _need(df, "features", "class", "value")
-    df = df.assign(row=_join(df, "dataset", "backbone", "setting"))
+    df = df.assign(row=_join(df, "dataset", "backbone", "setting", by=", "))
     rows, kinds = df["row"].unique(), df["features"].unique()
-    tall = 1 + max(r.count("\n") for r in rows)
-    fig, axes = figure(len(rows), len(kinds), height=(1.3 + 0.13 * tall) * len(rows), sharey="row")
+    fig, axes = figure(len(rows), len(kinds), height=0.4 + 1.1 * len(rows), sharey="row")
     for (i, name), (j, kind) in ((a, b) for a in enumerate(rows) for b in enumerate(kinds)):
         ax = axes[i, j]
         delta = np.sort(df.query("row == @name and features == @kind")["value"].to_numpy())[::-1]
@@ -64,10 +63,12 @@ def class_deltas(df: pd.DataFrame) -> Figure:
         ax.spines["bottom"].set_visible(False)
         ax.set(xticks=[], xlabel=f"{len(delta)} classes, sorted" if len(delta) else "not run")
         better, worse = int((delta > 0).sum()), int((delta < 0).sum())
-        ax.text(0.98, 0.97, f"{better} better\n{worse} worse", transform=ax.transAxes, ha="right", va="top", size=7.5)
-        ax.set_title(f"{NAMES.get(kind, kind)} − embedding" + f"\n{name}" * bool(name))
-    for ax in axes[:, 0]:
-        ax.set_ylabel("Δ accuracy (points)")
+        clear = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}
+        where = {"transform": ax.transAxes, "ha": "right", "va": "top", "bbox": clear}
+        ax.text(0.98, 0.99, f"{better} better\n{worse} worse", size=8, **where)
+        heads = [name] * (not j) + [f"{NAMES.get(kind, kind)} − embedding"] * (not i)
+        ax.set_title("\n".join(filter(None, heads)))
+    fig.supylabel("Δ accuracy (points)", size=9)
     return fig
 
 
@@ -78,10 +79,10 @@ def accuracy_by_features(df: pd.DataFrame, label: str = "accuracy (%)", ours: st
     embedding, in points, drawn as an open mark that far above our own embedding.
     """
     df = _need(df, "features", "value")
-    df = df.assign(row=_join(df, "backbone", "setting"), col=_join(df, "dataset"))
-    df = df.assign(title=_join(df, "dataset", "setting", by=", "))
+    df = df.assign(row=_join(df, "backbone", "setting", by=", "), col=_join(df, "dataset"))
     rows, cols, kinds = (list(df[c].unique()) for c in ("row", "col", "features"))
     ticks = ["+ " + k.removeprefix(f"{a}+") if k.startswith(f"{a}+") else k for a, k in zip(["", *kinds], kinds)]
+    crowded = len(kinds) > 4 and max(map(len, ticks)) > 3
     width, height = min(WIDE, COLUMN * len(cols)), 0.5 + 1.5 * len(rows)
     fig, axes = figure(len(rows), len(cols), width=width, height=height, sharex=True)
     for (i, row), (j, col) in ((a, b) for a in enumerate(rows) for b in enumerate(cols)):
@@ -98,9 +99,9 @@ def accuracy_by_features(df: pd.DataFrame, label: str = "accuracy (%)", ours: st
             ax.text(0.5, 0.5, "not run", transform=ax.transAxes, ha="center", va="center", color=PALE)
             ax.set_yticks([])
         ax.set_xlim(-0.5, len(kinds) - 0.4)
-        ax.set_xticks(range(len(kinds)), ticks)
+        ax.set_xticks(range(len(kinds)), ticks, rotation=40 * crowded)
         ax.margins(y=0.12)
-        ax.set_title(_join(here, "title", *["backbone"] * ("backbone" in df)).iloc[0] if len(here) else f"{col}\n{row}")
+        ax.set_title("\n".join(filter(None, [row if not j else "", col])))  # the row's name above its first panel
     for ax in axes[:, 0]:
         ax.set_ylabel(label)
     _legend(fig, {ours: {}}, "our embedding + the paper's gain" if df["paper"].notna().any() else None)
@@ -136,9 +137,8 @@ def variants(df: pd.DataFrame, *, against: str, interval: str = "95 % interval")
         ax.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.4, -0.6))
         ax.tick_params(axis="y", length=0)
         ax.grid(axis="x")
-        ax.set_title(f"{col}\n{row}" if row and (len(rows) > 1 or not j) else col)
-    for ax in axes[-1]:
-        ax.set_xlabel(f"difference from {against}\n(points; right: accuracy in %)")
+        ax.set_title(f"{row}\n{col}" if row and not j else col)
+    fig.supxlabel(f"difference from {against} (points; right: accuracy in %)", size=9)
     _legend(fig, {f"ours, {interval}": {}}, "the paper's difference" if df["paper"].notna().any() else None)
     return fig
 
@@ -194,9 +194,10 @@ def views_and_speed(df: pd.DataFrame) -> Figure:
     ):
         speed.plot(part["views"], part["speed"], color=INK, marker="o", markersize=3)
         speed.plot(part["views"], part["floor"], color=PALE, linestyle=(0, (4, 3)))
-        last = part.iloc[0]
-        speed.annotate(name, (last["views"], last["speed"]), (5, 3), textcoords="offset points", size=7.5)
-    speed.set(yscale="log", ylabel="images/s", title="speed (dashed: floor)")
+        if df.get("backbone", pd.Series()).nunique() > 1:
+            first = part.iloc[0]
+            speed.annotate(name, (first["views"], first["speed"]), (5, 3), textcoords="offset points", size=8)
+    speed.set(yscale="log", ylabel="images/s", title="speed\n(dashed: floor)")
     speed.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
     speed.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     speed.yaxis.set_minor_formatter(NullFormatter())
@@ -231,7 +232,9 @@ def trade_off(df: pd.DataFrame) -> Figure:
             ax.plot([r["speed"]] * 2, [r["gain_low"], r["gain_high"]], color=ink, linewidth=1, alpha=0.5)
             face = "white" if r["native"] else ink
             ax.plot(r["speed"], r["gain"], marker="o", color=ink, markerfacecolor=face, linestyle="none")
-            ax.annotate(r["label"], (r["speed"], r["gain"]), (4, 3), textcoords="offset points", size=7, color=ink)
+            below = {"va": "top"} if r["native"] else {}  # the two kinds of SimCLR points lie close together
+            at = (3, -4 if r["native"] else 4)
+            ax.annotate(r["label"], (r["speed"], r["gain"]), at, textcoords="offset points", size=8, color=ink, **below)
         ax.axhline(0, color=PALE, linewidth=0.7, linestyle=(0, (4, 3)), zorder=0)
         ax.set(xscale="log", xlabel="images/s", title=panel)
         ax.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
@@ -406,7 +409,7 @@ def throughput(df: pd.DataFrame) -> Figure:
     optionally paper and paper_floor (images/s), low, high.
     """
     df = _need(df, "features", "value", "floor").assign(**{"paper_floor": np.nan} if "paper_floor" not in df else {})
-    fig, axes = figure(1, 2, height=0.85 + 0.3 * len(df), sharey=True)
+    fig, axes = figure(1, 2, height=1.1 + 0.36 * len(df), sharey=True)
     speed, share = axes[0]
     for y, (_, r) in enumerate(df.iterrows()):
         ink = colour(r["features"])
@@ -420,15 +423,15 @@ def throughput(df: pd.DataFrame) -> Figure:
         share.annotate("not run" if absent else f"{r['value'] / r['floor']:.2f}", (0, y), (4, 0), **text)
     names = df["features"].map(lambda f: "embedding" if f == "E" else f"{NAMES.get(f, f)} gradient")
     if "backbone" in df and df["backbone"].nunique() > 1:
-        names = names + ", " + df["backbone"]
+        names = names + "\n" + df["backbone"]
     speed.set(yticks=range(len(df)), yticklabels=names, ylim=(len(df) - 0.5, -0.5), xscale="log", xlabel="images/s")
-    speed.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    speed.xaxis.set_major_locator(LogLocator())
     speed.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    speed.xaxis.set_minor_formatter(NullFormatter())
+    speed.minorticks_off()
     speed.grid(axis="x")
     speed.tick_params(axis="y", length=0)
     share.axvline(1, color=INK, linewidth=0.7, linestyle=(0, (4, 3)))
-    share.set(xlabel="fraction of the floor (stock forward pass / views)", xlim=(0, None))
+    share.set(xlabel="fraction of the floor\n(stock forward pass / views)", xlim=(0, None))
     share.tick_params(axis="y", length=0)
     keys = {"ours": {}, "floor": {"marker": "|", "markersize": 9}}
     _legend(fig, keys, "the paper's (A100, ViT-B/16)" if df["paper"].notna().any() else None)
@@ -468,35 +471,83 @@ def against_published(df: pd.DataFrame) -> Figure:
 
 
 def scoreboard(df: pd.DataFrame) -> Figure:
-    """Every claim in a row: the paper's gain (open) against ours (filled, with interval), coloured by verdict.
+    """Every claim in a row, grouped by verdict, disagreements first: ours (filled, with interval), the paper's (open).
 
-    `df`: item ("Table 2"), claim (a few words), paper, value, low, high (points), verdict (of `figures.VERDICTS`).
+    `df`: item ("Table 2"), claim (a few words), paper, value, low, high (points), verdict (of `figures.VERDICTS`), and
+    optionally expected ("+" or "-": the side of zero that the claim predicts, shaded).
     """
-    df = _need(df, "item", "claim", "paper", "value", "verdict")
+    df = _need(df, "item", "claim", "paper", "value", "verdict").assign(expected=df.get("expected", ""))
     if unknown := set(df["verdict"]) - set(VERDICTS):
         raise ValueError(f"unknown verdict {sorted(unknown)[0]!r}: use one of {', '.join(VERDICTS)}")
-    claims = [textwrap.fill(c, 46) for c in df["claim"]]
-    heights = np.array([0.2 + 0.13 * c.count("\n") for c in claims])
-    starts = (df["item"] != df["item"].shift()).to_numpy()  # a new group: a heading above its first claim
-    ys = np.cumsum(heights + 0.23 * starts) - heights / 2
+    df = df.assign(order=df["verdict"].map(list(VERDICTS).index)).sort_values("order", kind="stable")
+    claims = [textwrap.fill(f"{item}: {claim}", 58) for item, claim in zip(df["item"], df["claim"], strict=True)]
+    heights = np.array([0.19 + 0.135 * c.count("\n") for c in claims])
+    starts = (df["verdict"] != df["verdict"].shift()).to_numpy()  # a new group: a heading above its first claim
+    ys = np.cumsum(heights + 0.27 * starts) - heights / 2
     bottom = ys[-1] + heights[-1] / 2 + 0.05
     fig, [[ax]] = figure(height=bottom + 0.75)
-    for y, head, (_, r) in zip(ys - heights / 2 - 0.11, starts, df.iterrows(), strict=True):
-        if head:
-            left = {"xycoords": ax.get_yaxis_transform(), "textcoords": "offset points", "annotation_clip": False}
-            ax.annotate(r["item"], (0, y), (-4, 0), ha="right", va="center", weight="bold", **left)
-    for y, (_, r) in zip(ys, df.iterrows(), strict=True):
+    numbers = df[["paper", "value", "low", "high"]].to_numpy(float)
+    left, right = min(0, np.nanmin(numbers)) - 1, max(0, np.nanmax(numbers)) + 1
+    ax.set(yticks=ys, yticklabels=claims, ylim=(bottom, 0), xlim=(left, right), xlabel="difference (points)")
+    ax.tick_params(axis="y", length=0, labelsize=7.5)
+    text = {"xycoords": ax.get_yaxis_transform(), "textcoords": "offset points", "annotation_clip": False}
+    for y, height, start, (_, r) in zip(ys, heights, starts, df.iterrows(), strict=True):
         ink = VERDICTS[r["verdict"]]
-        ax.plot([r["paper"], r["value"]], [y, y], color="#DDDDDD", linewidth=1, zorder=1)
+        if start:
+            head = f"{r['verdict']} ({(df['verdict'] == r['verdict']).sum()})"
+            ax.annotate(head, (0, y - height / 2 - 0.13), (-4, 0), ha="right", va="center", weight="bold", **text)
+        if r["expected"] in ("+", "-"):
+            ends = (0, right) if r["expected"] == "+" else (left, 0)
+            ax.fill_betweenx([y - height / 2, y + height / 2], *ends, color="#F1F1F1", linewidth=0, zorder=0)
+        ax.plot([r["paper"], r["value"]], [y, y], color="#BBBBBB", linewidth=1, zorder=1)
         ax.plot(r["paper"], y, color=ink, zorder=3, **OPEN)
         _interval(ax, r["value"], y, r, ink, horizontal=True, zorder=4)
     ax.axvline(0, color=INK, linewidth=0.7)
-    ax.set(yticks=ys, yticklabels=claims, ylim=(bottom, 0), xlabel="gain over the embedding (points)")
-    ax.tick_params(axis="y", length=0)
-    ax.grid(axis="x")
     ax.spines["left"].set_visible(False)
+    shade = {"marker": "s", "markersize": 9, "color": "#DDDDDD"}
+    _legend(fig, {"ours, 95 % interval": {}, "side that the claim predicts": shade}, "the paper's")
+    return fig
+
+
+def deltas(df: pd.DataFrame) -> Figure:
+    """The paper's difference against ours: a reproduction lies on the diagonal, the other sign in a grey quadrant.
+
+    `df`: id, paper, value, low, high (points), verdict; rows without either number are left out. The id is written
+    where the paper's number is outside our interval. Both axes are linear to 2 points and logarithmic beyond.
+    """
+    df = _need(df, "id", "paper", "value", "verdict")
+    df = df[df["paper"].notna() & df["value"].notna()].sort_values("paper")
+    if df.empty:
+        raise ValueError("nothing to plot: no claim has the paper's number and ours")
+    fig, [[ax]] = figure(width=1.6 * COLUMN, height=1.5 * COLUMN)
+    numbers = df[["value", "low", "high"]].to_numpy(float)
+    end = 2 * max(df["paper"].abs().max(), np.nanmax(np.abs(numbers)))
+    for scale in (ax.set_xscale, ax.set_yscale):
+        scale("symlog", linthresh=2, linscale=1.2)
+    least = lambda values: 1.4 * min(-0.5, np.nanmin(values))
+    ax.set(xlim=(least(df["paper"]), 1.6 * df["paper"].max()), ylim=(least(numbers), 1.4 * np.nanmax(numbers)))
+    ax.set(xlabel="the paper's difference (points)", ylabel="our difference (points), 95 % interval")
+    for low, high in ((-end, 0), (0, end)):
+        ax.fill_between([low, high], *((0, end) if low else (-end, 0)), color="#F1F1F1", linewidth=0, zorder=0)
+    ax.plot([-end, end], [-end, end], color=PALE, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
+    for line in (ax.axhline, ax.axvline):
+        line(0, color=INK, linewidth=0.7)
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(FixedLocator([x for x in (-20, -10, -5, -2, -1, 0, 1, 2, 5, 10, 20) if abs(x) < end]))
+        axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.set_minor_locator(NullLocator())
+    marks = {"agrees": "o", "disagrees": "X", "undecided": "s"}
+    for _, r in df.iterrows():
+        ink = VERDICTS[r["verdict"]]
+        ax.plot([r["paper"]] * 2, [r["low"], r["high"]], color=ink, linewidth=1.2, alpha=0.7)
+        ax.plot(r["paper"], r["value"], marker=marks[r["verdict"]], color=ink, linestyle="none", markersize=6)
+        if not r["low"] <= r["paper"] <= r["high"]:
+            over = r["value"] > r["paper"]  # above the diagonal: the label goes up, away from it
+            at = {"textcoords": "offset points", "ha": "right" if over else "left", "va": "bottom" if over else "top"}
+            ax.annotate(r["id"], (r["paper"], r["value"]), (-5, 3) if over else (5, -3), size=7.5, color=ink, **at)
     counts = df["verdict"].value_counts()
-    _legend(fig, {f"{v} ({counts[v]})": {"color": ink} for v, ink in VERDICTS.items() if v in counts}, "the paper's")
+    keys = {f"{v} ({counts[v]})": {"color": VERDICTS[v], "marker": m} for v, m in marks.items() if v in counts}
+    _legend(fig, keys, None)
     return fig
 
 

@@ -105,7 +105,7 @@ def knn(train: extract.Rows, test: extract.Rows, letters: Sequence[str] = COMBIN
     return compare(correct, letters, *metric(test, shots), seed)
 
 
-def metric(test: extract.Rows, shots: int | None) -> tuple[str, np.ndarray | None]:
+def metric(test: extract.Rows, shots: int | None = None) -> tuple[str, np.ndarray | None]:
     """What the setting is called, and the labels where the data set's metric is the mean per class."""
     if test.data.metric == "mAP":
         raise ValueError(f"{test.data.name} has no classes, only a ground truth for retrieval: see 10_retrieval")
@@ -137,8 +137,7 @@ def variants(
 
     ``pairs``: {variant: (train, test)}.
     """
-    test = pairs[default][1]
-    per_class = test.labels if test.data.metric == "mean-per-class" else None
+    _, per_class = metric(pairs[default][1])
     correct = {name: right_or_wrong(*pair, letters, k, None) for name, pair in pairs.items()}
     rows = []
     for name in pairs:
@@ -154,8 +153,7 @@ def contrast(a: Sequence[tuple], b: Sequence[tuple], *, k: int = 20, seed: int =
 
     Both are sequences of (letters, train, test); an image counts with the share of the sets that classify it correctly.
     """
-    test = a[0][2]
-    per_class = test.labels if test.data.metric == "mean-per-class" else None
+    _, per_class = metric(a[0][2])
     share = [
         np.mean([right_or_wrong(train, test, letters, k, None) for letters, train, test in side], 0) for side in (a, b)
     ]

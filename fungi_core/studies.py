@@ -93,7 +93,7 @@ def over_seeds(
     which counts with the share of seeds that classify it correctly; ``gain_spread``: over the seeds.
     """
     test = pairs[0][1]
-    per_class = test.labels if test.data.metric == "mean-per-class" else None
+    _, per_class = metric(test)
     correct = {name: np.array([right_or_wrong(*pair, name, k, pca) for pair in pairs]) for name in ("E", *letters)}
     groups = [np.arange(len(test.labels))] if per_class is None else [per_class == c for c in np.unique(per_class)]
     score = lambda hits: 100 * np.mean([hits[group].mean() for group in groups])
@@ -263,7 +263,7 @@ def pairs(
     names = [extract.LETTERS[name] for name in test.blocks]
     normalized = {extract.LETTERS[name]: evaluate.normalize(block) for name, block in test.blocks.items()}
     cka = similarity.cka_matrix(normalized)
-    correct = {x: right_or_wrong(train, test, x, k, None) for x in names}
+    correct = {x: right_or_wrong(train, test, x, k, pca) for x in names}
     rows = []
     for i, j in combinations_with_replacement(range(len(names)), 2):
         a, b = names[i], names[j]

@@ -58,7 +58,8 @@ def test_a_second_run_writes_the_same_bytes(tmp_path, record):
     assert runs[0]["csv"].read_bytes() == b"features,value\nE,0.333333\nK,\n"
     assert runs[0]["png"].read_bytes().startswith(b"\x89PNG") and b"Software" not in runs[0]["png"].read_bytes()
     assert runs[0]["pdf"].read_bytes().startswith(b"%PDF") and b"CreationDate" not in runs[0]["pdf"].read_bytes()
-    assert json.loads(runs[0]["json"].read_text()) == record
+    written = json.loads(runs[0]["json"].read_text())
+    assert written == record | {"alt": "Plot of 1 panel. Vertical: accuracy (%). Horizontal: shots."}
 
 
 def test_another_process_writes_the_same_bytes(tmp_path):
@@ -207,7 +208,7 @@ def test_variants():
     first, second = fig.axes
     assert [line.get_xydata()[0].tolist() for line in filled(first)] == [[-2, 1], [0, 2]]
     assert [line.get_xdata()[0] for line in opened(first)] == [-1] and len(filled(second)) == 2
-    assert {"not applicable", "66.4", "neither", "SimCLR gradient\ncifar10", "the paper's difference"} <= labels(fig)
+    assert {"not applicable", "66.4", "neither", "cifar10\nSimCLR gradient", "the paper's difference"} <= labels(fig)
     assert [t.get_text() for t in first.get_yticklabels()] == ["neither", "head", "both"]
     with pytest.raises(ValueError, match="needs column 'gain_high'"):
         plots.variants(df.drop(columns="gain_high"), against="x")
@@ -256,7 +257,8 @@ def test_accuracy_by_features_places_the_papers_gain_on_our_embedding():
     for ax in fig.axes:
         assert [line.get_ydata()[0] for line in filled(ax)] == [40, 41]  # the third was not run: no mark
         assert [line.get_ydata()[0] for line in opened(ax)] == [40.5, 43]
-    assert {"dtd, full\nvit_mini", "E", "+ K", "+ D+S", "our embedding + the paper's gain"} <= labels(fig)
+    assert {"vit_mini, full\ndtd", "vit_mini, 5-shot\ndtd", "cifar10"} <= labels(fig)
+    assert {"E", "+ K", "+ D+S", "our embedding + the paper's gain"} <= labels(fig)
 
 
 def test_backbone_bars_puts_the_papers_backbones_in_their_own_panels():
@@ -279,17 +281,76 @@ def test_throughput_shows_the_fraction_of_the_floor():
     assert len(plots.throughput(frame[["features", "value", "floor"]]).axes) == 2
 
 
-def test_scoreboard_groups_rows_and_colours_verdicts():
+def test_scoreboard_groups_rows_by_verdict_the_disagreements_first():
     frame = pd.DataFrame({"item": ["Table 1", "Table 1", "Fig. 3"], "claim": ["a", "b", "c"], "paper": [4.4, 2.8, 7.0],
                           "value": [1.0, -1.0, np.nan], "verdict": ["agrees", "disagrees", "not run"]})  # fmt: skip
-    fig = plots.scoreboard(frame)
+    fig = plots.scoreboard(frame.assign(expected=["+", "-", ""]))
     [ax] = fig.axes
-    assert [line.get_color() for line in filled(ax)] == [figures.VERDICTS["agrees"], figures.VERDICTS["disagrees"]]
+    assert [line.get_color() for line in filled(ax)] == [figures.VERDICTS["disagrees"], figures.VERDICTS["agrees"]]
     assert len(opened(ax)) == 3
-    assert [t.get_text() for t in ax.texts] == ["Table 1", "Fig. 3"]
-    assert {"agrees (1)", "not run (1)"} <= {t.get_text() for t in fig.legends[0].get_texts()}
-    with pytest.raises(ValueError, match="unknown verdict 'maybe': use one of agrees"):
+    assert [t.get_text() for t in ax.texts] == ["disagrees (1)", "agrees (1)", "not run (1)"]
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["Table 1: b", "Table 1: a", "Fig. 3: c"]
+    sides = [band.get_paths()[0].get_extents().intervalx.tolist() for band in ax.collections]
+    assert sides[0][1] == 0 and sides[1][0] == 0 and len(sides) == 2  # the predicted side; none where none is
+    with pytest.raises(ValueError, match="unknown verdict 'maybe': use one of disagrees"):
         plots.scoreboard(frame.assign(verdict="maybe"))
+
+
+def test_deltas_names_the_claims_whose_size_differs():
+    frame = pd.DataFrame({"id": ["far", "near", "none"], "paper": [17.2, 2.0, np.nan], "value": [-0.5, 1.5, 1.0],
+                          "low": [-0.8, 0.5, 0.0], "high": [-0.2, 2.5, 2.0],
+                          "verdict": ["disagrees", "agrees", "undecided"]})  # fmt: skip
+    fig = plots.deltas(frame)
+    [ax] = fig.axes
+    assert [t.get_text() for t in ax.texts] == ["far"]
+    points = {line.get_marker(): line.get_xydata().tolist() for line in ax.lines if line.get_marker() in set("oXs")}
+    assert points == {"o": [[2.0, 1.5]], "X": [[17.2, -0.5]]}  # without the paper's number there is no point
+    assert ax.get_xlim()[1] > 17.2 and ax.get_ylim()[0] < -0.8
+    with pytest.raises(ValueError, match="nothing to plot: no claim has"):
+        plots.deltas(frame[2:])
+
+
+def deuteranopia(colours) -> np.ndarray:
+    """sRGB colours (N, 3) as those without the middle cones see them (Machado, Oliveira and Fernandes 2009)."""
+    rgb = np.array([figures.to_rgb(c) for c in colours])
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    matrix = [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]]
+    seen = np.clip(linear @ np.transpose(matrix), 0, 1)
+    return np.where(seen <= 0.0031308, 12.92 * seen, 1.055 * seen ** (1 / 2.4) - 0.055)
+
+
+@pytest.mark.parametrize("together", [[figures.COLOURS[k] for k in "EKDSCI"], list(figures.VERDICTS.values()),
+                                      [figures.COLOURS[k] for k in ("E", "E+K", "E+K+D", "E+K+D+S")],
+                                      ["#333333", "#0072B2", "#D55E00", "#009E73"]],
+                         ids=["gradients", "verdicts", "steps", "projections"])  # fmt: skip
+def test_colours_drawn_together_are_told_apart_without_red_and_green(together):
+    """CIEDE2000 of every pair, simulated; a red and a green of one lightness fall to about 7."""
+    from skimage.color import deltaE_ciede2000, rgb2lab
+
+    def nearest(colours) -> float:
+        lab = rgb2lab(deuteranopia(colours))
+        return min(deltaE_ciede2000(a, b) for i, a in enumerate(lab) for b in lab[:i])
+
+    assert nearest(together) > 15
+    assert nearest(["#D62728", "#6B8E23"]) < 15  # the check can fail
+
+
+def test_what_a_figure_shows_in_words():
+    assert figures.describe(small_figure()) == "Plot of 1 panel. Vertical: accuracy (%). Horizontal: shots."
+    fig = plots.accuracy_by_features(accuracies(dataset="dtd"))
+    said = figures.describe(fig)
+    assert "Titles: dtd." in said and "Key: ours, 95 % interval; our embedding" in said
+    table = figures.table_figure(pd.DataFrame({"a": [1], "paper": [2.0]}))
+    assert figures.describe(table) == "Table of 1 rows with the columns a, paper."
+    assert figures.describe(diagram.method_diagram()).startswith("The method in eight steps")
+
+
+def test_a_long_table_is_cut_and_says_so_and_no_word_is_broken():
+    fig = figures.table_figure(pd.DataFrame({"a_difference": np.arange(60), "text": ["word " * 30] * 60}))
+    drawn = labels(fig)
+    assert f"and {60 - figures.MOST} more rows in the CSV" in drawn and "a\ndifference" in drawn
+    assert "49" in drawn and "50" not in drawn
+    assert max(len(line) for text in drawn for line in text.split("\n")) <= 44
 
 
 def test_image_grid_frames_right_and_wrong():

@@ -224,3 +224,13 @@ def test_every_figure_and_table_has_its_notebook():
     claims = paper.claims().merge(items, on="item", suffixes=("", "_of_item"))
     assert len(claims) == (paper.claims()["item"] != "Clustering").sum()
     assert (claims["notebook"] == claims["notebook_of_item"]).all()
+
+
+@pytest.mark.parametrize("ours, expected", [((4.0, 3.0, 5.0), "alike"), ((1.0, 0.5, 1.5), "smaller"),
+                                            ((8.0, 6.0, 9.0), "larger"), ((-1.0, -2.0, -0.5), "other sign"),
+                                            ((1.0, math.nan, math.nan), "")])  # fmt: skip
+def test_the_size_of_a_difference_beside_the_papers(ours, expected):
+    assert paper.size(4.4, *ours) == expected
+    assert paper.size(math.nan, *ours) == ""
+    mirrored = paper.size(-4.4, -ours[0], -ours[2], -ours[1])
+    assert mirrored == expected

@@ -95,6 +95,8 @@ def test_jobs_are_those_of_the_parameters():
     found = plan.jobs(parameters, "mini", {"a", "x"})
     assert found == [Job("a", "x", split, 5, 6, 1, "embedding+kl+dino+simclr") for split in ("train", "test")]
     assert len(plan.jobs(parameters, "paper")) == 2 * 2 * 3
+    sounds = plan.jobs(parameters | {"datasets": ["synthetic_sounds"], "backbones": ["a"]}, "mini")
+    assert {job.group for job in sounds} == {"embedding+kl+simclr"}
     assert plan.jobs({"backbones": ["a"]}, "mini") == []
 
 

@@ -176,13 +176,16 @@ def test_adding_a_feature_set_does_not_move_another_ones_interval():
 
 
 def test_pairs_and_square():
-    frame = studies.pairs(rows(80, 0), rows(60, 1), k=5, pca=12)
+    train, test = rows(80, 0), rows(60, 1)
+    frame = studies.pairs(train, test, k=5, pca=12)
     assert len(frame) == 10 and (frame.query("a == b")["cka"] == 1).all()
     names, matrix = studies.square(frame, "value")
     assert names == ["E", "K", "D", "S"] and np.array_equal(matrix, matrix.T) and np.isfinite(matrix).all()
     alone = frame.query("a == b").set_index("a")["value"]
     row = frame.query("a == 'E' and b == 'K'").iloc[0]
     assert row["gain"] == pytest.approx(row["value"] - max(alone["E"], alone["K"]))
+    for letters, value in [*alone.items(), ("E+K", row["value"])]:  # one PCA size for features alone and joined
+        assert value == 100 * protocol.right_or_wrong(train, test, letters, 5, 12).mean()
 
 
 def test_class_gains_sum_to_the_gain_on_a_balanced_set():

@@ -24,8 +24,9 @@ EXTRAS = {name: [Requirement(line) for line in rows] for name, rows in PROJECT["
 LOCK = [line for line in (ROOT / "requirements.lock").read_text().splitlines() if line and not line.startswith("#")]
 PINS = {canonicalize_name(r.name): r for r in map(Requirement, LOCK)}
 DISTRIBUTION = {"PIL": "pillow", "sklearn": "scikit-learn", "skimage": "scikit-image", "yaml": "pyyaml",
-                "faiss": "faiss-cpu"}  # fmt: skip
+                "faiss": "faiss-cpu", "bs4": "beautifulsoup4"}  # fmt: skip
 BROUGHT = {"nbformat", "nbclient", "ipython", "scipy", "packaging", "huggingface-hub", "triton"}  # by papermill, timm
+BROUGHT |= {"jinja2", "beautifulsoup4", "pygments"}  # by nbconvert
 
 
 def test_the_lock_pins_one_plain_pypi_version_each():
@@ -104,7 +105,7 @@ def test_ci_runs_make_test_and_every_target_is_listed():
     ci = ROOT / ".ci" / "run"
     assert os.access(ci, os.X_OK) and "set -euo pipefail" in ci.read_text() and "make test" in ci.read_text()
     listed = make("help").stdout
-    for target in "reproduce lite paper test lab clean".split():
+    for target in "reproduce lite paper test lab site clean".split():
         assert f"make {target} " in listed
 
 

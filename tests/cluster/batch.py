@@ -121,7 +121,7 @@ def main() -> int:
     print(f"{len(slugs)} notebooks; load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores", flush=True)
     killed, done = [], threading.Event()
     with slurm.cluster(folder / "cluster") as cluster:
-        env["slurm"] |= {"SLURM_CONF": cluster["SLURM_CONF"]}
+        env["slurm"] |= {name: cluster[name] for name in ("SLURM_CONF", "PATH")}
         killer = threading.Thread(target=kill_some, args=(env["slurm"], done, killed, bool(args.rows)))
         killer.start()
         try:

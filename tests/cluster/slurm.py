@@ -75,7 +75,7 @@ def free_ports(n: int) -> list[int]:
 def cluster(folder: Path) -> Iterator[dict[str, str]]:
     """Yields the environment for sbatch, squeue and scancel; at the end cancels all jobs and stops the daemons."""
     folder = Path(folder).resolve()
-    for name in ("state", "spool"):
+    for name in ("state", "spool", "bin"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     folder.chmod(0o755)  # munged refuses a socket in a folder that others can write, or cannot enter
     (folder / "munge.key").write_bytes(secrets.token_bytes(128))
@@ -84,7 +84,11 @@ def cluster(folder: Path) -> Iterator[dict[str, str]]:
     (folder / "slurm.conf").write_text(CONFIG.format(
         host=socket.gethostname().split(".")[0], folder=folder, ports=free_ports(2), cores=os.cpu_count(),
         memory=memory))  # fmt: skip
-    env = os.environ | {"SLURM_CONF": str(folder / "slurm.conf")}
+    # The executor's job step drops every SLURM_ variable before its srun, SLURM_CONF with them; this srun has its own.
+    shim = folder / "bin" / "srun"
+    shim.write_text(f'#!/bin/sh\nSLURM_CONF={folder}/slurm.conf exec {shutil.which("srun")} "$@"\n')
+    shim.chmod(0o755)
+    env = os.environ | {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": f"{shim.parent}:{os.environ['PATH']}"}
     options = {
         "munged": ["--foreground", "--force", f"--socket={folder}/munge.socket", f"--key-file={folder}/munge.key",
                    f"--pid-file={folder}/munged.pid", f"--log-file={folder}/munged.log",
