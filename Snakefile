@@ -4,56 +4,73 @@
 #     snakemake -n --config profile=paper                                              # the plan, with hours
 # Parameters come from the notebooks' own defaults and from notebooks/profiles/PROFILE.yaml. They are job parameters, so
 # a changed line of a profile runs again just the notebooks that it concerns.
+import json
+import re
 import sys
 
 sys.path.insert(0, workflow.basedir)
-from fungi_core import backbones, datasets, plan, run
 
 workdir: workflow.basedir
 
 PROFILE = config.get("profile", "mini")
 RUNS = f"runs/{PROFILE}"
-SLUGS = run.notebooks()
-try:
-    run.load_profile(PROFILE)  # an unknown one is an error, with or without notebooks
-    PARAMETERS = {slug: run.parameters(slug, PROFILE) for slug in SLUGS}
-except ValueError as error:
-    sys.exit(str(error))  # one line, under --quiet too
+PLAN = Path(RUNS) / "plan.json"
+DRYRUN = any(re.fullmatch(r"--dry-?run|-\w*n\w*", word) for word in sys.argv)  # workflow.dryrun is not known yet
 SCOREBOARD = "19_scoreboard"
 ALONE = {"16_simclr_views", "17_throughput"}  # timings: nothing else runs beside these
 
 PAPER = PROFILE == "paper"
-ROWS = config.get("rows_a_job")  # --config rows_a_job=N: another size of the shards; 0: none
-GROUPS = plan.groups(PROFILE) | plan.groups(PROFILE, "audio")
-GROUPS = GROUPS if ROWS is None else dict.fromkeys(GROUPS, int(ROWS))
 CORES = None if workflow.remote_exec else workflow.resource_settings.cores  # None on a cluster, here and in its jobs
 THREADS = 8 if PAPER else CORES or 2
 MEMORY, MINUTES = (64_000, 240) if PAPER else (4_000, 60)  # MB and time limit of a job; twice that at its second try
 GPU = int(PAPER)  # what a job asks for; locally limited by --resources gpu=N, one process a device
-PRESENT = {row["name"] for row in datasets.table() if row["available"]}  # the rest is "not run" in the notebooks
-PRESENT |= {name for p in PARAMETERS.values() for name in p.get("backbones", ()) if not backbones.unavailable(name)}
 
 CODE = sorted(Path("fungi_core").glob("*.py"))
 # Modules that change no feature; a change in any other runs the features jobs again, which then find their rows stored.
 AFTER_FEATURES = {"clustering", "devices", "diagram", "evaluate", "explore", "figures", "grids", "iou", "masks",
                   "neighbours", "paper", "pca", "plan", "plots", "probe", "protocol", "retrieval", "run", "scenes",
                   "segmentation", "similarity", "site", "studies", "throughput", "tokens"}
+CODE_OF_FEATURES = [path for path in CODE if path.stem not in AFTER_FEATURES]
 
 
-JOBS = {slug: plan.jobs(PARAMETERS[slug], PROFILE, PRESENT) for slug in SLUGS}
+def made_plan():
+    """Parameters and features jobs of each notebook, and the shards of each of these jobs: names of marker files."""
+    from fungi_core import backbones, datasets, plan, run
+
+    slugs = run.notebooks()
+    try:
+        run.load_profile(PROFILE)  # an unknown one is an error, with or without notebooks
+        parameters = {slug: run.parameters(slug, PROFILE) for slug in slugs}
+    except ValueError as error:
+        sys.exit(str(error))  # one line, under --quiet too
+    present = {row["name"] for row in datasets.table() if row["available"]}  # the rest is "not run" in the notebooks
+    present |= {name for p in parameters.values() for name in p.get("backbones", ()) if not backbones.unavailable(name)}
+    rows = plan.groups(PROFILE) | plan.groups(PROFILE, "audio")
+    if "rows_a_job" in config:  # --config rows_a_job=N: another size of the shards; 0: none
+        rows = dict.fromkeys(rows, int(config["rows_a_job"]))
+    jobs = {slug: plan.jobs(parameters[slug], PROFILE, present) for slug in slugs}
+    markers = {job: MARKER.format(job) for slug in slugs for job in jobs[slug]}
+    if DRYRUN:
+        todo = sorted(job for job, marker in markers.items() if not Path(f"{marker}.done").exists())
+        print(plan.summary(todo, PROFILE, rows), file=sys.stderr)
+    parts = {marker: plan.shards(job, rows[job.group]) for job, marker in markers.items()}
+    shards = {f"{m}.done": [f"{m}.{i}-of-{n}.done" for i in range(1, n + 1)] for m, n in parts.items() if n > 1}
+    return {
+        "parameters": parameters,
+        "features": {slug: [f"{markers[job]}.done" for job in jobs[slug]] for slug in slugs},
+        "shards": shards,
+    }
+
+
 MARKER = RUNS + "/features/{0.backbone}/{0.dataset}/{0.split}-{0.n_train}-{0.n_test}-seed{0.seed}/{0.group}"
-
-
-def shards(wc):
-    """Markers of the jobs that fill the rows of a features job; none if it fills them itself."""
-    job = plan.Job(wc.backbone, wc.dataset, wc.split, int(wc.n_train), int(wc.n_test), int(wc.seed), wc.names)
-    count = plan.shards(job, GROUPS[wc.names])
-    return [f"{MARKER.format(job)}.{i}-of-{count}.done" for i in range(1, count + 1)] if count > 1 else []
-
-
-if workflow.dryrun:
-    todo = {job for slug in SLUGS for job in JOBS[slug] if not Path(f"{MARKER.format(job)}.done").exists()}
-    print(plan.summary(sorted(todo), PROFILE, None if ROWS is None else int(ROWS)), file=sys.stderr)
+if workflow.remote_exec:  # a cluster's job follows the plan that it was submitted by, and saves the import of torch
+    plan = json.loads(PLAN.read_text())
+else:
+    plan = json.loads(json.dumps(made_plan()))  # as a job reads it
+    if not DRYRUN:
+        PLAN.parent.mkdir(parents=True, exist_ok=True)
+        PLAN.write_text(json.dumps(plan))
+SLUGS = list(plan["parameters"])
 
 
 rule all:
@@ -65,7 +82,6 @@ EXTRACT = (
     " --n-train {wildcards.n_train} --n-test {wildcards.n_test} --seed {wildcards.seed}"
 )
 FOLDER = RUNS + "/features/{backbone}/{dataset}/{split}-{n_train}-{n_test}-seed{seed}"
-CODE_OF_FEATURES = [path for path in CODE if path.stem not in AFTER_FEATURES]
 
 wildcard_constraints:
     dataset="[^/]+", split="train|test", n_train=r"\d+", n_test=r"\d+", seed=r"\d+", names="[a-z+]+", slug=r"\d\d_\w+",
@@ -82,7 +98,7 @@ rule shard:  # one of several jobs that fill different rows of one store
 
 
 rule features:  # all rows; after its shards it finds them there, and reads every checksum
-    input: CODE_OF_FEATURES, shards
+    input: CODE_OF_FEATURES, lambda wc: plan["shards"].get((FOLDER + "/{names}.done").format(**dict(wc.items())), [])
     output: touch(FOLDER + "/{names}.done")
     params: names=lambda wc: wc.names.replace("+", " ")
     threads: THREADS
@@ -93,10 +109,10 @@ rule features:  # all rows; after its shards it finds them there, and reads ever
 rule notebook:
     input:
         "notebooks/{slug}.ipynb", "requirements.lock", CODE,
-        features=lambda wc: [f"{MARKER.format(job)}.done" for job in JOBS[wc.slug]],
+        features=lambda wc: plan["features"][wc.slug],
         others=lambda wc: [f"{RUNS}/{slug}.ipynb" for slug in SLUGS if slug != SCOREBOARD and wc.slug == SCOREBOARD],
     output: RUNS + "/{slug}.ipynb"
-    params: parameters=lambda wc: PARAMETERS[wc.slug]
+    params: parameters=lambda wc: plan["parameters"][wc.slug]
     threads: lambda wc: THREADS if wc.slug in ALONE or PAPER else 1
     resources:
         gpu=GPU, mem_mb=lambda wc, attempt: MEMORY * attempt, runtime=lambda wc, attempt: 4 * MINUTES * attempt,

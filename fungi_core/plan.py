@@ -141,13 +141,15 @@ def hours(todo: Sequence[Job], measured: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=[*Job._fields, "images", "hours"])
 
 
-def summary(todo: Sequence[Job], profile: str, rows: int | None = None) -> str:
-    """The estimate in a few lines: jobs, images and hours by group, and what it is based on."""
+def summary(todo: Sequence[Job], profile: str, rows: dict[str, int] | None = None) -> str:
+    """The estimate in a few lines: jobs, images and hours by group, and what it is based on. ``rows`` of a shard by
+    group, as `groups` gives them.
+    """
     if not todo:
         return f"profile {profile}: no features to extract; either all is there, or none of its data or backbones is"
-    measured, sizes = speeds(profile), groups(profile) | groups(profile, "audio")
+    measured, rows = speeds(profile), rows or groups(profile) | groups(profile, "audio")
     table = hours(todo, measured)
-    table["jobs"] = [shards(job, sizes[job.group] if rows is None else rows) for job in todo]
+    table["jobs"] = [shards(job, rows[job.group]) for job in todo]
     sums = table.groupby("group", sort=False)[["jobs", "images", "hours"]].sum()
     sums.loc["all"] = sums.sum()
     lines = sums.to_string(formatters={"jobs": "{:.0f}".format, "images": "{:,.0f}".format, "hours": "{:.2f}".format})

@@ -102,7 +102,8 @@ def test_jobs_are_those_of_the_parameters():
 
 def test_the_summary_says_what_it_is_based_on(monkeypatch):
     monkeypatch.setattr(plan, "speeds", lambda *_a, **_k: printed())
-    text = plan.summary([job(group="embedding+kl"), job(dataset="imagenet100", group="embedding+kl")], "paper", 10_000)
+    text = plan.summary([job(group="embedding+kl"), job(dataset="imagenet100", group="embedding+kl")], "paper",
+                        {"embedding+kl": 10_000})  # fmt: skip
     assert "hours of one device, by hand" in text and "Not in it: decoding, queues" in text
     assert f"No hours known, counted as none: imagenet100 with {DEIT}" in text
     assert text.splitlines()[3].split() == ["embedding+kl", "6", "50,000", "0.14"]  # 5 shards and 1; 500 s

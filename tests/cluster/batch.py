@@ -21,7 +21,7 @@ from pathlib import Path
 
 import slurm
 
-from fungi_core import store
+from fungi_core import datasets, store
 from fungi_core.paths import ROOT
 
 TIMED = ("16_simclr_views", "17_throughput", "19_scoreboard")  # measure seconds, or show what those measured
@@ -34,8 +34,9 @@ def copy(folder: Path, warm: Path | None) -> dict[str, str]:
         if not name.startswith("figures/") and (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / name)
+    mini = [name for name, entry in datasets.DATASETS.items() if entry.profile == "mini" and name != "digits"]
     for entry in store.entries(warm) if warm else ():
-        if entry["meta"]["data"][0] in ("photos", "mnist5k"):
+        if entry["meta"]["data"][0] in mini:
             shutil.copytree(warm / entry["key"], folder / "store" / entry["key"])
     own = {"PYTHONPATH": str(folder), "FUNGI_STORE": str(folder / "store"), "FUNGI_FIGURES": str(folder / "figures")}
     return {name: value for name, value in os.environ.items() if name not in ("FUNGI_DATA", "OMP_NUM_THREADS")} | own
@@ -109,7 +110,7 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--only", nargs="+", metavar="SLUG", help="these notebooks, not all")
     parser.add_argument("--rows", type=int, help="rows of a shard: extractions as several jobs")
-    parser.add_argument("--warm", type=Path, metavar="STORE", help="start with the photos and MNIST of this store")
+    parser.add_argument("--warm", type=Path, metavar="STORE", help="start with what this store has, but for digits")
     args = parser.parse_args()
     if reason := slurm.missing():
         sys.exit(reason)
