@@ -5,6 +5,7 @@ training rows that are used; 95 % percentile bootstrap over test images; gains a
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 
 import numpy as np
 import pandas as pd
@@ -38,7 +39,12 @@ def collect(
     runs = []
     for backbone in encoders:
         encoder = backbones.load(backbone)
-        runs += [(backbone, name, *extract.features(name, encoder, names, **sizes, **options)) for name in sets]
+        for _, folds in groupby(sets, datasets.whole_name):  # a set that is no fold is alone in its group
+            if len(folds := list(folds)) > 1:
+                found = extract.fold_features(folds, encoder, names, **sizes, **options)
+            else:
+                found = [extract.features(folds[0], encoder, names, **sizes, **options)]
+            runs += [(backbone, name, *rows) for name, rows in zip(folds, found, strict=True)]
     return runs
 
 

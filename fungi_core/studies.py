@@ -1,6 +1,5 @@
 """One analysis each, of one notebook: shots, PCA, seeds, folds, pairs, probes, retrieval, clusters, projections."""
 
-import re
 import time
 from collections.abc import Sequence
 from itertools import combinations_with_replacement
@@ -8,7 +7,7 @@ from itertools import combinations_with_replacement
 import numpy as np
 import pandas as pd
 
-from . import clustering, evaluate, extract, paths, probe, projection, retrieval, views
+from . import clustering, datasets, evaluate, extract, paths, probe, projection, retrieval, views
 from .protocol import COMBINATIONS, QUANTITIES, compare, metric, predict, right_or_wrong
 
 
@@ -222,7 +221,7 @@ def by_set(runs: Sequence) -> dict[tuple[str, str], list[tuple[extract.Rows, ext
     """
     gathered = {}
     for backbone, dataset, train, test in runs:
-        gathered.setdefault((backbone, re.sub(r"_(fold|part)\d+$", "", dataset)), []).append((train, test))
+        gathered.setdefault((backbone, datasets.whole_name(dataset)), []).append((train, test))
     return gathered
 
 
