@@ -119,9 +119,7 @@ def tapped_factors(
     return embeddings.detach(), factors
 
 
-def loss_gradients(
-    losses: torch.Tensor, outputs: Sequence[torch.Tensor], keep: bool = False
-) -> Sequence[torch.Tensor]:
+def loss_gradients(losses: torch.Tensor, outputs: Sequence[torch.Tensor], keep: bool = False) -> Sequence[torch.Tensor]:
     """d(sum of losses) / d(outputs); ``keep``: another loss follows. Raises `LossNotFinite` for the first sample whose
     loss is.
     """

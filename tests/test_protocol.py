@@ -329,3 +329,11 @@ def test_folds_are_found_by_name():
     gathered = studies.by_set(runs)
     assert list(gathered) == [("net", "esc10"), ("net", "fsdd"), ("net", "esc50_fold4")]
     assert gathered["net", "esc10"] == [("esc10_fold1",) * 2, ("esc10_fold2",) * 2]
+
+
+def test_other_modalities_are_left_out_and_named(capsys):
+    mixed = ["vit_micro.sup_tin100", "vit_micro.on_spectrograms"], ["digits", "synthetic_sounds"]
+    assert protocol.of_modality("audio", *mixed) == (["vit_micro.on_spectrograms"], ["synthetic_sounds"])
+    assert "no audio: vit_micro.sup_tin100, digits" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        protocol.of_modality("audio", mixed[0][:1], mixed[1])
