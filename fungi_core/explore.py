@@ -2,10 +2,12 @@
 
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
+from urllib.parse import quote
 
 from IPython import get_ipython
-from IPython.display import display
+from IPython.display import HTML, display
 from traitlets import Any, HasTraits
 
 
@@ -35,6 +37,8 @@ def interact(show: Callable, *, on: Watched | None = None, **choices):
     page = VBox()
 
     def build(_=None):
+        if on is not None and on.value is None:
+            return  # nothing chosen yet; what went wrong is said there
         controls = {name: _control(name, choice) for name, choice in asked().items()}
         output = interactive_output(lambda **values: _shown(show, values), controls)
         row = HBox(list(controls.values()), layout=Layout(flex_flow="row wrap"))
@@ -117,6 +121,16 @@ def listen(clips: Sequence, rate: int) -> None:
 
         for clip in clips:
             display(Audio(clip, rate=rate))
+
+
+def downloads(files: Sequence[Path]) -> HTML:
+    """File names and sizes; in JupyterLab links that save a file, where it lies below the folder shown there."""
+    lines = []
+    for file in files:
+        href = quote(Path(os.path.relpath(file)).as_posix())
+        link = f'<a download="{file.name}" href="{href}">{file.name}</a>' if live() else file.name
+        lines.append(f"{link}, {file.stat().st_size / 1e6:.1f} MB")
+    return HTML("<br>".join(lines))
 
 
 class _End(Exception):

@@ -9,11 +9,13 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import pandas as pd
 from PIL import Image, ImageOps
+from threadpoolctl import threadpool_limits
 
-from . import datasets, evaluate, extract, pca, protocol
-from .images import Images, to_rgb
+from . import backbones, datasets, evaluate, extract, pca, protocol
+from .images import Images, balanced, to_rgb
 
 SHORT = 512  # pixels: photographs whose shorter side is longer are reduced to it once, as they are read
+PACKAGED = 128  # crops of the 16 packaged photographs, eight of each
 LICENCE = "your own"
 
 
@@ -35,23 +37,24 @@ class Album:
 
 
 def album(files: Sequence[tuple[str, bytes]] = (), folder: str | Path = "", *, backbone: str, names: Sequence,
-          n: int = 0, seed: int = 0) -> Album:  # fmt: skip
+          layer: str = "", n: int = 0, seed: int = 0) -> Album:  # fmt: skip
     """Read photographs and extract their features into the store; gradients' negatives come from the same photographs.
 
     ``files`` are (name, bytes), a zip standing for what is in it; else ``folder``; else packaged crops. ``n``: at most
-    so many images, drawn by ``seed``, classes as even as possible (0: all).
+    so many images, drawn by ``seed``, classes as even as possible (0: all). ``layer``: as in `backbones.load`.
     """
+    encoder = backbones.load(backbone, layer=layer or None)  # an unknown one is an error before anything is read
     if files:
         images, skipped = _read(_unpacked(files))
     elif folder:
         images, skipped = from_folder(folder)
     else:
-        images, skipped = datasets.load("photos", "test"), []
+        images, skipped = datasets.load("photos", "test", limit=PACKAGED), []
     if len(images) < 3:
         raise ValueError(f"{len(images)} readable images; neighbours need 3 (not readable: {_list(skipped)})")
     if 0 < n < len(images):
-        images = images.take(datasets.balanced(images.labels, n, seed), f"{n} of {len(images)} images, seed {seed}")
-    return Album(extract.of_images(images, backbone, names, seed=seed), skipped, backbone)
+        images = images.take(balanced(images.labels, n, seed), f"{n} of {len(images)} images, seed {seed}")
+    return Album(extract.of_images(images, encoder, names, seed=seed), skipped, backbone)
 
 
 def from_folder(folder: str | Path) -> tuple[Images, list[tuple[str, str]]]:
@@ -152,6 +155,20 @@ def neighbours(album: Album, image: int, letters: str, k: int) -> tuple[np.ndarr
     return order, near[order]
 
 
+def tiles(album: Album, image: int, sets: dict[str, str], k: int) -> tuple[dict, dict[str, list[dict]]]:
+    """What `grids.neighbours` draws: the image, and {title: its neighbours by these letters}, framed by class if any."""
+    images, of = album.images, album.images.labels
+    tile = lambda i, cosine: {
+        "image": np.asarray(images[i]), "title": f"{short(images.names[i])}\n{cosine:.2f}",
+        "right": bool(of[i] == of[image]) if album.labelled else None,
+    }  # fmt: skip
+    found = {
+        name: [tile(*near) for near in zip(*neighbours(album, image, letters, k), strict=True)]
+        for name, letters in sets.items()
+    }
+    return {"image": np.asarray(images[image]), "title": images.names[image]}, found
+
+
 def near_duplicates(album: Album, at_least: float = 0.0) -> pd.DataFrame:
     """Pairs of images by falling cosine of their embeddings: first, second (rows), cosine; ``at_least`` so alike."""
     near = cosines(album, "E")
@@ -167,13 +184,14 @@ def places(album: Album, letters: str, method: str = "t-SNE", seed: int = 0) -> 
         return pca.fit_pca(x, 2).transform(x)
     from sklearn.manifold import TSNE
 
-    return TSNE(perplexity=min(30, (len(x) - 1) / 3), init="pca", random_state=seed).fit_transform(x)
+    with threadpool_limits(1):  # on a busy machine its threads wait for each other: seconds become a minute
+        return TSNE(perplexity=min(30, (len(x) - 1) / 3), init="pca", random_state=seed).fit_transform(x)
 
 
 def save(album: Album, stem: Path) -> list[Path]:
-    """Write features and file names as STEM.npz and, where pyarrow is installed, STEM.parquet; returns what was written.
+    """Write features and file names as STEM.npz and, where pyarrow is installed, STEM.parquet; returns their paths.
 
-    Both hold file, class, and for each image its embedding, projected gradients (not normalised) and ``fungi``: all of
+    Both hold name, class, and for each image its embedding, projected gradients (not normalised) and ``fungi``: all of
     them normalised and joined, without PCA.
     """
     images, blocks = album.images, dict(album.rows.blocks)
@@ -181,20 +199,20 @@ def save(album: Album, stem: Path) -> list[Path]:
     blocks["fungi"] = extract.fungi_features(album.rows, album.rows, letters)[0]
     of = np.array(images.classes)[images.labels]
     stem.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(stem.with_suffix(".npz"), file=np.array(images.names), **{"class": of}, **blocks)
+    np.savez(stem.with_suffix(".npz"), **{"name": np.array(images.names), "class": of}, **blocks)
     try:
         import pyarrow  # noqa: F401
     except ImportError:
         print("No .parquet: it needs pyarrow, which the extras 'text' and 'audio' bring.")
         return [stem.with_suffix(".npz")]
-    table = pd.DataFrame({"file": images.names, "class": of} | {name: list(block) for name, block in blocks.items()})
+    table = pd.DataFrame({"name": images.names, "class": of} | {name: list(block) for name, block in blocks.items()})
     table.to_parquet(stem.with_suffix(".parquet"), index=False)
     return [stem.with_suffix(".npz"), stem.with_suffix(".parquet")]
 
 
-def short(name: str, length: int = 14) -> str:
-    """A file's name without its folder, its middle left out where it is long."""
-    name = PurePosixPath(name).name if not name.split("/")[-1].replace("_", "").isdigit() else name
+def short(name: str, length: int = 11) -> str:
+    """A file's name without its folder, its middle left out where it is longer."""
+    name = PurePosixPath(name).name
     return name if len(name) <= length else f"{name[: length // 2 - 1]}…{name[-(length // 2) :]}"
 
 
