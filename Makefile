@@ -39,8 +39,9 @@ lite:  ## the lite profile: make lite DATA=folder of the packed data sets
 paper:  ## the paper profile: a GPU machine; data and weights in FUNGI_DATA or data/downloads
 	@$(MAKE) --no-print-directory reproduce PROFILE=paper
 
+# Photographs chosen in the browser travel in one message, for which JupyterLab allows 10 MB.
 lab: $(INSTALLED)  ## open JupyterLab at the first notebook
-	$(BIN)/jupyter lab notebooks/00_start_here.ipynb
+	$(BIN)/jupyter lab --ServerApp.tornado_settings="{'websocket_max_message_size': 4000000000}" notebooks/00_start_here.ipynb
 
 site: $(INSTALLED)  ## the executed notebooks, figures/lite and the scoreboard as pages: build/site/index.html
 	@$(BIN)/python -m fungi_core.site

@@ -232,6 +232,34 @@ def spectrograms(query: Mapping, found: Mapping[str, Sequence[Mapping]]) -> Figu
     return fig
 
 
+def changes(rows: Sequence[Mapping], title: str) -> Figure:
+    """Images that a feature puts right (blue) or wrong (vermillion) where the embedding did not, a row an image.
+
+    Each of `rows`: image, better (put right?), found {feature set: [(image, of the same class?), ...]}, two of them,
+    and votes {feature set: neighbours of its class among all that vote}.
+    """
+    names, count = list(rows[0]["found"]), len(next(iter(rows[0]["found"].values())))
+    gap, side = 0.3, WIDE / (2 * count + 1.9)
+    ratios = [1.3, gap, *[1] * count, gap, *[1] * count]
+    fig, axes = figure(len(rows), len(ratios), height=len(rows) * (side + 0.18) + 0.35, width_ratios=ratios)
+    fig.get_layout_engine().set(w_pad=0.01, wspace=0)
+    fig.suptitle(title, size=8, x=0.01, ha="left")
+    for ax in axes.flat:
+        ax.set(xticks=[], yticks=[])
+        ax.spines[:].set_visible(False)
+    for line, row in zip(axes, rows, strict=True):
+        line[0].imshow(row["image"])
+        line[0].set_title("put right" if row["better"] else "put wrong", size=7, pad=3)
+        _framed(line[0], row["better"])
+        for at, name in zip((2, 2 + count + 1), names, strict=True):
+            label = f"{NAMES.get(name, name)}: {row['votes'][name]} votes for its class"
+            line[at].set_title(label, size=7, pad=3).set_in_layout(False)  # it may run over the images beside
+            for ax, (image, right) in zip(line[at:], row["found"][name], strict=False):
+                ax.imshow(image)
+                _framed(ax, right)
+    return fig
+
+
 def pairs(images: Sequence, titles: Sequence[str], ncols: int = 4) -> Figure:
     """Images two by two, (first, second) of each pair under one title; `ncols` pairs a row."""
     if not len(images):

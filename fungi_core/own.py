@@ -156,7 +156,7 @@ def neighbours(album: Album, image: int, letters: str, k: int) -> tuple[np.ndarr
 
 
 def tiles(album: Album, image: int, sets: dict[str, str], k: int) -> tuple[dict, dict[str, list[dict]]]:
-    """What `grids.neighbours` draws: the image, and {title: its neighbours by these letters}, framed by class if any."""
+    """What `grids.neighbours` draws: the image, and {title: its neighbours by letters}, framed by class if any."""
     images, of = album.images, album.images.labels
     tile = lambda i, cosine: {
         "image": np.asarray(images[i]), "title": f"{short(images.names[i])}\n{cosine:.2f}",
