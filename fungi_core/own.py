@@ -3,6 +3,7 @@
 import io
 import zipfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -96,20 +97,28 @@ def _read(files: Sequence[tuple[str, Path | bytes]]) -> tuple[Images, list[tuple
     if not files:
         raise ValueError("no files there; give a folder with a sub-folder per class, or with image files only")
     names, pixels, skipped = [], [], []
-    with extract.progress(len(files), "reading") as bar:
-        for name, source in files:
-            try:
-                pixels.append(np.asarray(reduced(source)))
+    with extract.progress(len(files), "reading") as bar, ThreadPoolExecutor(2) as pool:
+        for (name, _), found in zip(files, pool.map(_decoded, [source for _, source in files]), strict=True):
+            if isinstance(found, str):
+                skipped.append((name, found))
+            else:
                 names.append(name)
-            except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error ... for a broken file
-                skipped.append((name, " ".join(str(error).split()) or type(error).__name__))
+                pixels.append(found)
             bar.update()
     folders = [PurePosixPath(name).parts[0] if "/" in name else "" for name in names]
     classes = sorted(set(folders)) or [""]
     labels = np.array([classes.index(f) for f in folders], np.int64)
     images = Images("own", "train", labels, [c or "(no folder)" for c in classes], "accuracy", names, pixels,
-                    np.arange(len(names)), licence=LICENCE)  # fmt: skip
+                    np.arange(len(names)), licence=LICENCE, skipped=dict(skipped))  # fmt: skip
     return images, skipped
+
+
+def _decoded(source: Path | bytes) -> np.ndarray | str:
+    """The pixels, or why there are none."""
+    try:
+        return np.asarray(reduced(source))
+    except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error ... for a broken file
+        return " ".join(str(error).split()) or type(error).__name__
 
 
 def reduced(source: Path | bytes, short: int = SHORT) -> Image.Image:

@@ -80,7 +80,7 @@ def notebook(browser, lab, tmp_path, request):
         page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]').first.wait_for(state="attached")
         outputs = page.locator(".jp-CodeCell .jp-OutputArea-output")
         menu(page, "Edit", "Clear Outputs of All Cells", lambda: outputs.count() == 0)
-        menu(page, "Run", "Run All Cells", lambda: outputs.count() > 0)
+        menu(page, "Run", "Run All Cells", lambda: page.locator(".jp-InputPrompt", has_text="*").count() > 0)
         last = page.locator(".jp-CodeCell").last.locator(".jp-OutputArea-output")
         last.first.wait_for(state="attached", timeout=600_000)
         errors = page.locator('[data-mime-type="application/vnd.jupyter.error"]').all_inner_texts()
@@ -189,7 +189,12 @@ def test_own_photographs_from_the_first_click_to_a_file(notebook, tmp_path):
         Image.fromarray(pixels).resize((640, 480), Image.Resampling.BICUBIC).save(files[-1])
     (tmp_path / "broken.jpg").write_bytes(files[0].read_bytes()[:300])
     upload = cell_with(page, "explore.chooser(")
-    choose_files = lambda: upload.locator("input[type=file]").set_input_files([*files, tmp_path / "broken.jpg"])
+
+    def choose_files():
+        with page.expect_file_chooser() as chooser:
+            upload.get_by_role("button", name="files").click()
+        chooser.value.set_files([*files, tmp_path / "broken.jpg"])
+
     print(f"upload: {changes(page, cell, choose_files, 300):.1f} s")
     upload.get_by_text("12 images, no classes").wait_for()
     upload.get_by_text("left out: broken.jpg").wait_for()
