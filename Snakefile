@@ -29,9 +29,9 @@ PRESENT |= {name for p in PARAMETERS.values() for name in p.get("backbones", ())
 
 CODE = sorted(Path("fungi_core").glob("*.py"))
 # Modules that change no feature; a change in any other runs the features jobs again, which then find their rows stored.
-AFTER_FEATURES = {"clustering", "diagram", "evaluate", "explore", "figures", "grids", "iou", "masks", "neighbours", "paper",
-                  "pca", "plots", "probe", "protocol", "retrieval", "run", "scenes", "segmentation", "similarity", "site",
-                  "studies", "throughput", "tokens"}
+AFTER_FEATURES = {"clustering", "diagram", "evaluate", "explore", "figures", "grids", "iou", "masks", "neighbours", "own",
+                  "paper", "pca", "plots", "probe", "protocol", "retrieval", "run", "scenes", "segmentation", "similarity",
+                  "site", "studies", "throughput", "tokens"}
 
 
 def features(slug):

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pandas as pd
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from threadpoolctl import threadpool_limits
 
 from . import backbones, datasets, evaluate, extract, pca, protocol
@@ -75,21 +75,21 @@ def _unpacked(files: Sequence[tuple[str, bytes]]) -> list[tuple[str, bytes]]:
     """Uploaded files, those in a zip under their names there; a name that comes twice is numbered."""
     out: dict[str, bytes] = {}
     for name, content in files:
-        if zipfile.is_zipfile(io.BytesIO(content)):
-            with zipfile.ZipFile(io.BytesIO(content)) as archive:
-                inside = [i for i in archive.infolist() if not i.is_dir()]
-                found = [(i.filename, archive.read(i)) for i in inside if not i.filename.startswith("__MACOSX")]
-            tops = {PurePosixPath(f).parts[0] for f, _ in found}
-            alone = len(tops) == 1 and all(len(PurePosixPath(f).parts) > 2 for f, _ in found)
-            found = [("/".join(PurePosixPath(f).parts[1:]) if alone else f, c) for f, c in found]  # a zipped folder
-        else:
-            found = [(name, content)]
-        for inner, content_ in found:
+        for inner, each in _members(content) if zipfile.is_zipfile(io.BytesIO(content)) else [(name, content)]:
             path, count = PurePosixPath(inner), 1
             while (unique := str(path if count == 1 else path.with_stem(f"{path.stem} ({count})"))) in out:
                 count += 1
-            out[unique] = content_
-    return [(name, content) for name, content in out.items() if not PurePosixPath(name).name.startswith(".")]
+            out[unique] = each
+    return [(name, each) for name, each in out.items() if not PurePosixPath(name).name.startswith(".")]
+
+
+def _members(content: bytes) -> list[tuple[str, bytes]]:
+    """The files of a zip but hidden ones; a folder around all class folders is left out of their names."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        names = [PurePosixPath(info.filename) for info in archive.infolist() if not info.is_dir()]
+        names = [n for n in names if n.parts[0] != "__MACOSX" and not any(part.startswith(".") for part in n.parts)]
+        around = len({n.parts[0] for n in names}) == 1 and all(len(n.parts) > 2 for n in names)
+        return [("/".join(n.parts[around:]), archive.read(str(n))) for n in names]
 
 
 def _read(files: Sequence[tuple[str, Path | bytes]]) -> tuple[Images, list[tuple[str, str]]]:
@@ -117,6 +117,8 @@ def _decoded(source: Path | bytes) -> np.ndarray | str:
     """The pixels, or why there are none."""
     try:
         return np.asarray(reduced(source))
+    except UnidentifiedImageError:
+        return "no image, or of a kind that Pillow does not read (HEIC, for one)"
     except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error ... for a broken file
         return " ".join(str(error).split()) or type(error).__name__
 
