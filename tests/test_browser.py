@@ -115,6 +115,7 @@ def shot(page, name: str, folder: Path) -> None:
     page.keyboard.press("Escape")
     heights = page.locator(".jp-WindowedPanel-outer").evaluate_all("all => all.map(one => one.scrollHeight)")
     page.set_viewport_size({"width": 1360, "height": min(max(heights, default=800) + 200, 16_000)})
+    page.locator(".jp-WindowedPanel-outer").evaluate_all("all => all.forEach(one => one.scrollTop = 0)")
     page.wait_for_timeout(1000)
     page.screenshot(path=folder / f"{name}.png")
 
