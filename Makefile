@@ -44,8 +44,9 @@ plan: $(INSTALLED)  ## what `make reproduce` would run for PROFILE (mini), with 
 	@$(BIN)/snakemake --cores $(CORES) -n --nolock --quiet rules --config profile=$(PROFILE)
 	@echo; echo "the whole of it, on this machine or not:"; $(BIN)/python -m fungi_core.plan $(PROFILE)
 
+# Photographs chosen in the browser travel in one message, for which JupyterLab allows 10 MB.
 lab: $(INSTALLED)  ## open JupyterLab at the first notebook
-	$(BIN)/jupyter lab notebooks/00_start_here.ipynb
+	$(BIN)/jupyter lab --ServerApp.tornado_settings="{'websocket_max_message_size': 4000000000}" notebooks/00_start_here.ipynb
 
 site: $(INSTALLED)  ## the executed notebooks, figures/lite and the scoreboard as pages: build/site/index.html
 	@$(BIN)/python -m fungi_core.site

@@ -5,6 +5,7 @@ data folder is found without an entry, and wins over the official archive of the
 """
 
 import difflib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -163,6 +164,11 @@ def load(name: str, split: str, limit: int | None = None, seed: int = 0, downloa
     if limit < 1:
         raise ValueError(f"limit must be a positive number of rows, not {limit}")
     return images.take(balanced(images.labels, limit, seed), f"{limit} of {n} rows, class-balanced, seed {seed}")
+
+
+def whole_name(name: str) -> str:
+    """What a fold is a fold of: ``name_fold1``, ``name_part2`` ... of ``name``; any other name as it is."""
+    return re.sub(r"_(fold|part)\d+$", "", name)
 
 
 def read_source(entry: Entry, train: bool, download: bool = False) -> Split:

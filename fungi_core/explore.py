@@ -2,9 +2,13 @@
 
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
+from urllib.parse import quote
 
 from IPython import get_ipython
+from IPython.display import HTML, display
+from traitlets import Any, HasTraits
 
 
 def live() -> bool:
@@ -12,19 +16,102 @@ def live() -> bool:
     return "JPY_SESSION_NAME" in os.environ
 
 
-def interact(show: Callable, **choices):
-    """``ipywidgets.interact`` over ``choices``: lists, (low, high) ranges or sliders (low, high, start).
+class Watched(HasTraits):
+    """A value that cells look at: ``interact(show, on=watched)`` draws again whenever ``watched.value`` is set."""
 
-    Without a reader, ``show`` of each first choice, or each slider's start.
+    value = Any()
+
+
+def interact(show: Callable, *, on: Watched | None = None, **choices):
+    """A menu or slider for each of ``choices`` and below them what ``show`` returns, drawn again in place at a change.
+
+    A choice is a list (menu), integers (low, high) or (low, high, start) (slider), or a function that gives one of
+    these, asked again when ``on`` changes. What ``show`` raises is shown as one line. Without a reader: ``show`` of
+    each list's first and each slider's start, and errors are errors.
     """
-    sliders = {name: choice for name, choice in choices.items() if isinstance(choice, tuple) and len(choice) == 3}
+    asked = lambda: {name: choice() if callable(choice) else choice for name, choice in choices.items()}
     if not live():
-        return show(**{name: choice[2 if name in sliders else 0] for name, choice in choices.items()})
-    from ipywidgets import IntSlider
-    from ipywidgets import interact as widgets
+        return show(**{name: _start(choice) for name, choice in asked().items()})
+    from ipywidgets import HBox, Layout, VBox, interactive_output
 
-    slide = lambda low, high, start: IntSlider(min=low, max=high, value=start, continuous_update=False)
-    widgets(show, **choices | {name: slide(*choice) for name, choice in sliders.items()})
+    page = VBox()
+
+    def build(_=None):
+        if on is not None and on.value is None:
+            return  # nothing chosen yet; what went wrong is said there
+        controls = {name: _control(name, choice) for name, choice in asked().items()}
+        output = interactive_output(lambda **values: _shown(show, values), controls)
+        row = HBox(list(controls.values()), layout=Layout(flex_flow="row wrap"))
+        page.children = [row, output] if controls else [output]
+
+    build()
+    if on is not None:
+        on.observe(build, "value")
+    display(page)
+
+
+def _start(choice):
+    return choice[-1 if len(choice) == 3 else 0] if isinstance(choice, tuple) else choice[0]
+
+
+def _control(name: str, choice):
+    from ipywidgets import Dropdown, IntSlider, Layout
+
+    looks = {"description": name.replace("_", " "), "style": {"description_width": "initial"}}
+    if isinstance(choice, tuple):  # a slider answers when it is let go
+        low, high = choice[:2]
+        return IntSlider(value=_start(choice), min=low, max=high, continuous_update=False,
+                         layout=Layout(width="24em"), **looks)  # fmt: skip
+    return Dropdown(options=list(choice), layout=Layout(width="max-content", max_width="40em"), **looks)
+
+
+def _shown(show: Callable, values: dict) -> None:
+    try:
+        result = show(**values)
+    except Exception as error:  # a reader's choice that cannot be drawn is no reason for a page of traceback
+        print(f"{type(error).__name__}: {' '.join(str(error).split())}")
+    else:
+        if result is not None:
+            display(result)
+
+
+def chooser(load: Callable, *, folder: str, backbone: str, backbones: Sequence[str]):
+    """A panel for one's own images: files (a zip, too) or a folder, a backbone, a button; runs ``load(files, folder,
+    backbone)`` at once and at each click, with its progress below. ``files``: (name, bytes) pairs, empty at the start.
+
+    Without a reader: ``load((), folder, backbone)``.
+    """
+    if not live():
+        return load((), folder, backbone)
+    from ipywidgets import Button, Combobox, FileUpload, HBox, Layout, Output, Text, VBox
+
+    wide = {"layout": Layout(width="34em"), "style": {"description_width": "6em"}}
+    files = FileUpload(accept="image/*,.zip", multiple=True, description="files", layout=Layout(width="10em"))
+    place = Text(folder, description="or a folder", placeholder="a sub-folder per class, or files only", **wide)
+    name = Combobox(value=backbone, options=list(backbones), description="backbone", ensure_option=False, **wide)
+    button = Button(description="extract", button_style="primary", layout=Layout(width="10em"))
+    output = Output()
+
+    def click(_=None):
+        button.disabled = True
+        output.clear_output()
+        with output:
+            try:
+                chosen = () if place.value.strip() else files.value
+                load([(file["name"], bytes(file["content"])) for file in chosen], place.value.strip(), name.value)
+            except Exception as error:
+                print(f"{type(error).__name__}: {' '.join(str(error).split())}")
+        button.disabled = False
+
+    def dropped(change):
+        if change["new"]:
+            place.value = ""  # what was chosen last counts
+            click()
+
+    button.on_click(click)
+    files.observe(dropped, "value")
+    display(VBox([HBox([files, place]), HBox([button, name]), output]))
+    click()
 
 
 def listen(clips: Sequence, rate: int) -> None:
@@ -34,6 +121,16 @@ def listen(clips: Sequence, rate: int) -> None:
 
         for clip in clips:
             display(Audio(clip, rate=rate))
+
+
+def downloads(files: Sequence[Path]) -> HTML:
+    """File names and sizes; in JupyterLab links that save a file, where it lies below the folder shown there."""
+    lines = []
+    for file in files:
+        href = quote(Path(os.path.relpath(file)).as_posix())
+        link = f'<a download="{file.name}" href="{href}">{file.name}</a>' if live() else file.name
+        lines.append(f"{link}, {file.stat().st_size / 1e6:.1f} MB")
+    return HTML("<br>".join(lines))
 
 
 class _End(Exception):

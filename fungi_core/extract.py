@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -183,6 +184,68 @@ def shard_rows(n: int, i: int, count: int) -> tuple[int, int]:
         raise ValueError(f"shard {i}/{count}: shards are counted from 1/{count} to {count}/{count}")
     files = -(-n // store.SHARD)
     return tuple(min(n, files * edge // count * store.SHARD) for edge in (i - 1, i))
+
+
+def fold_features(
+    names_of_folds: Sequence[str],
+    backbone: str | backbones.Backbone,
+    names: Sequence = ALL,
+    *,
+    n_train: int | None = None,
+    n_test: int | None = None,
+    seed: int = 0,
+) -> list[tuple[Rows, Rows]]:
+    """`features` of data sets that are the folds of one: the same rows, split otherwise. A clip's views and forward
+    pass are shared by all folds, which differ in the negatives of their losses alone; a third of the time for five.
+
+    What cannot be shared (a fold begun before, a backbone on the class-token path) is extracted fold by fold.
+    """
+    encoder = backbones.load(backbone) if isinstance(backbone, str) else backbone
+    folds = [_load(name, n_train, n_test) for name in names_of_folds]
+    items = [[data.items[row] for row in data.rows] for data in folds[0]]
+    whole = len(folds) > 1 and not (encoder.fast and encoder.reads_class_token([encoder.layer]))
+    if whole and all(isinstance(item, (bytes, Path)) for part in items for item in part):
+        for name in names:
+            objective = objectives.by_name(name, encoder.modality) if isinstance(name, str) else name
+            _extract_folds(encoder, objective, folds, seed)
+    sizes = dict(n_train=n_train, n_test=n_test, seed=seed)
+    return [features(name, encoder, names, **sizes) for name in names_of_folds]
+
+
+def _extract_folds(encoder, objective, folds, seed) -> None:
+    """Fill the entries of one objective for every fold that has none of its rows yet; each row of each is written where
+    the fold has it.
+    """
+    kind, layer, parts, places, targets = "rademacher", encoder.layer, [], [], []
+    for train, test in folds:
+        for data in (train, test):
+            meta = _meta(encoder, data, train, objective, seed, layer, kind)
+            rows = [store.open_rows(meta, len(data), encoder.width)]
+            if objective.views == "whole":
+                rows.append(store.open_rows(_meta(encoder, data), len(data), encoder.width))
+            if any(one.missing() != [(0, len(data))] for one in rows):
+                continue
+            if not targets or targets[-1][0] is not train:
+                parts.append(fungi.draw_parts(encoder, objective, seed, layer, kind))
+                if objective.negatives:
+                    parts[-1].negatives = _negatives(encoder, objective, parts[-1].heads, train, seed)
+            targets.append((train, len(parts) - 1, rows))
+            places.append({data.items[row]: i for i, row in enumerate(data.rows)})
+    if not targets:
+        return
+    label = f"{len(parts)} folds {folds[0][0].name} {encoder.name} {objective.name}"
+    with ExitStack() as locks, progress(sum(map(len, folds[0])), label) as bar:
+        for rows in sorted((one for *_, rows in targets for one in rows), key=lambda rows: rows.key):
+            locks.enter_context(rows.lock())
+        for data in folds[0]:
+            for start, embeddings, gradients in fungi.fold_rows(encoder, objective, parts, data, seed):
+                for i in range(len(gradients[0])):
+                    item = data.items[data.rows[start + i]]
+                    for (_, part, rows), place in zip(targets, places, strict=True):
+                        if item in place:
+                            for one, block in zip(rows, (gradients[part], embeddings), strict=False):
+                                one.write(place[item], block[i : i + 1])
+                bar.update(len(gradients[0]))
 
 
 def layer_features(

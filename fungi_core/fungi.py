@@ -19,7 +19,7 @@ from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 
 from . import backbones, evaluate, objectives, pca, projection, sounds, texts, views
-from .gradients import LossNotFinite, linear_layer
+from .gradients import LossNotFinite, linear_layer, tapped_factors
 
 WHOLE = objectives.KL()  # the embedding rides on the whole-image view
 # each: view_count, at_once, item_views, stack, finished, identity
@@ -133,6 +133,17 @@ def rows(backbone, objective, parts: Parts, images: Sequence, seed: int, layer: 
             embeddings, projected = project_gradients(backbone, objective, parts, batch, layer)
         embeddings = embeddings[:, 0].cpu().numpy() if objective.views == "whole" else None
         yield start, embeddings, projected.cpu().numpy()
+
+
+def fold_rows(backbone, objective, parts: Sequence[Parts], images: Sequence, seed: int):
+    """Yields (start, embeddings (B, D) or None, [gradients (B, d) with each of ``parts``]), all from one forward pass:
+    folds of one data set differ in their negatives alone. For backbones on the general path.
+    """
+    losses = [lambda e, p=p: objective.loss(e, p.heads, p.negatives) for p in parts]
+    for start, batch in view_batches(backbone, objective, images, seed):
+        embeddings, factors = tapped_factors(backbone.model, backbone.embed, batch, losses, [backbone.layer])
+        projected = [p.projection.apply(f, backbone.dtype).cpu().numpy() for p, f in zip(parts, factors, strict=True)]
+        yield start, embeddings[:, 0].cpu().numpy() if objective.views == "whole" else None, projected
 
 
 def layer_rows(backbone, objective, parts: dict[str, Parts], images: Sequence, seed: int):

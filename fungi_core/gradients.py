@@ -89,13 +89,14 @@ def tapped_factors(
     model: torch.nn.Module,
     embed: Callable[[torch.Tensor], torch.Tensor],
     views: torch.Tensor,
-    loss: Callable[[torch.Tensor], torch.Tensor],
+    loss: Callable[[torch.Tensor], torch.Tensor] | Sequence[Callable],
     paths: Sequence[str],
 ) -> tuple[torch.Tensor, list[Factors]]:
     """The general path: any network, any linear layers, one forward and one backward pass for all of them.
 
     ``embed`` maps (N, 3, s, s) to embeddings (N, D) through ``model``; ``views``: (B, V, 3, s, s); ``loss`` maps
-    embeddings (B, V, D) float32 to (B,) losses. Returns embeddings (B, V, D) and one ``Factors`` a path.
+    embeddings (B, V, D) float32 to (B,) losses. Returns embeddings (B, V, D) and one ``Factors`` a path. Several losses
+    share the forward pass: all paths of the first one, all of the second, ...
     """
     batch, count = views.shape[:2]
     with tap(model, paths) as taps, torch.no_grad():
@@ -107,20 +108,26 @@ def tapped_factors(
                 )
     with torch.enable_grad():
         embeddings = embeddings.float().unflatten(0, (batch, count))
-        gradients = loss_gradients(loss(embeddings), [one.output for one in taps])
+        losses, outputs = [loss] if callable(loss) else list(loss), [one.output for one in taps]
+        found = [loss_gradients(one(embeddings), outputs, keep=one is not losses[-1]) for one in losses]
+    activations = [rows(one.activations, batch) for one in taps]
     factors = [
-        Factors(rows(one.activations, batch), rows(gradient, batch), one.bias) for one, gradient in zip(taps, gradients)
+        Factors(a, rows(gradient, batch), one.bias)
+        for gradients in found
+        for one, a, gradient in zip(taps, activations, gradients, strict=True)
     ]
     return embeddings.detach(), factors
 
 
-def loss_gradients(losses: torch.Tensor, outputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-    """d(sum of losses) / d(outputs). Raises `LossNotFinite` for the first sample whose loss is."""
+def loss_gradients(losses: torch.Tensor, outputs: Sequence[torch.Tensor], keep: bool = False) -> Sequence[torch.Tensor]:
+    """d(sum of losses) / d(outputs); ``keep``: another loss follows. Raises `LossNotFinite` for the first sample whose
+    loss is.
+    """
     bad = ~torch.isfinite(losses.detach())
     if bad.any():
         first = int(bad.nonzero()[0])
         raise LossNotFinite(first, losses[first].item())
-    return torch.autograd.grad(losses.sum(), outputs)
+    return torch.autograd.grad(losses.sum(), outputs, retain_graph=keep)
 
 
 def rows(tensor: torch.Tensor, batch: int) -> torch.Tensor:

@@ -107,8 +107,8 @@ def image_grid(
         ax.imshow(pixels, cmap="gray" if pixels.ndim == 2 else None, interpolation="nearest")
         if titles:
             ax.set_title(titles[i], loc="center", size=7, pad=3)
-        if frames and frames[i] is not None:
-            ax.spines[:].set(visible=True, linewidth=2.5, color=VERDICTS["agrees" if frames[i] else "disagrees"])
+        if frames:
+            _framed(ax, frames[i])
     return fig
 
 
@@ -169,15 +169,17 @@ def mask_rows(rows: Sequence[Mapping], names: Sequence[str]) -> Figure:
     return fig
 
 
-def patch_neighbours(query: Mapping, found: Mapping[str, Sequence[Mapping]]) -> Figure:
-    """A patch of a test image and, a row a feature set, the patches of the memory nearest to it with their labels.
+def neighbours(query: Mapping, found: Mapping[str, Sequence[Mapping]]) -> Figure:
+    """An image and, a row a feature set, what is nearest to it.
 
-    `query` and each neighbour: image (H, W, 3) uint8, box (left, top, side) of the patch, and title.
+    `query` and each neighbour: image (H, W, 3) uint8, title; `right`: True, False or None as in `image_grid`; `box`
+    (left, top, side): a patch of the image is meant, and of a neighbour only what is around it is shown.
     """
     count = max(map(len, found.values()))
-    side = (WIDE - 1.9) / count
-    height, ratios = len(found) * (side + 0.42) + 0.1, [1.9 / side, *[1] * count]
-    fig, axes = figure(len(found), count + 1, height=height, width_ratios=ratios)
+    side = min(1.5, (WIDE - 1.9) / count)
+    lines = 1 + max(one["title"].count("\n") for some in found.values() for one in some)
+    height, ratios = len(found) * (side + 0.12 + 0.14 * lines) + 0.1, [1.9 / side, *[1] * count]
+    fig, axes = figure(len(found), count + 1, width=2 + count * side, height=height, width_ratios=ratios)
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[])
         ax.spines[:].set_visible(False)
@@ -189,17 +191,20 @@ def patch_neighbours(query: Mapping, found: Mapping[str, Sequence[Mapping]]) -> 
         line[1].set_ylabel(name)
         tiles += [(ax, one, 3.5) for ax, one in zip(line[1:], some, strict=False)]
     for ax, one, reach in tiles:
-        left, top, width = one["box"]
-        ax.imshow(one["image"], interpolation="nearest" if reach else "bilinear")
-        for ink, line in (("white", 2.6), ("black", 1.2)):
-            frame = {"facecolor": "none", "edgecolor": ink, "linewidth": line}
-            ax.add_patch(Rectangle((left - 0.5, top - 0.5), width, width, **frame))
-        if reach:  # the patch and what is around it
-            ax.set_xlim(left - reach * width, left + (reach + 1) * width)
-            ax.set_ylim(top + (reach + 1) * width, top - reach * width)
+        patch = "box" in one
+        ax.imshow(one["image"], interpolation="nearest" if reach and patch else "bilinear")
+        if patch:
+            left, top, width = one["box"]
+            for ink, line in (("white", 2.6), ("black", 1.2)):
+                frame = {"facecolor": "none", "edgecolor": ink, "linewidth": line}
+                ax.add_patch(Rectangle((left - 0.5, top - 0.5), width, width, **frame))
+            if reach:  # the patch and what is around it
+                ax.set_xlim(left - reach * width, left + (reach + 1) * width)
+                ax.set_ylim(top + (reach + 1) * width, top - reach * width)
         ax.set(xticks=[], yticks=[])
         ax.set_title(one["title"], size=7, pad=3, loc="center" if reach else "left")
         ax.spines[:].set_visible(False)
+        _framed(ax, one.get("right"))
     return fig
 
 
@@ -225,6 +230,97 @@ def spectrograms(query: Mapping, found: Mapping[str, Sequence[Mapping]]) -> Figu
         verdict = {True: "agrees", False: "disagrees"}.get(one.get("right"))
         ax.spines[:].set(visible=bool(verdict), linewidth=2.5, color=VERDICTS.get(verdict, "none"))
     return fig
+
+
+def changes(rows: Sequence[Mapping], title: str) -> Figure:
+    """Images that a feature puts right (blue) or wrong (vermillion) where the embedding did not, a row an image.
+
+    Each of `rows`: image, better (put right?), found {feature set: [(image, of the same class?), ...]}, two of them,
+    and votes {feature set: neighbours of its class among all that vote}.
+    """
+    names, count = list(rows[0]["found"]), len(next(iter(rows[0]["found"].values())))
+    gap, side = 0.3, WIDE / (2 * count + 1.9)
+    ratios = [1.3, gap, *[1] * count, gap, *[1] * count]
+    fig, axes = figure(len(rows), len(ratios), height=len(rows) * (side + 0.18) + 0.35, width_ratios=ratios)
+    fig.get_layout_engine().set(w_pad=0.01, wspace=0)
+    fig.suptitle(title, size=8, x=0.01, ha="left")
+    for ax in axes.flat:
+        ax.set(xticks=[], yticks=[])
+        ax.spines[:].set_visible(False)
+    for line, row in zip(axes, rows, strict=True):
+        line[0].imshow(row["image"])
+        line[0].set_title("put right" if row["better"] else "put wrong", size=7, pad=3)
+        _framed(line[0], row["better"])
+        for at, name in zip((2, 2 + count + 1), names, strict=True):
+            label = f"{NAMES.get(name, name)}: {row['votes'][name]} votes for its class"
+            line[at].set_title(label, size=7, pad=3).set_in_layout(False)  # it may run over the images beside
+            for ax, (image, right) in zip(line[at:], row["found"][name], strict=False):
+                ax.imshow(image)
+                _framed(ax, right)
+    return fig
+
+
+def pairs(images: Sequence, titles: Sequence[str], ncols: int = 4) -> Figure:
+    """Images two by two, (first, second) of each pair under one title; `ncols` pairs a row."""
+    if not len(images):
+        raise ValueError("nothing to show: no pairs")
+    count = len(images) // 2
+    ncols = min(ncols, count)
+    rows, gap = -(-count // ncols), 0.25
+    width_ratios = [1, 1, gap] * (ncols - 1) + [1, 1]
+    fig, axes = figure(rows, 3 * ncols - 1, width=1.7 * ncols, height=1.1 * rows, width_ratios=width_ratios)
+    fig.get_layout_engine().set(w_pad=0.01, wspace=0)
+    for ax in axes.flat:
+        ax.axis("off")
+    for i in range(count):
+        left, right = axes[i // ncols, 3 * (i % ncols) : 3 * (i % ncols) + 2]
+        left.imshow(np.asarray(images[2 * i]))
+        right.imshow(np.asarray(images[2 * i + 1]))
+        left.set_title(titles[i], size=7, pad=3)
+    return fig
+
+
+def image_map(
+    places: np.ndarray, images: Sequence, labels: Sequence[int] | None = None, names: Sequence[str] = ()
+) -> Figure:
+    """A 2-D map of images, (N, 2) places: a thumbnail wherever there is room for one, else a dot.
+
+    `labels` (N,), `names`: a frame in the colour of its class around each; more than twelve share colours, and no
+    legend is drawn.
+    """
+    fig, [[ax]] = figure(height=5.2)
+    places = np.asarray(places, float)
+    low, high = places.min(0), places.max(0)
+    spread = np.where(high > low, high - low, 1)
+    x, y = ((places - low) / spread * [WIDE - 0.6, 4.4]).T  # inches
+    inks = None if labels is None else class_colours(max(len(names), 1))[np.asarray(labels)]
+    ax.scatter(x, y, s=14, c="#888888" if inks is None else inks, linewidths=0)
+    side, taken = 0.42, np.empty((0, 2))
+    for i in range(len(places)):
+        at = np.array([x[i], y[i]])
+        if len(taken) and (np.abs(taken - at).max(1) < side).any():
+            continue
+        taken = np.vstack([taken, at])
+        pixels = np.asarray(Image.fromarray(np.asarray(images[i])).convert("RGB").resize((96, 96)))
+        box = (x[i] - side / 2, x[i] + side / 2, y[i] - side / 2, y[i] + side / 2)
+        ax.imshow(pixels, extent=box, interpolation="bilinear", zorder=2)
+        edge = "#888888" if inks is None else inks[i]
+        ax.add_patch(Rectangle(box[::2], side, side, facecolor="none", edgecolor=edge, linewidth=1.6, zorder=3))
+    ax.set(xlim=(-side / 2, WIDE - 0.6 + side / 2), ylim=(-side / 2, 4.4 + side / 2), xticks=[], yticks=[])
+    ax.set_aspect("equal")
+    ax.spines[:].set_visible(False)
+    if labels is not None and len(names) <= 16:
+        colours = class_colours(len(names))
+        handles = [Patch(facecolor=ink, label=name) for ink, name in zip(colours, names, strict=True)]
+        columns = 6
+        fig.legend(handles=handles, loc="outside lower center", ncols=columns, handlelength=1.2, columnspacing=1.2)
+    return fig
+
+
+def _framed(ax, right: bool | None) -> None:
+    """A frame for right (blue) or wrong (vermillion), none for None."""
+    if right is not None:
+        ax.spines[:].set(visible=True, linewidth=2.5, color=VERDICTS["agrees" if right else "disagrees"])
 
 
 def gradient_panels(image, matrices: Mapping[str, np.ndarray], blocks: Mapping[str, np.ndarray]) -> Figure:

@@ -8,6 +8,8 @@ the same unit, empty where none is printed. ``backbone`` (Tables 1, 5) and ``spr
 exist only where the table needs them.
 """
 
+import json
+
 import pandas as pd
 
 from fungi_core.paths import figures_dir, paper_dir
@@ -143,6 +145,52 @@ def size(paper_delta: float, value: float, low: float, high: float) -> str:
     if value * paper_delta < 0:
         return "other sign"
     return "smaller" if abs(value) < abs(paper_delta) else "larger"
+
+
+def overview(profile: str) -> pd.DataFrame:
+    """Every figure and table of the paper, and what lies of it in the figures folder: item, shows, notebook, run (the
+    profiles it was run in), minutes (of the longest such run), ours (one line: the item's first claim, ours with its
+    interval against the paper's, the verdict, and how many claims have which; ``profile``'s where it was run in it).
+    """
+    table, done = items(), _runs()
+    folders = sorted({name for _, name in done}, key=lambda name: (name != profile, name))
+    boards = {name: scoreboard(name).query("verdict != 'not run'") for name in folders}
+
+    def line(item: str) -> str:
+        for name, board in boards.items():
+            if len(here := board[board["item"] == item]):
+                counts = ", ".join(f"{n} {verdict}" for verdict, n in here["verdict"].value_counts().items())
+                return f"{_against(here.iloc[0])}{f' (of {len(here)}: {counts})' if len(here) > 1 else ''}, {name}"
+        return "not run" if item in set(claims()["item"]) else ""
+
+    minutes = [max((done[slug, p] for p in folders if (slug, p) in done), default=None) for slug in table["notebook"]]
+    return table.assign(
+        run=[", ".join(p for p in folders if (slug, p) in done) for slug in table["notebook"]],
+        minutes=["" if m is None else "under 1" if m < 1 else f"{m:.0f}" for m in minutes],
+        ours=[line(item) for item in table["item"]],
+    )
+
+
+def _runs() -> dict[tuple[str, str], float]:
+    """{(notebook, profile): minutes from its start to its last figure}, from the provenance beside the figures."""
+    done: dict[tuple[str, str], float] = {}
+    for file in figures_dir().glob("*/*.json"):
+        record = json.loads(file.read_text(encoding="utf-8"))
+        key = record["notebook"], file.parent.name
+        done[key] = max(done.get(key, 0.0), (record.get("wall_seconds") or 0) / 60)
+    return done
+
+
+def _against(row: pd.Series) -> str:
+    """Ours and the paper's in a few words: "+3.2 [+1.5, +5.0], paper +4.8: agrees"."""
+    if pd.isna(row["value"]):
+        return row["verdict"]
+    signed = lambda x: f"{x:+.1f}".replace("-", "−")
+    ours = signed(row["value"])
+    if not pd.isna(row["low"]):
+        ours += f" [{signed(row['low'])}, {signed(row['high'])}]"
+    paper = "" if pd.isna(row["paper_delta"]) else f", paper {signed(row['paper_delta'])}"
+    return f"{ours}{paper}: {row['verdict']}"
 
 
 def verdict(expected: str, value: float, low: float, high: float, on: object) -> str:

@@ -5,6 +5,7 @@ training rows that are used; 95 % percentile bootstrap over test images; gains a
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 
 import numpy as np
 import pandas as pd
@@ -27,18 +28,27 @@ def collect(
     n_train: int,
     n_test: int,
     seed: int,
+    modality: str | None = None,
     **options,
 ) -> list[Run]:
     """(backbone, data set, train, test) for every pair that can be run `here`; a notebook's first call.
 
-    ``options`` go to `extract.features` (``layer``, ``projection``).
+    ``modality``: others are left out, and said so: a profile names image backbones for every notebook. ``options`` go
+    to `extract.features` (``layer``, ``projection``).
     """
     encoders, sets = here(encoders, sets)
+    if modality:
+        encoders, sets = of_modality(modality, encoders, sets)
     sizes = dict(n_train=n_train, n_test=n_test, seed=seed)
     runs = []
     for backbone in encoders:
         encoder = backbones.load(backbone)
-        runs += [(backbone, name, *extract.features(name, encoder, names, **sizes, **options)) for name in sets]
+        for _, folds in groupby(sets, datasets.whole_name):  # a set that is no fold is alone in its group
+            if len(folds := list(folds)) > 1:
+                found = extract.fold_features(folds, encoder, names, **sizes, **options)
+            else:
+                found = [extract.features(folds[0], encoder, names, **sizes, **options)]
+            runs += [(backbone, name, *rows) for name, rows in zip(folds, found, strict=True)]
     return runs
 
 
@@ -55,6 +65,19 @@ def here(encoders: Sequence[str], sets: Sequence[str] | None = None) -> tuple[li
             display(lacking.set_index("name"))
     if not found[0] or (sets is not None and not found[1]):
         explore.end("Nothing can be run here without what the table names; see README, Profiles.")
+    return found[0], found[1]
+
+
+def of_modality(modality: str, encoders: Sequence[str], sets: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The backbones and data sets of one modality; the others are named, and the notebook ends where none is left."""
+    known = {row["name"]: row["modality"] for row in datasets.table()}
+    of = lambda name: known.get(name) or getattr(backbones.spec_of(name), "modality", "image")
+    if others := [name for name in (*encoders, *sets) if of(name) != modality]:
+        print(f"Left out, no {modality}: {', '.join(others)}")
+    found = [[name for name in names if of(name) == modality] for names in (encoders, sets)]
+    if not all(found):
+        explore.end(f"No {modality} backbone and data set left; `python -m fungi_core.run` takes this notebook's own "
+                    "from the profile.")  # fmt: skip
     return found[0], found[1]
 
 

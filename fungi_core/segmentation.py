@@ -228,7 +228,7 @@ def approximate(case: Case, share: float, images: int = 4) -> list[str]:
 def neighbours(
     case: Case, image: int, patch: int, train: masks.Scenes, memory: scenes.Memory, extractor, count: int = 8
 ):
-    """Query and {feature set: neighbours} of one patch of a test image, as `grids.patch_neighbours` draws them.
+    """Query and {feature set: neighbours} of one patch of a test image, as `grids.neighbours` draws them.
 
     ``memory`` was built from ``train`` with ``extractor``, whose kinds are `PAIR`. A neighbour's title is the class of
     most of its pixels and its similarity.

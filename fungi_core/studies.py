@@ -1,6 +1,5 @@
 """One analysis each, of one notebook: shots, PCA, seeds, folds, pairs, probes, retrieval, clusters, projections."""
 
-import re
 import time
 from collections.abc import Sequence
 from itertools import combinations_with_replacement
@@ -8,7 +7,7 @@ from itertools import combinations_with_replacement
 import numpy as np
 import pandas as pd
 
-from . import clustering, evaluate, extract, paths, probe, projection, retrieval, views
+from . import clustering, datasets, evaluate, extract, paths, probe, projection, retrieval, views
 from .protocol import COMBINATIONS, QUANTITIES, compare, metric, predict, right_or_wrong
 
 
@@ -222,7 +221,7 @@ def by_set(runs: Sequence) -> dict[tuple[str, str], list[tuple[extract.Rows, ext
     """
     gathered = {}
     for backbone, dataset, train, test in runs:
-        gathered.setdefault((backbone, re.sub(r"_(fold|part)\d+$", "", dataset)), []).append((train, test))
+        gathered.setdefault((backbone, datasets.whole_name(dataset)), []).append((train, test))
     return gathered
 
 
@@ -279,3 +278,27 @@ def square(frame: pd.DataFrame, column: str) -> tuple[list[str], np.ndarray]:
     names = list(frame["a"].unique())
     wide = frame.pivot(index="b", columns="a", values=column).reindex(index=names, columns=names).to_numpy(dtype=float)
     return names, np.where(np.isnan(wide), wide.T, wide)
+
+
+def changed(train: extract.Rows, test: extract.Rows, letters: str, label: int, *, k: int = 20, most: int = 3,
+            shown: int = 5) -> list[dict]:  # fmt: skip
+    """Test images of one class that ``letters`` puts right or wrong where the embedding did not, `grids.changes`' rows.
+
+    At most ``most`` of either, those first whose share of right votes moved furthest; each with its ``shown`` nearest
+    training images by both features. No PCA.
+    """
+    rows = np.flatnonzero(test.labels == label)
+    here = test.take(rows)
+    near = {x: np.argsort(-extract.similarity(here, train, x), 1, kind="stable")[:, :k] for x in ("E", letters)}
+    right = {x: evaluate.vote(found, train.labels) == label for x, found in near.items()}
+    votes = {x: (train.labels[found] == label).mean(1) for x, found in near.items()}
+    order = np.argsort(votes["E"] - votes[letters], kind="stable")  # most won first
+    better = [i for i in order if right[letters][i] and not right["E"][i]][:most]
+    worse = [i for i in order[::-1] if right["E"][i] and not right[letters][i]][:most]
+
+    def row(i: int) -> dict:
+        side = lambda x: [(np.asarray(train.data[j]), bool(train.labels[j] == label)) for j in near[x][i][:shown]]
+        return {"image": np.asarray(here.data[i]), "better": i in better, "found": {x: side(x) for x in near},
+                "votes": {x: round(k * votes[x][i]) for x in near}}  # fmt: skip
+
+    return [row(i) for i in [*better, *worse]]

@@ -180,3 +180,34 @@ def test_the_packaged_numbers(monkeypatch):
     train, test = extract.features("fsdd", encoder, ())
     a, b = (evaluate.normalize(rows.blocks["embedding"]) for rows in (train, test))
     assert abs((evaluate.knn_predict(a, train.labels, b, k=20) == test.labels).mean() - 0.980) < 0.005
+
+
+def test_folds_share_their_forward_passes(root, monkeypatch):
+    """Every row of every fold is that of the fold alone, and a clip passes the encoder once an objective."""
+    from dataclasses import replace
+
+    from fungi_core import backbones, gradients, objectives
+
+    rows = [dict(audio=encoded(i), label=i % 2, fold=i % 5 + 1, filename=f"{i}.wav", split4=1, in_esc10=True,
+                 in_esc50_fold4=False) for i in range(10)]  # fmt: skip
+    parquet(root / "audio_esc.parquet", rows, ["dog", "rooster"])
+    names = [f"esc10_fold{i}" for i in (1, 2, 3)]
+    asked = (objectives.KL(dim=16), replace(objectives.by_name("simclr", "audio"), positives=2, negatives=4, dim=16))
+    encoder = backbones.load("random:whisper-tiny.en", device="cpu", dtype="float32")
+    monkeypatch.setenv("FUNGI_STORE", str(root / "alone"))
+    alone = [extract.features(name, encoder, asked) for name in names]
+    seen, tapped = [], gradients.tapped_factors
+    count = lambda model, embed, batch, *rest: seen.append(len(batch)) or tapped(model, embed, batch, *rest)
+    monkeypatch.setattr("fungi_core.fungi.tapped_factors", count)
+    monkeypatch.setenv("FUNGI_STORE", str(root / "shared"))
+    shared = extract.fold_features(names, encoder, asked)
+    assert sum(seen) == 2 * 10
+    for fold, same in zip(alone, shared, strict=True):
+        for a, b in zip(fold, same, strict=True):
+            assert a.store_keys == b.store_keys
+            for block in ("embedding", "kl", "simclr"):
+                np.testing.assert_allclose(a.blocks[block], b.blocks[block], atol=1e-4 * np.abs(b.blocks[block]).max())
+    first, second = (np.abs(pair[0].blocks["simclr"]).sum() for pair in shared[:2])
+    assert first != second  # negatives of their own
+    extract.fold_features(names, encoder, asked)
+    assert sum(seen) == 2 * 10

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.colors import to_rgb
 
 from fungi_core import diagram, figures, grids, paths, plots
 
@@ -370,3 +371,48 @@ def test_every_plot_draws_without_a_warning(recwarn):
     for fig in (plots.accuracy_by_features(frame), plots.backbone_bars(frame), diagram.method_diagram()):
         fig.canvas.draw()
     assert not [str(w.message) for w in recwarn]
+
+
+def frame(ax):
+    """The verdict that an image's frame has the colour of, None without a frame."""
+    left = ax.spines["left"]
+    known = {to_rgb(ink): name for name, ink in figures.VERDICTS.items()}
+    return known[to_rgb(left.get_edgecolor())] if left.get_visible() else None
+
+
+def test_neighbours_are_whole_images_framed_by_class():
+    tile = lambda right, title: {"image": np.zeros((4, 6, 3), np.uint8), "title": title, "right": right}
+    found = {"embedding": [tile(True, "a"), tile(False, "b")], "FUNGI": [tile(None, "c"), tile(True, "d")]}
+    fig = grids.neighbours({"image": np.zeros((4, 6, 3), np.uint8), "title": "query"}, found)
+    assert {"query", "a", "b", "c", "d", "embedding", "FUNGI"} <= labels(fig)
+    framed = {ax.get_title(): frame(ax) for ax in fig.axes if ax.get_title() and ax.images}
+    assert framed == {"a": "agrees", "b": "disagrees", "c": None, "d": "agrees"}
+
+
+def test_changed_images_stand_in_rows_with_both_features_neighbours():
+    image = np.zeros((4, 4, 3), np.uint8)
+    row = {"image": image, "better": True, "votes": {"E": 2, "S": 11},
+           "found": {"E": [(image, False)] * 3, "S": [(image, True)] * 3}}  # fmt: skip
+    fig = grids.changes([row, row | {"better": False}], "photos, class moon")
+    votes = {"embedding: 2 votes for its class", "SimCLR: 11 votes for its class"}
+    assert {"put right", "put wrong"} | votes <= labels(fig)
+    frames = [frame(ax) for ax in fig.axes if ax.images]
+    assert frames[:7] == ["agrees", *["disagrees"] * 3, *["agrees"] * 3] and frames[7] == "disagrees"
+
+
+def test_pairs_stand_side_by_side_under_one_title():
+    fig = grids.pairs([np.zeros((4, 4, 3), np.uint8)] * 6, ["first", "second", "third"], ncols=2)
+    assert {"first", "second", "third"} <= labels(fig) and sum(bool(ax.images) for ax in fig.axes) == 6
+    with pytest.raises(ValueError, match="no pairs"):
+        grids.pairs([], [])
+
+
+def test_a_map_of_images_shows_a_thumbnail_where_there_is_room_and_a_dot_for_each():
+    places = np.array([[0, 0], [0.001, 0], [10, 10], [10, 0]])
+    images = [np.full((4, 4, 3), 60 * i, np.uint8) for i in range(4)]
+    fig = grids.image_map(places, images, [0, 0, 1, 1], ["cat", "dog"])
+    (ax,) = fig.axes
+    assert len(ax.images) == 3 and len(ax.collections[0].get_offsets()) == 4
+    assert {t.get_text() for t in fig.legends[0].get_texts()} == {"cat", "dog"}
+    assert not grids.image_map(places, images).legends
+    assert np.isfinite(grids.image_map(np.ones((3, 2)), images).axes[0].collections[0].get_offsets()).all()  # all alike

@@ -1,5 +1,6 @@
 """The stored numbers of the paper against what its pages print: counts, deltas, means, values typed by hand."""
 
+import json
 import math
 
 import pandas as pd
@@ -234,3 +235,25 @@ def test_the_size_of_a_difference_beside_the_papers(ours, expected):
     assert paper.size(math.nan, *ours) == ""
     mirrored = paper.size(-4.4, -ours[0], -ours[2], -ours[1])
     assert mirrored == expected
+
+
+def test_the_overview_says_what_was_run_where_and_how_it_went(tmp_path, monkeypatch):
+    monkeypatch.setenv("FUNGI_FIGURES", str(tmp_path))
+    assert (paper.overview("mini")[["run", "minutes"]] == "").all(axis=None)
+    assert set(paper.overview("mini")["ours"]) == {"", "not run"}
+    for profile, seconds in (("lite", 300), ("mini", 20)):
+        (tmp_path / profile).mkdir()
+        record = {"notebook": "03_image_classification", "wall_seconds": seconds}
+        (tmp_path / profile / "a.json").write_text(json.dumps(record | {"wall_seconds": 1.0}))
+        (tmp_path / profile / "b.json").write_text(json.dumps(record))
+    ids = paper.claims().query("item == 'Table 2'")["id"].tolist()
+    rows = [(ids[0], 0.5, -1.0, 2.0, "x"), *((other, 2.0, 1.0, 3.0, "x") for other in ids[1:])]
+    paper.save_measured(pd.DataFrame(rows, columns=paper.MEASURED), "03_image_classification", "lite")
+    table = paper.overview("mini").set_index("item")
+    row = table.loc["Table 2"]
+    assert (row["run"], row["minutes"]) == ("mini, lite", "5")
+    assert row["ours"] == "+0.5 [−1.0, +2.0], paper +1.0: undecided (of 5: 4 agrees, 1 undecided), lite"
+    assert table.loc["Table 5", "ours"] == "not run" and table.loc["Fig. 1", "ours"] == ""
+    untested = [("table1-pretraining", float("nan"), float("nan"), float("nan"), "needs two pretrainings")]
+    paper.save_measured(pd.DataFrame(untested, columns=paper.MEASURED), "03_image_classification", "mini")
+    assert paper.overview("mini").set_index("item").loc["Table 1", "ours"] == "not testable here, mini"

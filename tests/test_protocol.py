@@ -1,6 +1,7 @@
 """The evaluation protocol on small synthetic rows, and the scoreboard's rules."""
 
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -329,3 +330,32 @@ def test_folds_are_found_by_name():
     gathered = studies.by_set(runs)
     assert list(gathered) == [("net", "esc10"), ("net", "fsdd"), ("net", "esc50_fold4")]
     assert gathered["net", "esc10"] == [("esc10_fold1",) * 2, ("esc10_fold2",) * 2]
+
+
+def test_other_modalities_are_left_out_and_named(capsys):
+    mixed = ["vit_micro.sup_tin100", "vit_micro.on_spectrograms"], ["digits", "synthetic_sounds"]
+    assert protocol.of_modality("audio", *mixed) == (["vit_micro.on_spectrograms"], ["synthetic_sounds"])
+    assert "no audio: vit_micro.sup_tin100, digits" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        protocol.of_modality("audio", mixed[0][:1], mixed[1])
+
+
+def test_changed_images_are_those_that_scikit_learns_votes_put_on_the_other_side():
+    def drawn(n, seed):
+        out = rows(n, seed)
+        pixels = [np.full((4, 4, 3), i % 256, np.uint8) for i in range(n)]
+        return extract.Rows(replace(out.data, items=pixels), out.blocks, ())
+
+    train, test = drawn(200, 0), drawn(120, 1)
+    right = {}
+    for letters, name in (("E", "embedding"), ("K", "kl")):
+        model = KNeighborsClassifier(7).fit(evaluate.normalize(train.blocks[name]), train.labels)
+        right[letters] = model.predict(evaluate.normalize(test.blocks[name])) == test.labels
+    own = test.labels == 2
+    won, lost = (own & right["K"] & ~right["E"]).sum(), (own & right["E"] & ~right["K"]).sum()
+    found = studies.changed(train, test, "K", 2, k=7, most=99, shown=4)
+    assert [row["better"] for row in found] == [True] * won + [False] * lost and won > 5
+    gain = [row["votes"]["K"] - row["votes"]["E"] for row in found if row["better"]]
+    assert gain == sorted(gain, reverse=True) and min(gain) > 0
+    assert all(len(side) == 4 for row in found for side in row["found"].values())
+    assert len(studies.changed(train, test, "K", 2, k=7, most=2)) <= 4

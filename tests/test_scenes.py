@@ -382,7 +382,7 @@ def test_tables_and_figures_of_a_toy_case(encoder):
     query, near = segmentation.neighbours(case, 1, 5, train, memory, extractor, 4)
     assert query["box"] == (16, 16, 16) and [len(x) for x in near.values()] == [4, 4]
     for fig in (plots.miou_by_memory(table), plots.class_iou(classes), grids.mask_rows(rows, case.test.classes),
-                grids.patch_neighbours(query, near)):  # fmt: skip
+                grids.neighbours(query, near)):  # fmt: skip
         assert figures.photographs(fig).data[:2] == b"\xff\xd8"  # draws, as JPEG
 
 

@@ -27,6 +27,7 @@ DISTRIBUTION = {"PIL": "pillow", "sklearn": "scikit-learn", "skimage": "scikit-i
                 "faiss": "faiss-cpu", "bs4": "beautifulsoup4"}  # fmt: skip
 BROUGHT = {"nbformat", "nbclient", "ipython", "scipy", "packaging", "huggingface-hub", "triton"}  # by papermill, timm
 BROUGHT |= {"jinja2", "beautifulsoup4", "pygments"}  # by nbconvert
+BROUGHT |= {"traitlets"}  # by ipywidgets
 
 
 def test_the_lock_pins_one_plain_pypi_version_each():

@@ -243,3 +243,15 @@ def test_missing_soundfile_gives_one_line():
     code = "import sys; sys.modules['soundfile'] = None\nfrom fungi_core import sounds\nsounds.decode('x.wav')"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "OSError: audio files need soundfile: pip install 'fungi_core[audio]'" in ran.stderr
+
+
+def test_images_and_made_sounds_need_no_audio_library():
+    code = """
+import sys
+sys.modules.update(dict.fromkeys(("soundfile", "pyarrow", "transformers", "torchaudio")))  # importing them fails
+from fungi_core import backbones, datasets, explore, extract, grids, plots, protocol, studies
+datasets.load("digits", "test"), datasets.load("synthetic_sounds", "test")[0]
+print(backbones.load("vit_micro.on_spectrograms").width)
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "128"

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 DAEMONS = ("munged", "slurmctld", "slurmd")
@@ -56,11 +57,26 @@ def missing() -> str:
     absent = [name for name in DAEMONS if not daemon(name)]
     if absent:
         return f"no {', '.join(absent)} here (Debian: apt-get install slurm-wlm munge)"
+    if not find_spec("snakemake_executor_plugin_slurm"):
+        return "the extra cluster is not installed (pip install -e '.[cluster]')"
     return "" if os.geteuid() == 0 else "slurmd needs root"
 
 
 def daemon(name: str) -> str | None:
     return shutil.which(name) or shutil.which(f"/usr/sbin/{name}")
+
+
+def pids(folder: Path) -> list[int]:
+    """Daemons of the cluster in a folder that run."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = file.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue  # ended meanwhile
+        if str(folder) in line and any(name in line.split()[0] for name in DAEMONS):
+            found.append(int(file.parent.name))
+    return found
 
 
 def free_ports(n: int) -> list[int]:

@@ -1,0 +1,215 @@
+"""A reader's JupyterLab: a real browser runs notebooks from top to bottom, moves a widget and sees the picture change.
+
+Needs Chromium and the extra ``browser``. Screenshots go to the folder that BROWSER_SHOTS names, else to pytest's.
+"""
+
+import json
+import os
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fungi_core import paths, views
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+PLAIN = {"windowingMode": "none"}  # every cell is in the page, seen or not
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """What `make lab` starts, over a copy of the notebooks and on a port of its own: (address, folder)."""
+    folder = tmp_path_factory.mktemp("lab")
+    shutil.copytree(paths.ROOT / "notebooks", folder / "notebooks")
+    (settings := folder / "settings" / "@jupyterlab" / "notebook-extension").mkdir(parents=True)
+    (settings / "tracker.jupyterlab-settings").write_text(json.dumps(PLAIN))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = os.environ | {f"JUPYTER_{name}_DIR": str(folder / name.lower()) for name in ("CONFIG", "RUNTIME")}
+    env |= {f"JUPYTERLAB_{name}_DIR": str(folder / name.lower()) for name in ("SETTINGS", "WORKSPACES")}
+    env |= {"FUNGI_STORE": str(paths.store_dir()), "FUNGI_FIGURES": str(folder / "figures")}
+    env |= {"PYTHONPATH": str(paths.ROOT)}
+    asked = subprocess.run(["make", "-n", "lab"], cwd=paths.ROOT, capture_output=True, text=True, check=True).stdout
+    options = shlex.split(next(line for line in asked.splitlines() if "jupyter lab" in line))[2:-1]
+    command = [sys.executable, "-m", "jupyterlab", *options, "--no-browser", f"--port={port}", "--allow-root",
+               "--ServerApp.ip=127.0.0.1", "--IdentityProvider.token=", f"--ServerApp.root_dir={folder}"]  # fmt: skip
+    with open(folder / "lab.log", "w") as log:
+        server = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, cwd=folder)
+    try:
+        for _ in range(600):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            assert server.poll() is None, (folder / "lab.log").read_text()
+            time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}", folder
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if CHROMIUM is None:
+        pytest.skip("no chromium on this machine")
+    sync = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (extra 'browser')")
+    with sync.sync_playwright() as play:
+        chromium = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])  # no sandbox for root
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def notebook(browser, lab, tmp_path, request):
+    """A function: slug -> the page with that notebook, run from top to bottom without an error."""
+    page = browser.new_page(viewport={"width": 1360, "height": 1000})
+    page.set_default_timeout(60_000)
+
+    def opened(slug: str):
+        page.goto(f"{lab[0]}/lab/tree/notebooks/{slug}.ipynb")
+        page.locator(".jp-Notebook .jp-CodeCell").first.wait_for()
+        page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]').first.wait_for(state="attached")
+        outputs = page.locator(".jp-CodeCell .jp-OutputArea-output")
+        menu(page, "Edit", "Clear Outputs of All Cells", lambda: outputs.count() == 0)
+        menu(page, "Run", "Run All Cells", lambda: page.locator(".jp-InputPrompt", has_text="*").count() > 0)
+        last = page.locator(".jp-CodeCell").last.locator(".jp-OutputArea-output")
+        last.first.wait_for(state="attached", timeout=600_000)
+        errors = page.locator('[data-mime-type="application/vnd.jupyter.error"]').all_inner_texts()
+        assert not errors
+        return page
+
+    yield opened
+    shot(page, request.node.name, tmp_path)
+    page.close()
+
+
+def menu(page, name: str, entry: str, done) -> None:
+    """Choose an entry until it is ``done``: while the page settles a click can close the menu again."""
+    for _ in range(20):
+        page.locator(".lm-MenuBar-item", has_text=name).first.click()
+        page.wait_for_timeout(500)
+        item = page.locator(".lm-Menu-item", has=page.get_by_text(entry, exact=True))
+        if item.count():
+            item.first.click()
+        for _ in range(30):
+            page.wait_for_timeout(200)
+            if done():
+                return
+        page.keyboard.press("Escape")
+    raise AssertionError(f"{name} > {entry} had no effect")
+
+
+def shot(page, name: str, folder: Path) -> None:
+    """The whole notebook as one picture."""
+    folder = Path(os.environ.get("BROWSER_SHOTS") or folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    page.keyboard.press("Escape")
+    heights = page.locator(".jp-WindowedPanel-outer").evaluate_all("all => all.map(one => one.scrollHeight)")
+    page.set_viewport_size({"width": 1360, "height": min(max(heights, default=800) + 200, 16_000)})
+    page.locator(".jp-WindowedPanel-outer").evaluate_all("all => all.forEach(one => one.scrollTop = 0)")
+    page.wait_for_timeout(1000)
+    page.screenshot(path=folder / f"{name}.png")
+
+
+def cell_with(page, text: str):
+    return page.locator(".jp-CodeCell", has_text=text)
+
+
+def shown(cell) -> list[str]:
+    """What a cell shows: its pictures, or the text of its tables where it has none."""
+    pictures = [image.get_attribute("src") for image in cell.locator(".jp-OutputArea img").all()]
+    return pictures or cell.locator(".jp-OutputArea-output table").all_inner_texts()
+
+
+def changes(page, cell, act, seconds: float = 60) -> float:
+    """Do ``act`` and wait until the cell shows something else, as many pictures as before; the seconds it took."""
+    before, start = shown(cell), time.monotonic()
+    assert before, "nothing shown"
+    act()
+    while shown(cell) == before or len(shown(cell)) != len(before):
+        assert time.monotonic() - start < seconds, "the cell shows what it showed"
+        page.wait_for_timeout(50)
+    took = time.monotonic() - start
+    page.wait_for_timeout(500)
+    assert len(shown(cell)) == len(before), "pictures pile up"
+    return took
+
+
+def slide(cell, index: int = 0, steps: int = 1):
+    handle = cell.locator(".noUi-handle").nth(index)
+    handle.focus()
+    for _ in range(steps):
+        handle.press("ArrowRight")
+
+
+def choose(cell, index: int, option: int):
+    cell.locator("select").nth(index).select_option(index=option)
+
+
+def test_start_here_links_every_notebook_and_shows_a_notebooks_claims(notebook, tmp_path):
+    page = notebook("00_start_here")
+    cell = cell_with(page, "explore.interact(show")
+    print(f"menu: {changes(page, cell, lambda: choose(cell, 0, 3)):.1f} s")
+    shot(page, "00_start_here", tmp_path)
+    table = cell_with(page, "paper.overview").locator(".jp-OutputArea-output table")
+    link = table.get_by_role("link", name="02_complementarity").first
+    link.click()
+    page.locator(".lm-TabBar-tabLabel", has_text="02_complementarity.ipynb").first.wait_for()
+
+
+def test_complementarity_shows_the_images_of_another_class(notebook):
+    page = notebook("02_complementarity")
+    cell = cell_with(page, "explore.interact(show")
+    print(f"slider: {changes(page, cell, lambda: slide(cell)):.1f} s")
+    print(f"menu: {changes(page, cell, lambda: choose(cell, 1, 1)):.1f} s")
+
+
+def test_scenes_show_the_neighbours_of_another_patch(notebook):
+    page = notebook("05_scene_understanding")
+    cell = cell_with(page, "explore.interact(show")
+    print(f"slider: {changes(page, cell, lambda: slide(cell, 1)):.1f} s")
+
+
+def test_own_photographs_from_the_first_click_to_a_file(notebook, tmp_path):
+    page = notebook("20_your_own_data")
+    cell = cell_with(page, "explore.interact(neighbours")
+    print(f"slider: {changes(page, cell, lambda: slide(cell)):.1f} s")
+    files = []
+    for i in range(12):
+        pixels = views.generator("browser", i).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+        files.append(tmp_path / f"photo{i:02d}.jpg")
+        Image.fromarray(pixels).resize((640, 480), Image.Resampling.BICUBIC).save(files[-1])
+    (tmp_path / "broken.jpg").write_bytes(files[0].read_bytes()[:300])
+    upload = cell_with(page, "explore.chooser(")
+
+    def choose_files():
+        with page.expect_file_chooser() as chooser:
+            upload.get_by_role("button", name="files").click()
+        chooser.value.set_files([*files, tmp_path / "broken.jpg"])
+
+    print(f"upload: {changes(page, cell, choose_files, 300):.1f} s")
+    upload.get_by_text("12 images, no classes").wait_for()
+    upload.get_by_text("left out: broken.jpg").wait_for()
+    with page.expect_download() as download:
+        cell_with(page, "explore.downloads(").get_by_role("link", name="own_features.npz").click()
+    kept = np.load(download.value.path())
+    assert kept["name"].tolist() == [file.name for file in files] and kept["fungi"].shape == (12, 4 * 192)
+
+
+def test_a_wrong_choice_is_one_line(notebook):
+    page = notebook("20_your_own_data")
+    cell = cell_with(page, "explore.chooser(")
+    cell.get_by_placeholder("a sub-folder per class, or files only").fill("no/such/folder")
+    cell.get_by_role("button", name="extract").click()
+    line = cell.get_by_text("ValueError: no/such/folder is no folder")
+    line.wait_for()
+    assert cell.locator('[data-mime-type="application/vnd.jupyter.error"]').count() == 0

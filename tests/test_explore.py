@@ -1,0 +1,114 @@
+"""Widgets: static without a reader; in JupyterLab one output that is drawn again in place, errors as one line."""
+
+from datetime import datetime
+
+import ipywidgets
+import pytest
+from IPython.display import HTML
+
+from fungi_core import explore
+
+DISPLAYED = []
+
+
+@pytest.fixture
+def live(monkeypatch):
+    monkeypatch.setenv("JPY_SESSION_NAME", "notebook.ipynb")
+    monkeypatch.setattr(explore, "display", DISPLAYED.append)
+    DISPLAYED.clear()
+
+
+@pytest.fixture
+def batch(monkeypatch):
+    monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
+
+
+def widgets(kind):
+    """Controls of one kind on the page shown last."""
+    page = next(x for x in reversed(DISPLAYED) if isinstance(x, ipywidgets.VBox))
+    found, stack = [], [page]
+    while stack:
+        one = stack.pop(0)
+        found += [one] if isinstance(one, kind) else []
+        stack += list(getattr(one, "children", ()))
+    return found
+
+
+def test_a_batch_run_shows_the_first_of_each_list_and_the_start_of_each_slider(batch):
+    asked = dict(a=["x", "y"], b=(1, 9, 4), c=(2, 5), d=lambda: (0, 3, 3))
+    assert explore.interact(lambda **values: values, **asked) == {"a": "x", "b": 4, "c": 2, "d": 3}
+    with pytest.raises(ZeroDivisionError):
+        explore.interact(lambda k: 1 / 0, k=[1])
+
+
+def test_a_reader_gets_controls_and_what_they_choose(live):
+    calls = []
+    explore.interact(lambda a, b: calls.append((a, b)), a=["x", "y"], b=(1, 9, 4))
+    (menu,), (slider,) = widgets(ipywidgets.Dropdown), widgets(ipywidgets.IntSlider)
+    menu.value, slider.value = "y", 7
+    assert calls == [("x", 4), ("y", 4), ("y", 7)]
+    assert not slider.continuous_update and len(widgets(ipywidgets.Output)) == 1
+
+
+def test_an_error_is_one_line_and_the_next_choice_works(live, capsys):
+    def show(k):
+        if k == 2:
+            raise ValueError("no such\nneighbours")
+        return k
+
+    explore.interact(show, k=[1, 2, 3])
+    (menu,) = widgets(ipywidgets.Dropdown)
+    menu.value = 2
+    assert "ValueError: no such neighbours\n" in capsys.readouterr().out
+    menu.value = 3
+    assert DISPLAYED[-1] == 3
+
+
+def test_cells_follow_what_they_watch_and_ask_for_their_choices_again(live):
+    mine, calls = explore.Watched(), []
+    explore.interact(lambda one: calls.append(one), on=mine, one=lambda: (0, len(mine.value) - 1, 0))
+    assert calls == []  # nothing chosen yet
+    mine.value = "abc"
+    (slider,) = widgets(ipywidgets.IntSlider)
+    assert calls == [0] and slider.max == 2
+    slider.value = 2
+    mine.value = "abcdef"
+    (slider,) = widgets(ipywidgets.IntSlider)
+    assert calls == [0, 2, 0] and slider.max == 5
+
+
+def test_the_panel_loads_at_once_then_files_or_a_folder_whichever_came_last(live, capsys):
+    calls = []
+
+    def load(files, folder, backbone):
+        calls.append((files, folder, backbone))
+        if folder == "bad":
+            raise ValueError("bad is no folder")
+
+    explore.chooser(load, folder="", backbone="a", backbones=["a", "b"])
+    (upload,), (button,) = widgets(ipywidgets.FileUpload), widgets(ipywidgets.Button)[-1:]
+    place = next(w for w in widgets(ipywidgets.Text) if not isinstance(w, ipywidgets.Combobox))
+    (name,) = widgets(ipywidgets.Combobox)
+    place.value, name.value = "bad", "b"
+    button.click()
+    assert "ValueError: bad is no folder\n" in capsys.readouterr().out and not button.disabled
+    file = {"name": "x.jpg", "type": "", "size": 1, "content": memoryview(b"1"), "last_modified": datetime.now()}
+    upload.set_trait("value", (file,))
+    button.click()  # another backbone, say: the files are still there
+    assert calls == [([], "", "a"), ([], "bad", "b"), ([("x.jpg", b"1")], "", "b"), ([("x.jpg", b"1")], "", "b")]
+
+
+def test_the_panel_of_a_batch_run_loads_and_raises(batch):
+    assert explore.chooser(lambda *asked: asked, folder="f", backbone="a", backbones=[]) == ((), "f", "a")
+    with pytest.raises(ValueError):
+        explore.chooser(lambda *asked: int("x"), folder="", backbone="a", backbones=[])
+
+
+def test_downloads_are_links_for_a_reader_only(live, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (file := tmp_path / "out" / "my features.npz").parent.mkdir()
+    file.write_bytes(b"x" * 2_500_000)
+    html = explore.downloads([file])
+    assert isinstance(html, HTML) and 'href="out/my%20features.npz"' in html.data and "2.5 MB" in html.data
+    monkeypatch.delenv("JPY_SESSION_NAME")
+    assert explore.downloads([file]).data == "my features.npz, 2.5 MB"

@@ -1,0 +1,188 @@
+"""A reader's own photographs: what is read and what is named, neighbours by hand, leave-one-out, files written."""
+
+import io
+import os
+import sys
+import zipfile
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+from sklearn.neighbors import KNeighborsClassifier
+
+from fungi_core import evaluate, extract, own, paths, store
+from fungi_core.images import Images
+
+
+def jpeg(seed: int, size=(64, 48), **options) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).save(file := io.BytesIO(), "JPEG", **options)
+    return file.getvalue()
+
+
+def made(embedding, labels=None, **blocks) -> own.Album:
+    """An album whose features are given."""
+    n = len(embedding)
+    labels = np.zeros(n, int) if labels is None else np.asarray(labels)
+    classes = [f"c{i}" for i in range(labels.max() + 1)]
+    names = [f"{i}.jpg" for i in range(n)]
+    pixels = [np.zeros((4, 4, 3), np.uint8)] * n
+    images = Images("own", "train", labels, classes, "accuracy", names, pixels, np.arange(n))
+    return own.Album(extract.Rows(images, {"embedding": np.asarray(embedding, np.float32)} | blocks, ()), [], "made")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two classes of two images, one that is cut off, one that is no image, and hidden files."""
+    for i, name in enumerate(("cat/a.jpg", "cat/b.jpg", "dog/old/a.jpg", "dog/b.png")):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(jpeg(i))
+    (tmp_path / "cat" / "aa_cut.jpg").write_bytes(jpeg(9)[:400])
+    (tmp_path / "dog" / "notes.txt").write_text("no image")
+    for hidden in (".DS_Store", "cat/._a.jpg"):
+        (tmp_path / hidden).write_bytes(b"x")
+    return tmp_path
+
+
+def test_a_folder_gives_its_sub_folders_as_classes_and_names_what_it_leaves_out(folder):
+    images, skipped = own.from_folder(folder)
+    assert images.names == ["cat/a.jpg", "cat/b.jpg", "dog/b.png", "dog/old/a.jpg"]
+    assert images.classes == ["cat", "dog"] and images.labels.tolist() == [0, 0, 1, 1]
+    assert [name for name, why in skipped] == ["cat/aa_cut.jpg", "dog/notes.txt"] and all(why for _, why in skipped)
+    assert images.skipped == dict(skipped)
+    for name, image in zip(images.names, images, strict=True):  # no index has moved
+        with Image.open(folder / name) as opened:
+            assert np.array_equal(np.asarray(image), np.asarray(opened.convert("RGB")))
+
+
+@pytest.mark.parametrize("where, message", [("nowhere", "is no folder; give one"), ("", "no files there")])
+def test_a_folder_that_cannot_serve_is_one_clear_line(tmp_path, where, message):
+    with pytest.raises(ValueError, match=message):
+        own.from_folder(tmp_path / where)
+
+
+def test_uploaded_files_and_a_zipped_folder_say_the_same_as_the_folder(folder):
+    zipped = io.BytesIO()
+    with zipfile.ZipFile(zipped, "w") as archive:
+        for file in sorted(p for p in folder.rglob("*") if p.is_file()):
+            archive.write(file, f"holiday/{file.relative_to(folder)}")  # as a file manager zips a folder
+    images, skipped = own._read(own._unpacked([("holiday.zip", zipped.getvalue())]))
+    expected, left_out = own.from_folder(folder)
+    order = [images.names.index(name) for name in expected.names]
+    assert images.take(order).fingerprint == expected.fingerprint and images.classes == expected.classes
+    assert sorted(skipped) == sorted(left_out)
+
+
+def test_a_name_uploaded_twice_is_numbered_and_nothing_is_lost():
+    images, _ = own._read(own._unpacked([("a.jpg", jpeg(0)), ("a.jpg", jpeg(1)), ("b.jpg", jpeg(2))]))
+    assert images.names == ["a.jpg", "a (2).jpg", "b.jpg"] and images.classes == ["(no folder)"]
+
+
+def test_photographs_are_turned_upright_and_reduced_but_small_ones_left_alone():
+    turned = Image.Exif()
+    turned[0x0112] = 6  # the camera was held upright
+    assert own.reduced(jpeg(0, (64, 48), exif=turned)).size == (48, 64)
+    assert own.reduced(jpeg(0, (2400, 1600))).size == (768, 512)
+    with Image.open(io.BytesIO(jpeg(0))) as opened:
+        assert np.array_equal(np.asarray(own.reduced(jpeg(0))), np.asarray(opened))
+
+
+def test_a_large_jpeg_is_close_to_what_a_full_decode_and_resize_give():
+    content = jpeg(3, (4000, 3000))
+    with Image.open(io.BytesIO(content)) as opened:
+        whole = np.asarray(opened.resize((683, 512), Image.Resampling.BICUBIC), float)
+    assert np.abs(np.asarray(own.reduced(content), float) - whole).mean() < 1
+
+
+def test_neighbours_and_pairs_worked_by_hand():
+    album = made([[1, 0], [0.8, 0.6], [0, 1], [-1, 0]])  # cosines: 0-1 0.8, 0-2 0, 0-3 -1, 1-2 0.6, 1-3 -0.8, 2-3 0
+    rows, cosine = own.neighbours(album, 0, "E", 2)
+    assert rows.tolist() == [1, 2] and cosine == pytest.approx([0.8, 0], abs=1e-6)
+    pairs = own.near_duplicates(album, 0.5)
+    assert pairs[["first", "second"]].values.tolist() == [[0, 1], [1, 2]]
+    assert pairs["cosine"].tolist() == pytest.approx([0.8, 0.6])
+    assert len(own.neighbours(album, 0, "E", 9)[0]) == 3  # all others, never the image itself
+
+
+def test_similarity_is_the_mean_cosine_of_the_features_asked_for():
+    rng = np.random.default_rng(0)
+    album = made(rng.normal(size=(5, 4)), kl=rng.normal(size=(5, 3)).astype(np.float32))
+    unit = {name: evaluate.normalize(block) for name, block in album.rows.blocks.items()}
+    expected = (unit["embedding"][1] @ unit["embedding"][3] + unit["kl"][1] @ unit["kl"][3]) / 2
+    assert own.cosines(album, "E+K")[1, 3] == pytest.approx(expected, abs=1e-6)
+
+
+def test_leave_one_out_is_scikit_learns_on_all_others():
+    rng = np.random.default_rng(1)
+    x, y = evaluate.normalize(rng.normal(size=(40, 6)) + 2 * np.eye(6)[np.arange(40) % 3]), np.arange(40) % 3
+    right = []
+    for i in range(40):
+        rest = np.arange(40) != i
+        right.append(KNeighborsClassifier(5).fit(x[rest], y[rest]).predict(x[i : i + 1])[0] == y[i])
+    table = own.accuracy(made(x, y), ["E"], k=5)
+    assert table["value"].iloc[0] == pytest.approx(100 * np.mean(right))
+    assert table["low"].iloc[0] < table["value"].iloc[0] < table["high"].iloc[0]
+
+
+def test_shots_of_one_scene_have_no_vote_on_each_other():
+    x = np.array([[1, 0], [1, 0.001], [0, 1], [0.001, 1]])  # two pairs of twins, a class each
+    assert own.accuracy(made(x, [0, 0, 1, 1]), ["E"], k=1)["value"].iloc[0] == 100
+    assert own.accuracy(made(x, [0, 0, 1, 1]), ["E"], k=1, apart=0.99)["value"].iloc[0] == 0
+
+
+@pytest.mark.parametrize("method", ["t-SNE", "PCA"])
+def test_a_map_keeps_two_groups_apart_and_repeats(method):
+    rng = np.random.default_rng(2)
+    album = made(np.repeat(np.eye(8)[:2], 12, 0) + 0.05 * rng.normal(size=(24, 8)))
+    at = own.places(album, "E", method)
+    within = max(np.linalg.norm(at[:12] - at[:12].mean(0), axis=1).mean(), 1e-6)
+    assert at.shape == (24, 2) and np.linalg.norm(at[:12].mean(0) - at[12:].mean(0)) > 2 * within
+    assert np.array_equal(at, own.places(album, "E", method))
+
+
+def test_what_is_saved_reads_back_with_names(tmp_path):
+    pytest.importorskip("pyarrow")
+    rng = np.random.default_rng(3)
+    album = made(rng.normal(size=(4, 5)), [0, 1, 0, 1], kl=rng.normal(size=(4, 5)).astype(np.float32))
+    files = own.save(album, tmp_path / "deep" / "features")
+    arrays, table = np.load(files[0]), pd.read_parquet(files[1])
+    assert arrays["name"].tolist() == table["name"].tolist() == album.images.names
+    assert arrays["class"].tolist() == table["class"].tolist() == ["c0", "c1", "c0", "c1"]
+    for name, width in {"embedding": 5, "kl": 5, "fungi": 10}.items():
+        assert arrays[name].shape == (4, width) and np.array_equal(np.stack(table[name]), arrays[name])
+    assert np.linalg.norm(arrays["fungi"], axis=1) == pytest.approx(np.sqrt(2), abs=1e-6)
+    before = [file.read_bytes() for file in files]
+    assert [file.read_bytes() for file in own.save(album, tmp_path / "deep" / "features")] == before
+
+
+def test_without_pyarrow_one_line_names_the_extra(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert [file.name for file in own.save(made(np.eye(3)), tmp_path / "x")] == ["x.npz"]
+    assert "pyarrow" in (line := capsys.readouterr().out) and "extra" in line and line.count("\n") == 1
+
+
+def test_an_album_extracts_once_and_writes_features_only(folder, tmp_path_factory, monkeypatch):
+    from helpers import shrink_test_vit
+
+    shrink_test_vit(monkeypatch)
+    monkeypatch.setenv("FUNGI_STORE", str(tmp_path_factory.mktemp("store")))
+    here = {p for p in folder.rglob("*")}
+    ask = lambda **more: own.album((), folder, backbone="random:test_vit", names=["kl"], **more)
+    album = ask()
+    assert album.labelled and set(album.rows.blocks) == {"embedding", "kl"} and len(album.skipped) == 2
+    shards = {p: p.stat().st_mtime_ns for p in paths.store_dir().rglob("*.npy")}
+    files = [(p.relative_to(folder).as_posix(), p.read_bytes()) for p in sorted(folder.rglob("*")) if p.is_file()]
+    again = own.album(files, backbone="random:test_vit", names=["kl"])
+    assert np.array_equal(again.rows.blocks["kl"], album.rows.blocks["kl"])  # uploaded: the same rows, from the store
+    assert {p: p.stat().st_mtime_ns for p in paths.store_dir().rglob("*.npy")} == shards
+    assert {p for p in folder.rglob("*")} == here and sorted(store.entries()[0]["meta"]["data"])
+    assert len(ask(n=3).images) == 3 and os.listdir(paths.store_dir())
+    os.remove(folder / "cat" / "a.jpg"), os.remove(folder / "cat" / "b.jpg")
+    with pytest.raises(ValueError, match="2 readable images; neighbours need 3 .*aa_cut.jpg, dog/notes.txt"):
+        ask()
+
+
+def test_an_unknown_backbone_is_an_error_before_anything_is_read(tmp_path):
+    with pytest.raises(ValueError, match="unknown backbone 'vit_tiny_typo'"):
+        own.album((), tmp_path / "nowhere", backbone="vit_tiny_typo", names=["kl"])
