@@ -28,8 +28,8 @@ GPU = int(PAPER)  # what a job asks for; locally limited by --resources gpu=N, o
 CODE = sorted(Path("fungi_core").glob("*.py"))
 # Modules that change no feature; a change in any other runs the features jobs again, which then find their rows stored.
 AFTER_FEATURES = {"clustering", "devices", "diagram", "evaluate", "explore", "figures", "grids", "iou", "masks",
-                  "neighbours", "own", "paper", "pca", "plan", "plots", "probe", "protocol", "retrieval", "run", "scenes",
-                  "segmentation", "similarity", "site", "studies", "throughput", "tokens"}
+                  "neighbours", "own", "paper", "pca", "plan", "plots", "probe", "protocol", "retrieval", "run",
+                  "scenes", "segmentation", "similarity", "site", "studies", "throughput", "tokens"}
 CODE_OF_FEATURES = [path for path in CODE if path.stem not in AFTER_FEATURES]
 
 

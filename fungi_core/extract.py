@@ -133,8 +133,6 @@ def named(letters: str) -> list[str]:
 
 
 def _split(encoder, data, train, names, seed, layer, projection="rademacher") -> Rows:
-    if data.modality != encoder.modality:
-        raise ValueError(f"{data.name} holds {data.modality} data, {encoder.name} reads {encoder.modality} data")
     wanted = [objectives.by_name(name, encoder.modality) if isinstance(name, str) else name for name in names]
     opened = _ensure(encoder, data, train, wanted, seed, layer, projection)
     blocks = {name: rows.read() for name, rows in opened.items()}
@@ -149,6 +147,8 @@ def _ensure(
     encoder, data, train, wanted, seed, layer, projection="rademacher", shard=(1, 1)
 ) -> dict[str, "store.Rows"]:
     """Extract what the store lacks of the embedding and the objectives wanted, or of one `shard` of their rows."""
+    if data.modality != encoder.modality:
+        raise ValueError(f"{data.name} holds {data.modality} data, {encoder.name} reads {encoder.modality} data")
     if len({o.name for o in wanted}) != len(wanted):
         raise ValueError(f"each objective can be used once a call, got {', '.join(o.name for o in wanted)}")
     # The embedding comes along with the KL gradient at the backbone's own layer, always on the same path: another layer
