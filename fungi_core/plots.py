@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter, NullLocator, StrMethodFormatter
+from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullFormatter, NullLocator, StrMethodFormatter
 
 from fungi_core.figures import COLOURS, COLUMN, FUNGI, NAMES, VERDICTS, WIDE, colour, contrast, figure
 
@@ -160,15 +160,20 @@ def curves(df: pd.DataFrame, *, x: str, label: str) -> Figure:
         for kind, part in df[df["panel"] == panel].groupby("features", sort=False):
             part = part.sort_values(x)
             ax.fill_between(part[x], part["low"], part["high"], color=colour(kind), alpha=0.18, linewidth=0)
-            ax.plot(part[x], part["value"], color=colour(kind), marker="o", markersize=3)
+            ax.plot(part[x], part["value"], **_line(kind))
         ax.set(xlabel=label)
+        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         ax.grid(axis="y")
         ax.set_title(panel)
     for ax in axes[:, 0]:
         ax.set_ylabel("accuracy (%)")
-    keys = {kind: {"color": colour(kind), "marker": "o"} for kind in df["features"].unique()}
-    _legend(fig, keys, None)
+    _legend(fig, {kind: _line(kind) for kind in df["features"].unique()}, None)
     return fig
+
+
+def _line(kind: str) -> dict:
+    """The embedding's line is dashed: its grey and a dark hue of the same lightness are hard to tell apart."""
+    return {"color": colour(kind), "marker": "o", "markersize": 3, "linestyle": (0, (3, 1.5)) if kind == "E" else "-"}
 
 
 def views_and_speed(df: pd.DataFrame) -> Figure:
