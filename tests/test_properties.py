@@ -167,7 +167,7 @@ def test_cka_of_merged_shards_is_that_of_all_rows(n, p, q, unbiased, seed, data)
 
 @given(st.integers(1, 900), st.integers(1, 4), st.data())
 def test_a_store_filled_in_any_pieces_with_any_interruptions_is_the_same(n, width, data):
-    """Blocks of any size in any order, some lost with the lock, shards damaged in between: the same bytes in the end."""
+    """Blocks of any size in any order, some lost with the lock, damaged shards in between: the same bytes at last."""
     values = np.random.default_rng(n).standard_normal((n, width)).astype(np.float32)
     with tempfile.TemporaryDirectory() as folder:
         undisturbed = store.open_rows({"n": n}, n, width, Path(folder, "undisturbed"))
