@@ -11,7 +11,7 @@ SNAKEMAKE  = $(BIN)/snakemake --cores $(CORES) --resources gpu=$(GPUS) --keep-go
 SCRATCH   := $(CURDIR)/build/test
 TEST_ENV   = FUNGI_STORE=$(SCRATCH)/store FUNGI_FIGURES=$(SCRATCH)/figures
 
-.PHONY: help install reproduce lite paper plan lab site test lint normalize refresh lock clean
+.PHONY: help install reproduce lite paper plan lab site test lint normalize refresh lock licences audit clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -71,6 +71,13 @@ lock:  ## write requirements.lock from the present .venv
 	@{ echo "# What the Makefile installs, with CPython 3.11 from PyPI. Written by 'make lock' from a .venv that passed the tests."; \
 	   $(BIN)/python -m pip freeze -q --exclude-editable \
 	   | sed -E '/^(nvidia-|cuda-|triton=)/ s/$$/ ; sys_platform == "linux"/'; } > build.lock && mv build.lock requirements.lock
+
+licences:  ## write data/LICENCES.md from the tables of the code and the installed packages
+	PYTHONPATH=. $(BIN)/python data/licences.py
+
+audit:  ## known vulnerabilities of the locked packages; asks PyPI, needs a network
+	$(BIN)/python -m pip install -q --disable-pip-version-check pip-audit
+	$(BIN)/pip-audit -r requirements.lock --disable-pip --no-deps --strict
 
 clean:  ## remove what runs and tests made (features too); the figures and .venv stay
 	rm -rf runs build data/store .snakemake .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -248,7 +248,8 @@ class Backbone:
         """Embeddings (B, V, D) float32 and factors at each layer; views (B, V, 3, s, s), loss: (B, V, D) -> (B,).
 
         Views of another size than the backbone's own, or a list of views of several sizes, need the class-token path.
-        ``tokens=True``: the loss takes, and the first value is, all tokens (B, V, 1 + patches, D).
+        ``tokens=True``: the loss takes, and the first value is, all tokens (B, V, 1 + patches, D). ``loss=()``: the
+        embeddings alone.
         """
         layers = layers or [self.layer]
         if tokens:
@@ -271,6 +272,8 @@ class Backbone:
         with torch.enable_grad():
             output = F.linear(attention, tail.proj.weight, tail.proj.bias).requires_grad_()
             embeddings = tail(output, residual).unflatten(0, (batch, count))
+            if not loss:
+                return embeddings.detach(), []
             (gradient,) = loss_gradients(loss(embeddings), [output])
         return embeddings.detach(), [Factors(rows(attention, batch), rows(gradient, batch), proj.bias is not None)]
 

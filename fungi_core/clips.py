@@ -2,6 +2,10 @@
 
 As in `samples` a source takes (root of the downloads, train or test, whether to download) and gives a `Split`: where
 each clip is, not the clip. Folds are splits of their own: fold i is the test split, the others are the training split.
+
+Packed files hold a clip as the bytes of an audio file in the column audio, label (0-based) and filename, and the class
+names in label order as JSON in the schema's metadata under ``class_names``. ``audio_fsdd.parquet`` has split ("train",
+"test") besides; ``audio_esc.parquet`` in_esc10, in_esc50_fold4 (bool) and the folds fold (1 to 5) and split4 (1 to 4).
 """
 
 import csv

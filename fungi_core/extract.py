@@ -290,7 +290,8 @@ def layer_features(
 def _extract(
     encoder, data, train, objective, targets, embedding, seed, layer, projection="rademacher", part=(0, None)
 ) -> None:
-    parts = fungi.draw_parts(encoder, objective, seed, layer, projection)
+    alone = objective is fungi.WHOLE  # the embedding: no gradient is taken
+    parts = None if alone else fungi.draw_parts(encoder, objective, seed, layer, projection)
     if objective.negatives:
         parts.negatives = _negatives(encoder, objective, parts.heads, train, seed)
 

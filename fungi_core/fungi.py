@@ -126,9 +126,15 @@ def project_gradients(backbone, objective, parts: Parts, batch, layer: str | Non
     return embeddings, parts.projection.apply(factors, backbone.dtype)
 
 
-def rows(backbone, objective, parts: Parts, images: Sequence, seed: int, layer: str | None = None):
-    """Yields (start, embeddings (B, D) or None, gradients (B, d)); embeddings come with whole-image objectives only."""
+def rows(backbone, objective, parts: Parts | None, images: Sequence, seed: int, layer: str | None = None):
+    """Yields (start, embeddings (B, D) or None, gradients (B, d)); embeddings come with whole-image objectives only.
+    Without parts: the embeddings alone, no gradients (None), by the same forward pass.
+    """
     for start, batch in view_batches(backbone, objective, images, seed):
+        if parts is None:
+            embeddings, _ = backbone.factors(batch, (), [layer or backbone.layer])
+            yield start, embeddings[:, 0].cpu().numpy(), None
+            continue
         with _naming(images, start):
             embeddings, projected = project_gradients(backbone, objective, parts, batch, layer)
         embeddings = embeddings[:, 0].cpu().numpy() if objective.views == "whole" else None
@@ -242,7 +248,7 @@ class Fungi(TransformerMixin, BaseEstimator):
         out = {}
         whole = [o for o in self.objectives if o.views == "whole"]
         for objective in [*self.objectives] if whole else [*self.objectives, WHOLE]:
-            parts = self.parts_.get(objective.name) or draw_parts(self.backbone_, WHOLE, self.seed, self.layer)
+            parts = self.parts_.get(objective.name)  # none for WHOLE: the embedding alone
             done = list(rows(self.backbone_, objective, parts, _images(X), self.seed, self.layer))
             if done[0][1] is not None:
                 out["embedding"] = np.concatenate([embeddings for _, embeddings, _ in done])

@@ -96,7 +96,7 @@ def tapped_factors(
 
     ``embed`` maps (N, 3, s, s) to embeddings (N, D) through ``model``; ``views``: (B, V, 3, s, s); ``loss`` maps
     embeddings (B, V, D) float32 to (B,) losses. Returns embeddings (B, V, D) and one ``Factors`` a path. Several losses
-    share the forward pass: all paths of the first one, all of the second, ...
+    share the forward pass: all paths of the first one, all of the second, ...; none, (): the embeddings alone.
     """
     batch, count = views.shape[:2]
     with tap(model, paths) as taps, torch.no_grad():

@@ -8,12 +8,13 @@ packed, and a file that cannot be read can be named. Which split is the memory b
 
 import json
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from . import retrieval
+from . import downloads, retrieval
 from .images import Split
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
@@ -25,6 +26,15 @@ def _files(paths: Sequence, labels: Sequence[int], classes: Sequence[str], base:
     paths = [Path(path) for path in paths]
     names = [path.relative_to(base).as_posix() for path in paths]
     return Split(paths, np.asarray(labels, np.int64), names, list(classes))
+
+
+def _torchvision(name: str, root: Path, **options):
+    """torchvision's data set of that name; what it downloads comes through `downloads`."""
+    from torchvision import datasets
+
+    data_set = getattr(datasets, name)
+    with downloads.instead_of_torchvisions(sys.modules[data_set.__module__]):
+        return data_set(root, **options)
 
 
 def class_folders(folders: Sequence[Path]) -> list[str]:
@@ -47,15 +57,11 @@ def image_folder(folders: Sequence[Path], base: Path, classes: Sequence[str] | N
 
 
 def cifar10(root: Path, train: bool, download: bool) -> Split:
-    from torchvision.datasets import CIFAR10
-
-    return _cifar(CIFAR10(root, train=train, download=download), train)
+    return _cifar(_torchvision("CIFAR10", root, train=train, download=download), train)
 
 
 def cifar100(root: Path, train: bool, download: bool) -> Split:
-    from torchvision.datasets import CIFAR100
-
-    return _cifar(CIFAR100(root, train=train, download=download), train)
+    return _cifar(_torchvision("CIFAR100", root, train=train, download=download), train)
 
 
 def _cifar(data, train: bool) -> Split:
@@ -64,57 +70,43 @@ def _cifar(data, train: bool) -> Split:
 
 
 def stanford_cars(root: Path, train: bool, download: bool) -> Split:
-    from torchvision.datasets import StanfordCars
-
-    data = StanfordCars(root, split="train" if train else "test")
+    data = _torchvision("StanfordCars", root, split="train" if train else "test")
     paths, labels = zip(*data._samples, strict=True)
     return _files(paths, labels, data.classes, root / "stanford_cars")
 
 
 def dtd(root: Path, train: bool, download: bool) -> Split:
     """Partition 1 of the ten, torchvision's default."""
-    from torchvision.datasets import DTD
-
-    data = DTD(root, split="train" if train else "test", download=download)
+    data = _torchvision("DTD", root, split="train" if train else "test", download=download)
     return _files(data._image_files, data._labels, data.classes, root / "dtd" / "dtd" / "images")
 
 
 def flowers102(root: Path, train: bool, download: bool) -> Split:
-    from torchvision.datasets import Flowers102
-
-    data = Flowers102(root, split="train" if train else "test", download=download)
+    data = _torchvision("Flowers102", root, split="train" if train else "test", download=download)
     return _files(data._image_files, data._labels, data.classes, root / "flowers-102")
 
 
 def aircraft(root: Path, train: bool, download: bool) -> Split:
     """100 variants. The published code takes ``train`` (3,334 images); torchvision's own default is ``trainval``."""
-    from torchvision.datasets import FGVCAircraft
-
-    data = FGVCAircraft(root, split="train" if train else "test", download=download)
+    data = _torchvision("FGVCAircraft", root, split="train" if train else "test", download=download)
     return _files(data._image_files, data._labels, data.classes, root / "fgvc-aircraft-2013b" / "data")
 
 
 def pets(root: Path, train: bool, download: bool) -> Split:
     """The authors' own training list is called ``trainval``; there is no other."""
-    from torchvision.datasets import OxfordIIITPet
-
-    data = OxfordIIITPet(root, split="trainval" if train else "test", download=download)
+    data = _torchvision("OxfordIIITPet", root, split="trainval" if train else "test", download=download)
     return _files(data._images, data._labels, data.classes, root / "oxford-iiit-pet")
 
 
 def food101(root: Path, train: bool, download: bool) -> Split:
-    from torchvision.datasets import Food101
-
-    data = Food101(root, split="train" if train else "test", download=download)
+    data = _torchvision("Food101", root, split="train" if train else "test", download=download)
     return _files(data._image_files, data._labels, data.classes, root / "food-101" / "images")
 
 
 def eurosat(root: Path, train: bool, download: bool) -> Split:
     """No official split: 80/20 stratified (section C), with the shuffle, seed and row order of the published code."""
     from sklearn.model_selection import StratifiedShuffleSplit
-    from torchvision.datasets import EuroSAT
-
-    data = EuroSAT(root, download=download)
+    data = _torchvision("EuroSAT", root, download=download)
     labels = np.asarray(data.targets, np.int64)
     rows = next(StratifiedShuffleSplit(1, train_size=0.8, random_state=42).split(labels, labels))[0 if train else 1]
     paths = [data.samples[row][0] for row in rows]
@@ -125,9 +117,7 @@ def cub200(root: Path, train: bool, download: bool) -> Split:
     """The authors' layout: images.txt, image_class_labels.txt, train_test_split.txt, classes.txt, images/."""
     base = root / "CUB_200_2011"
     if download and not base.exists():
-        from torchvision.datasets.utils import download_and_extract_archive
-
-        download_and_extract_archive(CUB_URL, download_root=str(root), md5=CUB_MD5)
+        downloads.unpack(downloads.fetch(CUB_URL, root / CUB_URL.rpartition("/")[2], CUB_MD5), root)
 
     def column(file: str) -> dict[int, str]:
         lines = (base / file).read_text().splitlines()

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter, NullLocator, StrMethodFormatter
+from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullFormatter, NullLocator, StrMethodFormatter
 
 from fungi_core.figures import COLOURS, COLUMN, FUNGI, NAMES, VERDICTS, WIDE, colour, contrast, figure
 
@@ -160,15 +160,20 @@ def curves(df: pd.DataFrame, *, x: str, label: str) -> Figure:
         for kind, part in df[df["panel"] == panel].groupby("features", sort=False):
             part = part.sort_values(x)
             ax.fill_between(part[x], part["low"], part["high"], color=colour(kind), alpha=0.18, linewidth=0)
-            ax.plot(part[x], part["value"], color=colour(kind), marker="o", markersize=3)
+            ax.plot(part[x], part["value"], **_line(kind))
         ax.set(xlabel=label)
+        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         ax.grid(axis="y")
         ax.set_title(panel)
     for ax in axes[:, 0]:
         ax.set_ylabel("accuracy (%)")
-    keys = {kind: {"color": colour(kind), "marker": "o"} for kind in df["features"].unique()}
-    _legend(fig, keys, None)
+    _legend(fig, {kind: _line(kind) for kind in df["features"].unique()}, None)
     return fig
+
+
+def _line(kind: str) -> dict:
+    """The embedding's line is dashed: its grey and a dark hue of the same lightness are hard to tell apart."""
+    return {"color": colour(kind), "marker": "o", "markersize": 3, "linestyle": (0, (3, 1.5)) if kind == "E" else "-"}
 
 
 def views_and_speed(df: pd.DataFrame) -> Figure:
@@ -536,18 +541,25 @@ def deltas(df: pd.DataFrame) -> Figure:
         axis.set_major_locator(FixedLocator([x for x in (-20, -10, -5, -2, -1, 0, 1, 2, 5, 10, 20) if abs(x) < end]))
         axis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axis.set_minor_locator(NullLocator())
-    marks = {"agrees": "o", "disagrees": "X", "undecided": "s"}
+    marks = {"disagrees": "X", "undecided": "s", "agrees": "o"}
     for _, r in df.iterrows():
         ink = VERDICTS[r["verdict"]]
         ax.plot([r["paper"]] * 2, [r["low"], r["high"]], color=ink, linewidth=1.2, alpha=0.7)
         ax.plot(r["paper"], r["value"], marker=marks[r["verdict"]], color=ink, linestyle="none", markersize=6)
-        if not r["low"] <= r["paper"] <= r["high"]:
-            over = r["value"] > r["paper"]  # above the diagonal: the label goes up, away from it
-            at = {"textcoords": "offset points", "ha": "right" if over else "left", "va": "bottom" if over else "top"}
-            ax.annotate(r["id"], (r["paper"], r["value"]), (-5, 3) if over else (5, -3), size=7.5, color=ink, **at)
     counts = df["verdict"].value_counts()
     keys = {f"{v} ({counts[v]})": {"color": VERDICTS[v], "marker": m} for v, m in marks.items() if v in counts}
     _legend(fig, keys, None)
+    fig.draw_without_rendering()  # so that the axes have their place, and labels can keep clear of each other
+    taken = []
+    for _, r in df[~df["paper"].between(df["low"], df["high"])].sort_values("value", ascending=False).iterrows():
+        over = r["value"] > r["paper"]  # above the diagonal: the label goes up, away from it
+        x, y = ax.transData.transform((r["paper"], r["value"])) * 72 / fig.dpi  # in points, as the offsets
+        across, up, step = (-5, 4, 9) if over else (5, -4, -9)
+        while any(abs(x + across - a) < 60 and abs(y + up - b) < 9 for a, b in taken):
+            up += step
+        taken.append((x + across, y + up))
+        at = {"textcoords": "offset points", "ha": "right" if over else "left", "va": "center"}
+        ax.annotate(r["id"], (r["paper"], r["value"]), (across, up), size=7.5, color=VERDICTS[r["verdict"]], **at)
     return fig
 
 

@@ -10,6 +10,7 @@ them, so that ``papermill -f`` reads it as well; ``notebooks: {NN_slug: {...}}``
 import argparse
 import ast
 import logging
+import math
 import os
 import sys
 import time
@@ -25,6 +26,9 @@ from fungi_core.paths import ROOT
 
 NOTEBOOKS = ROOT / "notebooks"
 TYPES = {"int": int, "float": float, "str": str, "bool": bool, "list": list, "dict": dict, "None": type(None)}
+# Numbers, alone or in lists, are finite and not negative; these are at least 1.
+COUNTS = {"k", "shots", "most", "shown", "size", "seeds", "draws", "repeats", "views_a_call", "precision_images",
+          "simclr_steps", "strides"}  # fmt: skip
 KEPT_METADATA = {"kernelspec": ("display_name", "language", "name"), "language_info": ("name",)}
 
 
@@ -75,6 +79,12 @@ def _checked(slug: str, name: str, value: object, exist: dict[str, dict]) -> obj
     kind = exist[name]["type"]
     if not fits(value, kind):
         raise ValueError(f"{slug}: parameter '{name}' takes {kind}, not {type(value).__name__} {value!r}")
+    low, items = int(name in COUNTS), value if isinstance(value, list) else [value]
+    for item in items:
+        if isinstance(item, (int, float)) and not isinstance(item, bool) and not low <= item < math.inf:
+            raise ValueError(f"{slug}: parameter '{name}' takes numbers from {low} on, not {item!r}")
+    if value == []:
+        raise ValueError(f"{slug}: parameter '{name}' needs at least one entry")
     return value
 
 
@@ -96,7 +106,8 @@ def load_profile(name: str) -> tuple[dict, dict[str, dict]]:
 def parameters(slug: str, profile: str = "mini", overrides: dict | None = None) -> dict:
     """All parameters of a notebook under a profile: its defaults, then the profile's, then ``overrides``.
 
-    ValueError for an unknown notebook, profile or parameter (listing what exists) and for a value of the wrong type.
+    ValueError for an unknown notebook, profile or parameter (listing what exists), for a value of the wrong type or out
+    of range.
     """
     exist = declared(slug)
     common, own = load_profile(profile)

@@ -104,7 +104,8 @@ def body(nb: nbformat.NotebookNode, slugs: Sequence[str]) -> str:
     for source in soup.select("div.input"):
         fold = source.wrap(soup.new_tag("details"))
         fold.insert(0, summary := soup.new_tag("summary"))
-        summary.string = "parameters" if source.find_parent(class_=re.compile("celltag_.*parameters")) else "code"
+        tags = " ".join(source.find_parent(class_="cell")["class"])
+        summary.string = "parameters given" if "injected" in tags else "parameters" if "celltag" in tags else "code"
     for prompt in soup.select("div.prompt"):
         prompt.decompose()
     box = {"class": "scroll", "tabindex": "0", "role": "region", "aria-label": "table"}

@@ -171,6 +171,8 @@ def load(spec, image_network, random: bool = False) -> tuple[VisionTransformer, 
     ``image_network``: gives the untouched image network of a row that is one, by its name. FileNotFoundError, in one
     line, where the weights are missing.
     """
+    if random and spec.front == "image":
+        raise ValueError(f"{spec.name} is an image network with its own weights; it has no random version")
     if get := how_to_get(spec, random):
         raise FileNotFoundError(f"the weights of {spec.name} are not on this machine; get them by: {get}")
     if spec.front == "image":

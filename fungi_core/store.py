@@ -221,7 +221,8 @@ class Rows:
 
     def _part(self, start: int, stop: int | None) -> tuple[int, int]:
         stop = self.n if stop is None else stop
-        if start % SHARD or (stop % SHARD and stop != self.n) or not 0 <= start <= stop <= self.n:
+        odd = [row for row in (start, stop) if row % SHARD and row != self.n]
+        if odd or not 0 <= start <= stop <= self.n:
             raise ValueError(f"{self.path}: rows {start} to {stop} are no whole files of {SHARD} rows in 0 to {self.n}")
         return start, stop
 

@@ -3,10 +3,15 @@
 import os
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")  # before torch is imported; a shared machine is not ours alone
 
 import torch
+
+# The same examples in every run, no limit of time on a busy machine, no folder of past failures.
+settings.register_profile("fixed", derandomize=True, deadline=None, database=None, max_examples=60)
+settings.load_profile("fixed")
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined: before the first import of fungi_core

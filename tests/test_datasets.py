@@ -32,6 +32,7 @@ def root(tmp_path, monkeypatch):
     monkeypatch.setenv("FUNGI_DATA", str(tmp_path))
     monkeypatch.setattr("socket.socket.connect", offline)
     monkeypatch.setattr("urllib.request.urlopen", offline)
+    monkeypatch.setattr("fungi_core.downloads.urlopen", offline)
     return tmp_path
 
 

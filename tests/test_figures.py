@@ -322,8 +322,9 @@ def deuteranopia(colours) -> np.ndarray:
 
 @pytest.mark.parametrize("together", [[figures.COLOURS[k] for k in "EKDSCI"], list(figures.VERDICTS.values()),
                                       [figures.COLOURS[k] for k in ("E", "E+K", "E+K+D", "E+K+D+S")],
-                                      ["#333333", "#0072B2", "#D55E00", "#009E73"]],
-                         ids=["gradients", "verdicts", "steps", "projections"])  # fmt: skip
+                                      ["#333333", "#0072B2", "#D55E00", "#009E73"],
+                                      ["#0072B2", "#D55E00", "#009E73", "#CC79A7"]],
+                         ids=["gradients", "verdicts", "steps", "projections", "layers"])  # fmt: skip
 def test_colours_drawn_together_are_told_apart_without_red_and_green(together):
     """CIEDE2000 of every pair, simulated; a red and a green of one lightness fall to about 7."""
     from skimage.color import deltaE_ciede2000, rgb2lab

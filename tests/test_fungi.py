@@ -361,3 +361,20 @@ def test_a_feature_block_order_and_combination_are_those_of_evaluate(fitted):
     assert list(blocks) == ["embedding", "kl", "dino", "simclr"]
     expected = evaluate.combine(blocks, ["kl", "dino", "simclr", "embedding"])  # eq. 2: gradients, then the embedding
     np.testing.assert_array_equal(fitted.transform(pictures(2, 3)), expected)
+
+
+@pytest.mark.parametrize("pool", ["token", "avg"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_embedding_alone_takes_no_gradient_and_is_the_same_bit_for_bit(pool, dtype, monkeypatch):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = timm.create_model("test_vit", num_classes=0, global_pool=pool, img_size=32)
+    backbone = backbones.load(model, layer="blocks.5.attn.proj", device="cpu", dtype=dtype)
+    images = [np.random.default_rng(i).integers(0, 256, (40, 50, 3), dtype=np.uint8) for i in range(5)]
+    parts = fungi.draw_parts(backbone, O.KL(dim=32), 0)
+    (_, along, _), = fungi.rows(backbone, O.KL(dim=32), parts, images, 0)
+    monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: pytest.fail("a gradient was taken"))
+    (_, alone, none), = fungi.rows(backbone, fungi.WHOLE, None, images, 0)
+    assert none is None and np.array_equal(along, alone)
+    alone = Fungi(model, [], "blocks.5.attn.proj", pca=None, device="cpu", dtype=dtype).fit(images).extract(images)
+    assert list(alone) == ["embedding"] and np.array_equal(alone["embedding"], along)

@@ -84,6 +84,11 @@ def test_an_unknown_annotation_is_an_error():
     (["01_fine", "-p", "verbose", "1"], ["'verbose' takes bool", "int 1"]),
     (["01_fine", "-p", "backbones", "resnet"], ["'backbones' takes list", "str 'resnet'"]),
     (["01_fine", "-p", "datasets", "[1]"], ["'datasets' takes list[str]"]),
+    (["01_fine", "-p", "n_train", "-1"], ["'n_train' takes numbers from 0 on, not -1"]),
+    (["01_fine", "-p", "seed", "-3"], ["'seed' takes numbers from 0 on, not -3"]),
+    (["01_fine", "-p", "ratio", ".nan"], ["'ratio' takes numbers from 0 on, not nan"]),
+    (["01_fine", "-p", "ratio", ".inf"], ["'ratio' takes numbers from 0 on, not inf"]),
+    (["01_fine", "-p", "backbones", "[]"], ["'backbones' needs at least one entry"]),
     (["01_fine", "-p", "datasets", "[x"], ["expected ',' or ']'"]),
     (["01_fine", "-p", "profile", "big"], ["choose the profile with --profile"]),
 ])  # fmt: skip
@@ -96,7 +101,28 @@ def test_a_wrong_request_is_one_line_before_any_kernel(folder, tmp_path, capsys,
     assert not out.exists()
 
 
+@pytest.mark.parametrize("name", sorted(run.COUNTS))
+def test_counts_begin_at_one(name):
+    exist = {name: {"type": "int | list", "default": 3, "help": ""}}
+    assert run._checked("01_fine", name, 1, exist) == 1 and run._checked("01_fine", name, [1, 2], exist) == [1, 2]
+    for wrong in (0, -1, [1, 0]):
+        with pytest.raises(ValueError, match=f"'{name}' takes numbers from 1 on, not "):
+            run._checked("01_fine", name, wrong, exist)
+
+
+def test_every_notebook_is_in_range_under_every_profile_and_every_count_is_somebodys():
+    found = set()
+    for slug in run.notebooks():
+        exist = run.declared(slug)
+        found |= exist.keys()
+        for profile in run.profiles():
+            values = run.parameters(slug, profile)
+            assert {name: run._checked(slug, name, value, exist) for name, value in values.items()} == values
+    assert found >= run.COUNTS
+
+
 @pytest.mark.parametrize("text, words", [
+    ("profile: mini\nn_train: -5\n", ["'n_train' takes numbers from 0 on"]),
     ("profile: mini\nn_trian: 3\n", ["unknown parameter in profile mini.yaml 'n_trian'", "n_train"]),
     ("profile: mini\nn_train: many\n", ["'n_train' takes int"]),
     ("profile: mini\nnotebooks: {05_none: {seed: 1}}\n", ["unknown notebook in profile mini.yaml '05_none'"]),

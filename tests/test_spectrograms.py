@@ -1,11 +1,14 @@
 """Audio encoders: whisper's and SSAST's against transformers, checkpoints in the published layouts, gradients."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 
-from fungi_core import checkpoints, gradients, objectives, spectrograms
+from fungi_core import backbones, checkpoints, fungi, gradients, objectives, spectrograms
 
 WIDTH, DEPTH = 64, 2
 
@@ -226,3 +229,48 @@ def test_image_network_sees_the_spectrogram():
         got = spectrograms.on_spectrograms(plain)(bank)  # 16 x 16 already: nothing to resize
         torch.testing.assert_close(got, want)
         assert plain(torch.randn(2, 100, 80)).shape == (2, 32)
+
+
+def test_ssast_by_name_from_its_file(tmp_path, monkeypatch):
+    """The paper's row of the table, with the layout's own file but a narrower model."""
+    monkeypatch.setenv("FUNGI_DATA", str(tmp_path))
+    model = small_ssast()
+    monkeypatch.setattr(spectrograms, "ssast", lambda: model)
+    spec = replace(backbones.BACKBONES["ssast-base-patch-400"], layer=f"blocks.{DEPTH - 1}.attn.proj")
+    monkeypatch.setitem(backbones.BACKBONES, spec.name, spec)
+    assert backbones.how_to_get(spec.name).startswith("into checkpoints, as SSAST-Base-Patch-400.pth: https://")
+    with pytest.raises(FileNotFoundError, match="ssast-base-patch-400 are not on this machine"):
+        backbones.load(spec.name)
+    (tmp_path / "checkpoints").mkdir()
+    torch.save(published(), tmp_path / "checkpoints" / "SSAST-Base-Patch-400.pth")
+    assert backbones.how_to_get(spec.name) is None
+    encoder = backbones.load(spec.name, device="cpu", dtype="float32")
+    assert (encoder.modality, encoder.pca, encoder.width, encoder.front.name) == ("audio", 512, WIDTH, "ssast")
+    clip = np.sin(np.arange(16000) * np.linspace(0.1, 0.4, 16000)).astype(np.float32)
+    pair = [objectives.KL(dim=16), replace(objectives.by_name("simclr", "audio"), positives=2, negatives=2, dim=16)]
+    features = fungi.Fungi(spec.name, pair, pca=None, device="cpu").fit_transform([clip, clip[::-1].copy()])
+    assert features.shape == (2, 3 * WIDTH) and np.isfinite(features).all()
+
+
+def test_whisper_by_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("FUNGI_DATA", str(tmp_path))
+    monkeypatch.setattr(spectrograms, "try_to_load_from_cache", lambda *names: None)
+    assert backbones.how_to_get("whisper-tiny.en") == "hf download openai/whisper-tiny.en model.safetensors"
+    with pytest.raises(FileNotFoundError, match="whisper-tiny.en .* hf download"):
+        backbones.load("whisper-tiny.en")
+    theirs, ours = whisper_pair()
+    small_whisper = spectrograms.whisper(WIDTH, DEPTH)
+    state = {f"model.encoder.{key}": x.half() for key, x in theirs.state_dict().items()}
+    state["model.decoder.layer_norm.weight"] = torch.zeros(3)  # the hub's file holds the decoder too
+    save_file({key: x.contiguous() for key, x in state.items()}, tmp_path / "model.safetensors")
+    monkeypatch.setattr(spectrograms, "try_to_load_from_cache", lambda *names: str(tmp_path / "model.safetensors"))
+    monkeypatch.setattr(spectrograms, "whisper", lambda: small_whisper)
+    spec = replace(backbones.BACKBONES["whisper-tiny.en"], layer="blocks.1.attn.proj")
+    monkeypatch.setitem(backbones.BACKBONES, spec.name, spec)
+    encoder = backbones.load(spec.name, device="cpu", dtype="float32")
+    x = noise(1, 100, 80)
+    torch.testing.assert_close(encoder.embed(x), ours.forward_head(ours.forward_features(x)), atol=0.02, rtol=0.02)
+    (tmp_path / "whisper_tiny_en_encoder.fp16.safetensors").write_bytes(b"torn")
+    with pytest.raises(ValueError, match="fp16.safetensors does not hold the weights it should") as caught:
+        backbones.load(spec.name)
+    assert "\n" not in str(caught.value)

@@ -526,7 +526,39 @@ def test_full_disk_keeps_finished_shards(tmp_path, monkeypatch, function):
     assert np.array_equal(rows.read(), features())
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("room", [0, 100, 30_000])
+def test_a_limit_on_file_sizes_fails_as_a_full_disk_does(tmp_path, room):
+    """What needs no mount: the kernel refuses to write past RLIMIT_FSIZE, in meta.json already or in a shard."""
+    script = f"""
+import errno, json, resource, signal, sys
+import numpy as np
+from pathlib import Path
+from fungi_core.store import open_rows
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)   # else the kernel's signal ends the process
+values = np.sin(np.arange(600 * 64)).reshape(600, 64).astype(np.float32)   # two shards of 64 kB, one of 22 kB
+rows = open_rows({{}}, 600, 64, Path({str(tmp_path)!r}))
+resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, resource.RLIM_INFINITY))
+try:
+    with rows.lock():
+        rows.write(512, values[512:])
+        rows.write(0, values[:512])
+    sys.exit("the limit was not met")
+except OSError as err:
+    assert err.errno == errno.EFBIG and str(rows.path) in str(err) and "\\n" not in str(err), err
+left = rows.missing()
+assert left == ([(0, 512)] if {room} == 30_000 else [(0, 600)]), left
+assert not list(Path({str(tmp_path)!r}).rglob("*.tmp"))
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+with rows.lock():
+    for start, stop in rows.missing():
+        rows.write(start, values[start:stop])
+assert np.array_equal(rows.read(), values)
+print("passed")
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=paths.ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "passed\n", done.stderr
+
+
 def test_full_and_read_only_tmpfs(tmp_path):
     """A real small disk, in a mount namespace of its own: full, then freed, then read-only."""
     (tmp_path / "disk").mkdir()
@@ -566,7 +598,7 @@ print("passed")
     command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mounted, sys.executable, script]
     if not shutil.which("unshare"):
         pytest.skip("needs unshare (util-linux)")
-    done = subprocess.run(command, cwd=paths.ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=paths.ROOT, capture_output=True, text=True, timeout=120)
     if done.returncode == 77 or "unshare failed" in done.stderr:
         pytest.skip(f"cannot mount a tmpfs here: {done.stderr.strip()}")
     assert done.stdout == "passed\n", done.stderr
