@@ -69,7 +69,8 @@ else:
     plan = json.loads(json.dumps(made_plan()))  # as a job reads it
     if not DRYRUN:
         PLAN.parent.mkdir(parents=True, exist_ok=True)
-        PLAN.write_text(json.dumps(plan))
+        PLAN.with_suffix(".tmp").write_text(json.dumps(plan))
+        PLAN.with_suffix(".tmp").replace(PLAN)  # whole or as it was: jobs of a run before this one may be reading it
 SLUGS = list(plan["parameters"])
 
 
@@ -111,7 +112,7 @@ rule notebook:
         "notebooks/{slug}.ipynb", "requirements.lock", CODE,
         features=lambda wc: plan["features"][wc.slug],
         others=lambda wc: [f"{RUNS}/{slug}.ipynb" for slug in SLUGS if slug != SCOREBOARD and wc.slug == SCOREBOARD],
-    output: RUNS + "/{slug}.ipynb"
+    output: report(RUNS + "/{slug}.ipynb", category="executed notebooks")  # for snakemake --report
     params: parameters=lambda wc: plan["parameters"][wc.slug]
     threads: lambda wc: THREADS if wc.slug in ALONE or PAPER else 1
     resources:
