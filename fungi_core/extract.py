@@ -32,7 +32,8 @@ LATER = {
     "negative_views": 0,
     "deletion": 0.0,
 }  # settings younger than EXTRACTION: no part of a key at these values
-LETTERS = {"embedding": "E", "kl": "K", "dino": "D", "simclr": "S", "deepcluster": "C", "ibot": "I"}
+LETTERS = {"embedding": "E", "kl": "K", "dino": "D", "simclr": "S", "deepcluster": "C", "ibot": "I",
+           "mlm": "M"}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ class Parts:
 
 
 def takes_tokens(objective) -> bool:
-    """Whether the objective's loss takes all tokens of masked and whole crops (iBOT), not embeddings."""
+    """Whether the objective's loss takes all tokens of masked views (iBOT, masked words), not embeddings."""
     return getattr(objective, "tokens", False)
 
 
@@ -50,7 +50,7 @@ def draw_parts(
     generator = views.generator("head", seed, objective.name)
     heads = objective.heads(backbone.width, generator)
     if takes_tokens(objective):
-        heads["masks"] = objective.masks(backbone.patches, generator)
+        heads |= objective.token_heads(backbone, generator)
     heads = {name: tensor.to(backbone.device) for name, tensor in heads.items()}
     return Parts(heads, projection.draw(kind, backbone.width, *shape, backbone.name, seed, layer))
 
@@ -118,10 +118,12 @@ def project_gradients(backbone, objective, parts: Parts, batch, layer: str | Non
     """Embeddings (B, V, D) and projected gradients (B, d), float32, of views (B, V, ...), or of a list of images' views
     of different sizes: eq. 1 before normalisation.
     """
-    loss = lambda embeddings: objective.loss(embeddings, parts.heads, parts.negatives)
-    tokens = takes_tokens(objective)
-    if tokens:
+    tokens, against = takes_tokens(objective), parts.negatives
+    if objective.views == "masked":
+        against = batch[:, :, 2]  # the words behind the masks
+    elif tokens:
         batch = views.masked(batch, parts.heads["masks"])
+    loss = lambda embeddings: objective.loss(embeddings, parts.heads, against)
     embeddings, (factors,) = backbone.factors(batch, loss, [layer or backbone.layer], tokens)
     return embeddings, parts.projection.apply(factors, backbone.dtype)
 
