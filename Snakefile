@@ -21,9 +21,16 @@ SCOREBOARD = "19_scoreboard"
 ALONE = {"16_simclr_views", "17_throughput"}  # timings: nothing else runs beside these
 
 FEATURES = ["embedding", "kl", "dino", "simclr"]
-# A job starts Python and torch, which takes seconds: as long as the mini extraction itself. So one job makes all four
-# features of a (backbone, data set, split), but in the paper profile, where each takes hours, each is a job.
-GROUPS = FEATURES if PROFILE == "paper" else ["+".join(FEATURES)]
+
+
+def groups(backbone):
+    """A job starts Python and torch, which takes seconds: as long as the mini extraction itself. So one job makes all
+    features of a (backbone, data set, split), but in the paper profile, where each takes hours, each is a job."""
+    image = getattr(backbones.spec_of(backbone), "modality", "image") == "image"
+    names = [name for name in FEATURES if image or name != "dino"]  # crops are of images alone
+    return names if PROFILE == "paper" else ["+".join(names)]
+
+
 PRESENT = {row["name"] for row in datasets.table() if row["available"]}  # the rest is "not run" in the notebooks
 PRESENT |= {name for p in PARAMETERS.values() for name in p.get("backbones", ()) if not backbones.unavailable(name)}
 
@@ -44,7 +51,7 @@ def features(slug):
         for backbone in p["backbones"] if backbone in PRESENT
         for dataset in p["datasets"] if dataset in PRESENT
         for split in ("train", "test")
-        for group in GROUPS
+        for group in groups(backbone)
     ]
 
 

@@ -226,6 +226,23 @@ def _extract_folds(encoder, objective, folds, seed) -> None:
                 bar.update(len(gradients[0]))
 
 
+def of_items(items: Sequence, encoder: backbones.Backbone, train: Rows, names: Sequence, seed: int = 0) -> Rows:
+    """Blocks of items that are in no data set (a sentence that someone typed), comparable with those of ``train``, as
+    `features` gave them with the same names and seed: heads, projection and negatives are the same. Nothing is stored.
+    """
+    out = {}
+    for name in names:
+        objective = objectives.by_name(name, encoder.modality) if isinstance(name, str) else name
+        parts = fungi.draw_parts(encoder, objective, seed)
+        if objective.negatives:
+            parts.negatives = _negatives(encoder, objective, parts.heads, train.data, seed)
+        for _, embeddings, gradients in fungi.rows(encoder, objective, parts, items, seed):
+            blocks = {objective.name: gradients} | ({} if embeddings is None else {"embedding": embeddings})
+            for key, block in blocks.items():
+                out.setdefault(key, []).append(block)
+    return Rows(items, {key: np.concatenate(blocks) for key, blocks in out.items()}, ())
+
+
 def layer_features(
     dataset: str,
     backbone: str | backbones.Backbone,
