@@ -35,8 +35,8 @@ def widgets(kind):
 
 
 def test_a_batch_run_shows_the_first_of_each_list_and_the_start_of_each_slider(batch):
-    asked = dict(a=["x", "y"], b=(1, 9, 4), c=(2, 5), d=lambda: (0, 3, 3))
-    assert explore.interact(lambda **values: values, **asked) == {"a": "x", "b": 4, "c": 2, "d": 3}
+    asked = dict(a=["x", "y"], b=(1, 9, 4), c=(2, 5), d=lambda: (0, 3, 3), e="typed")
+    assert explore.interact(lambda **values: values, **asked) == {"a": "x", "b": 4, "c": 2, "d": 3, "e": "typed"}
     with pytest.raises(ZeroDivisionError):
         explore.interact(lambda k: 1 / 0, k=[1])
 
@@ -48,6 +48,14 @@ def test_a_reader_gets_controls_and_what_they_choose(live):
     menu.value, slider.value = "y", 7
     assert calls == [("x", 4), ("y", 4), ("y", 7)]
     assert not slider.continuous_update and len(widgets(ipywidgets.Output)) == 1
+
+
+def test_a_text_is_edited_and_drawn_when_it_is_entered(live):
+    calls = []
+    explore.interact(lambda sentence: calls.append(sentence), sentence="one two")
+    (box,) = widgets(ipywidgets.Text)
+    box.value = "three"
+    assert calls == ["one two", "three"] and not box.continuous_update
 
 
 def test_an_error_is_one_line_and_the_next_choice_works(live, capsys):

@@ -203,7 +203,7 @@ def test_beside_keeps_both_sides():
 
 
 def test_errors_say_what_exists(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match=r"no table 17.*1, 2, 3.*16, 22"):
+    with pytest.raises(ValueError, match=r"no table 17.*1, 2, 3.*16, 19, 22"):
         paper.load(17)
     ours = pd.DataFrame({"row": ["Embeddings"], "value": [1.0]})
     with pytest.raises(ValueError, match="table 2: .*add a column to on"):

@@ -263,6 +263,16 @@ def test_the_names_of_objectives_mean_those_of_the_modality(encoder, monkeypatch
     assert isinstance(train.data[0], str) and train.data.modality == "text"
 
 
+def test_a_typed_sentence_has_the_rows_of_the_data_set(encoder, monkeypatch, tmp_path):
+    monkeypatch.setenv("FUNGI_STORE", str(tmp_path))
+    train, test = extract.features("pydocs", encoder, SMALL, n_train=21, n_test=7, seed=2)
+    typed = extract.of_items([test.data[3], test.data[5]], encoder, train, SMALL, seed=2)
+    assert typed.blocks.keys() == test.blocks.keys()
+    for name, block in typed.blocks.items():
+        np.testing.assert_allclose(block, test.blocks[name][[3, 5]], rtol=0, atol=2e-5 * np.abs(block).max())
+    assert extract.similarity(typed, train, "E+K").shape == (2, 21)
+
+
 # --- data
 
 
