@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import paths
+from . import downloads, paths
 from .images import Split
 
 EXTRA = "pip install 'fungi_core[text]'"
@@ -47,7 +47,12 @@ def packed(name: str):
 
 
 def fetch(name: str, path: Path) -> None:
-    """Download the official splits of a set from the Hugging Face hub and pack them into ``path``."""
+    """Download the official splits of a set from the Hugging Face hub and pack them into ``path``.
+
+    By the hub's own client over https: its parquet branches are made anew now and then and have no fixed checksum.
+    """
+    if downloads.offline():
+        raise ConnectionError(f"{HUB[name][0]} is not fetched: FUNGI_OFFLINE is set")
     import pyarrow
     import pyarrow.parquet
     from huggingface_hub import hf_hub_download
