@@ -343,7 +343,10 @@ def _negatives(encoder, objective, heads, train, seed) -> torch.Tensor:
     if not rows.complete:
         with rows.lock():
             if not rows.complete:
-                rows.write(0, fungi.negative_latents(encoder, objective, heads, train, seed).cpu().numpy())
+                count, label = min(objective.negatives, len(train)), f"{train.name} {objective.name} negatives"
+                with progress(count, label) as bar:
+                    latents = fungi.negative_latents(encoder, objective, heads, train, seed, bar.update)
+                rows.write(0, latents.cpu().numpy())
     return torch.from_numpy(rows.read()).to(encoder.device)
 
 
@@ -375,8 +378,16 @@ def _meta(encoder, data, train=None, objective=None, seed=None, layer=None, proj
 
 def progress(total: int, label: str) -> tqdm:
     """A bar with rate and time left for people; quiet in batch logs."""
-    live = sys.stderr.isatty() or "JPY_SESSION_NAME" in os.environ
-    return tqdm(total=total, desc=label, unit="row", mininterval=0.5, disable=not live)
+    return tqdm(total=total, desc=label, unit="row", mininterval=0.5, disable=not _watched())
+
+
+def each(items: Iterable, label: str) -> tqdm:
+    """``items`` one by one, with a bar for people from the third second to the end; quiet in batch logs."""
+    return tqdm(list(items), desc=label, mininterval=0.5, delay=2, leave=False, disable=not _watched())
+
+
+def _watched() -> bool:
+    return sys.stderr.isatty() or "JPY_SESSION_NAME" in os.environ
 
 
 def main(argv: Sequence[str] | None = None) -> None:
