@@ -2,15 +2,16 @@
 PYTHON  ?= python3.11
 PROFILE ?= mini
 CORES   ?= all
+GPUS    ?= $(shell nvidia-smi -L 2>/dev/null | grep -c GPU | sed 's/^0$$/1/')
 
 BIN       := .venv/bin
 INSTALLED := .venv/.installed
 # Outputs and features are whole or absent, so a killed run leaves nothing to unlock; jobs print their own lines.
-SNAKEMAKE  = $(BIN)/snakemake --cores $(CORES) --keep-going --rerun-incomplete --nolock --quiet all
+SNAKEMAKE  = $(BIN)/snakemake --cores $(CORES) --resources gpu=$(GPUS) --keep-going --rerun-incomplete --nolock --quiet all
 SCRATCH   := $(CURDIR)/build/test
 TEST_ENV   = FUNGI_STORE=$(SCRATCH)/store FUNGI_FIGURES=$(SCRATCH)/figures
 
-.PHONY: help install reproduce lite paper lab site test lint normalize refresh lock licences audit clean
+.PHONY: help install reproduce lite paper plan lab site test lint normalize refresh lock licences audit clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -38,6 +39,10 @@ lite:  ## the lite profile: make lite DATA=folder of the packed data sets
 
 paper:  ## the paper profile: a GPU machine; data and weights in FUNGI_DATA or data/downloads
 	@$(MAKE) --no-print-directory reproduce PROFILE=paper
+
+plan: $(INSTALLED)  ## what `make reproduce` would run for PROFILE (mini), with hours; and hours of the whole profile
+	@$(BIN)/snakemake --cores $(CORES) -n --nolock --quiet rules --config profile=$(PROFILE)
+	@echo; echo "the whole of it, on this machine or not:"; $(BIN)/python -m fungi_core.plan $(PROFILE)
 
 # Photographs chosen in the browser travel in one message, for which JupyterLab allows 10 MB.
 lab: $(INSTALLED)  ## open JupyterLab at the first notebook

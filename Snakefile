@@ -1,82 +1,120 @@
 # One batch: features, then every notebook, then the scoreboard.
 #     snakemake --cores all --config profile=mini
+#     snakemake --workflow-profile notebooks/profiles/slurm --config profile=paper     # the same on a cluster
+#     snakemake -n --config profile=paper                                              # the plan, with hours
 # Parameters come from the notebooks' own defaults and from notebooks/profiles/PROFILE.yaml. They are job parameters, so
 # a changed line of a profile runs again just the notebooks that it concerns.
+import json
+import re
 import sys
 
 sys.path.insert(0, workflow.basedir)
-from fungi_core import backbones, datasets, run
 
 workdir: workflow.basedir
 
 PROFILE = config.get("profile", "mini")
 RUNS = f"runs/{PROFILE}"
-SLUGS = run.notebooks()
-try:
-    run.load_profile(PROFILE)  # an unknown one is an error, with or without notebooks
-    PARAMETERS = {slug: run.parameters(slug, PROFILE) for slug in SLUGS}
-except ValueError as error:
-    sys.exit(str(error))  # one line, under --quiet too
+PLAN = Path(RUNS) / "plan.json"
+DRYRUN = any(re.fullmatch(r"--dry-?run|-\w*n\w*", word) for word in sys.argv)  # workflow.dryrun is not known yet
 SCOREBOARD = "19_scoreboard"
 ALONE = {"16_simclr_views", "17_throughput"}  # timings: nothing else runs beside these
 
-FEATURES = ["embedding", "kl", "dino", "simclr"]
-
-
-def groups(backbone):
-    """A job starts Python and torch, which takes seconds: as long as the mini extraction itself. So one job makes all
-    features of a (backbone, data set, split), but in the paper profile, where each takes hours, each is a job."""
-    image = getattr(backbones.spec_of(backbone), "modality", "image") == "image"
-    names = [name for name in FEATURES if image or name != "dino"]  # crops are of images alone
-    return names if PROFILE == "paper" else ["+".join(names)]
-
-
-PRESENT = {row["name"] for row in datasets.table() if row["available"]}  # the rest is "not run" in the notebooks
-PRESENT |= {name for p in PARAMETERS.values() for name in p.get("backbones", ()) if not backbones.unavailable(name)}
+PAPER = PROFILE == "paper"
+CORES = None if workflow.remote_exec else workflow.resource_settings.cores  # None on a cluster, here and in its jobs
+THREADS = 8 if PAPER else CORES or 2
+MEMORY, MINUTES = (64_000, 240) if PAPER else (4_000, 60)  # MB and time limit of a job; twice that at its second try
+GPU = int(PAPER)  # what a job asks for; locally limited by --resources gpu=N, one process a device
 
 CODE = sorted(Path("fungi_core").glob("*.py"))
 # Modules that change no feature; a change in any other runs the features jobs again, which then find their rows stored.
-AFTER_FEATURES = {"clustering", "diagram", "evaluate", "explore", "figures", "grids", "iou", "masks", "neighbours", "own",
-                  "paper", "pca", "plots", "probe", "protocol", "retrieval", "run", "scenes", "segmentation", "similarity",
-                  "site", "studies", "throughput", "tokens"}
+AFTER_FEATURES = {"clustering", "devices", "diagram", "evaluate", "explore", "figures", "grids", "iou", "masks",
+                  "neighbours", "own", "paper", "pca", "plan", "plots", "probe", "protocol", "retrieval", "run",
+                  "scenes", "segmentation", "similarity", "site", "studies", "throughput", "tokens"}
+CODE_OF_FEATURES = [path for path in CODE if path.stem not in AFTER_FEATURES]
 
 
-def features(slug):
-    """Markers of the features that a notebook reads: all that declare backbones, data sets and their sizes."""
-    p = PARAMETERS[slug]
-    if not {"backbones", "datasets", "n_train", "n_test", "seed"} <= p.keys():
-        return []
-    return [
-        f"{RUNS}/features/{backbone}/{dataset}/{split}-{p['n_train']}-{p['n_test']}-seed{p['seed']}/{group}.done"
-        for backbone in p["backbones"] if backbone in PRESENT
-        for dataset in p["datasets"] if dataset in PRESENT
-        for split in ("train", "test")
-        for group in groups(backbone)
-    ]
+def made_plan():
+    """Parameters and features jobs of each notebook, and the shards of each of these jobs: names of marker files."""
+    from fungi_core import backbones, datasets, plan, run
+
+    slugs = run.notebooks()
+    try:
+        run.load_profile(PROFILE)  # an unknown one is an error, with or without notebooks
+        parameters = {slug: run.parameters(slug, PROFILE) for slug in slugs}
+    except ValueError as error:
+        sys.exit(str(error))  # one line, under --quiet too
+    present = {row["name"] for row in datasets.table() if row["available"]}  # the rest is "not run" in the notebooks
+    present |= {name for p in parameters.values() for name in p.get("backbones", ()) if not backbones.unavailable(name)}
+    rows = plan.groups(PROFILE) | plan.groups(PROFILE, "audio")
+    if "rows_a_job" in config:  # --config rows_a_job=N: another size of the shards; 0: none
+        rows = dict.fromkeys(rows, int(config["rows_a_job"]))
+    jobs = {slug: plan.jobs(parameters[slug], PROFILE, present) for slug in slugs}
+    markers = {job: MARKER.format(job) for slug in slugs for job in jobs[slug]}
+    if DRYRUN:
+        todo = sorted(job for job, marker in markers.items() if not Path(f"{marker}.done").exists())
+        print(plan.summary(todo, PROFILE, rows), file=sys.stderr)
+    parts = {marker: plan.shards(job, rows[job.group]) for job, marker in markers.items()}
+    shards = {f"{m}.done": [f"{m}.{i}-of-{n}.done" for i in range(1, n + 1)] for m, n in parts.items() if n > 1}
+    return {
+        "parameters": parameters,
+        "features": {slug: [f"{markers[job]}.done" for job in jobs[slug]] for slug in slugs},
+        "shards": shards,
+    }
+
+
+MARKER = RUNS + "/features/{0.backbone}/{0.dataset}/{0.split}-{0.n_train}-{0.n_test}-seed{0.seed}/{0.group}"
+if workflow.remote_exec:  # a cluster's job follows the plan that it was submitted by, and saves the import of torch
+    plan = json.loads(PLAN.read_text())
+else:
+    plan = json.loads(json.dumps(made_plan()))  # as a job reads it
+    if not DRYRUN:
+        PLAN.parent.mkdir(parents=True, exist_ok=True)
+        PLAN.write_text(json.dumps(plan))
+SLUGS = list(plan["parameters"])
 
 
 rule all:
     input: expand(RUNS + "/{slug}.ipynb", slug=SLUGS)
 
 
-rule features:
-    input: [path for path in CODE if path.stem not in AFTER_FEATURES]
-    output: touch(RUNS + "/features/{backbone}/{dataset}/{split}-{n_train}-{n_test}-seed{seed}/{names}.done")
-    wildcard_constraints: dataset="[^/]+", split="train|test", n_train=r"\d+", n_test=r"\d+", seed=r"\d+", names="[a-z+]+"
+EXTRACT = (
+    "{sys.executable} -m fungi_core.extract {wildcards.backbone:q} {wildcards.dataset} {wildcards.split} {params.names}"
+    " --n-train {wildcards.n_train} --n-test {wildcards.n_test} --seed {wildcards.seed}"
+)
+FOLDER = RUNS + "/features/{backbone}/{dataset}/{split}-{n_train}-{n_test}-seed{seed}"
+
+wildcard_constraints:
+    dataset="[^/]+", split="train|test", n_train=r"\d+", n_test=r"\d+", seed=r"\d+", names="[a-z+]+", slug=r"\d\d_\w+",
+    part=r"\d+", parts=r"\d+"
+
+
+rule shard:  # one of several jobs that fill different rows of one store
+    input: CODE_OF_FEATURES
+    output: touch(FOLDER + "/{names}.{part}-of-{parts}.done")
     params: names=lambda wc: wc.names.replace("+", " ")
-    threads: workflow.cores or 1
-    shell:
-        "{sys.executable} -m fungi_core.extract {wildcards.backbone:q} {wildcards.dataset} {wildcards.split} {params.names}"
-        " --n-train {wildcards.n_train} --n-test {wildcards.n_test} --seed {wildcards.seed}"
+    threads: THREADS
+    resources: gpu=GPU, mem_mb=lambda wc, attempt: MEMORY * attempt, runtime=lambda wc, attempt: MINUTES * attempt
+    shell: EXTRACT + " --shard {wildcards.part}/{wildcards.parts}"
+
+
+rule features:  # all rows; after its shards it finds them there, and reads every checksum
+    input: CODE_OF_FEATURES, lambda wc: plan["shards"].get((FOLDER + "/{names}.done").format(**dict(wc.items())), [])
+    output: touch(FOLDER + "/{names}.done")
+    params: names=lambda wc: wc.names.replace("+", " ")
+    threads: THREADS
+    resources: gpu=GPU, mem_mb=lambda wc, attempt: MEMORY * attempt, runtime=lambda wc, attempt: MINUTES * attempt
+    shell: EXTRACT
 
 
 rule notebook:
     input:
         "notebooks/{slug}.ipynb", "requirements.lock", CODE,
-        features=lambda wc: features(wc.slug),
+        features=lambda wc: plan["features"][wc.slug],
         others=lambda wc: [f"{RUNS}/{slug}.ipynb" for slug in SLUGS if slug != SCOREBOARD and wc.slug == SCOREBOARD],
     output: RUNS + "/{slug}.ipynb"
-    wildcard_constraints: slug=r"\d\d_\w+"
-    params: parameters=lambda wc: PARAMETERS[wc.slug]
-    threads: lambda wc: (workflow.cores or 1) if wc.slug in ALONE else 1
+    params: parameters=lambda wc: plan["parameters"][wc.slug]
+    threads: lambda wc: THREADS if wc.slug in ALONE or PAPER else 1
+    resources:
+        gpu=GPU, mem_mb=lambda wc, attempt: MEMORY * attempt, runtime=lambda wc, attempt: 4 * MINUTES * attempt,
+        slurm_extra=lambda wc: "--exclusive" if wc.slug in ALONE else ""
     shell: "{sys.executable} -m fungi_core.run {wildcards.slug} --profile {PROFILE} --out {output}"

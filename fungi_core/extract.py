@@ -4,6 +4,8 @@
     train.blocks["kl"]      # (1000, D) float32, projected gradients, not normalised
 
 From a shell, one job of a larger plan: python -m fungi_core.extract BACKBONE DATASET SPLIT FEATURE ... [--n-train N]
+With --shard 2/8 it writes the second eighth of the rows, beside others that write theirs; without, it fills what is
+left and reads all of it back.
 """
 
 import argparse
@@ -18,7 +20,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from . import backbones, datasets, evaluate, fungi, objectives, pca, store
+from . import backbones, datasets, devices, evaluate, fungi, objectives, pca, store
 from . import projection as projections
 from .gradients import Factors, linear_layer
 
@@ -132,9 +134,22 @@ def named(letters: str) -> list[str]:
 
 
 def _split(encoder, data, train, names, seed, layer, projection="rademacher") -> Rows:
+    wanted = [objectives.by_name(name, encoder.modality) if isinstance(name, str) else name for name in names]
+    opened = _ensure(encoder, data, train, wanted, seed, layer, projection)
+    blocks = {name: rows.read() for name, rows in opened.items()}
+    if projection == "exact":
+        linear = linear_layer(encoder.model, layer)
+        shape = linear.out_features, linear.in_features, linear.bias is not None
+        blocks |= {o.name: projections.factors_of(blocks[o.name], *shape) for o in wanted}
+    return Rows(data, blocks, tuple(rows.key for rows in opened.values()))
+
+
+def _ensure(
+    encoder, data, train, wanted, seed, layer, projection="rademacher", shard=(1, 1)
+) -> dict[str, "store.Rows"]:
+    """Extract what the store lacks of the embedding and the objectives wanted, or of one `shard` of their rows."""
     if data.modality != encoder.modality:
         raise ValueError(f"{data.name} holds {data.modality} data, {encoder.name} reads {encoder.modality} data")
-    wanted = [objectives.by_name(name, encoder.modality) if isinstance(name, str) else name for name in names]
     if len({o.name for o in wanted}) != len(wanted):
         raise ValueError(f"each objective can be used once a call, got {', '.join(o.name for o in wanted)}")
     # The embedding comes along with the KL gradient at the backbone's own layer, always on the same path: another layer
@@ -150,18 +165,26 @@ def _split(encoder, data, train, names, seed, layer, projection="rademacher") ->
         o.name: store.open_rows(_meta(encoder, data, train, o, seed, layer, projection), len(data), width(o))
         for o in wanted
     }
-    if not along and not embedding.complete:
-        _extract(encoder, data, train, fungi.WHOLE, [embedding], embedding, seed, encoder.layer)
+    part = shard_rows(len(data), *shard)
+    if not along and embedding.missing(*part):
+        _extract(encoder, data, train, fungi.WHOLE, [embedding], embedding, seed, encoder.layer, part=part)
     for objective in wanted:
         targets = ([embedding] if along and objective.views == "whole" else []) + [opened[objective.name]]
-        targets = [rows for rows in targets if not rows.complete]  # no lock on what others only read
+        targets = [rows for rows in targets if rows.missing(*part)]  # no lock on what others only read
         if targets:
-            _extract(encoder, data, train, objective, targets, embedding, seed, layer, projection)
-    blocks = {"embedding": embedding.read()} | {name: rows.read() for name, rows in opened.items()}
-    if projection == "exact":
-        shape = linear.out_features, linear.in_features, linear.bias is not None
-        blocks |= {name: projections.factors_of(blocks[name], *shape) for name in opened}
-    return Rows(data, blocks, (embedding.key, *(rows.key for rows in opened.values())))
+            _extract(encoder, data, train, objective, targets, embedding, seed, layer, projection, part)
+    return {"embedding": embedding} | opened
+
+
+def shard_rows(n: int, i: int, count: int) -> tuple[int, int]:
+    """Rows ``[start, stop)`` of shard ``i`` of ``count``, from 1: whole files of the store, as even as those allow.
+
+    Empty where there are more shards than files.
+    """
+    if not 1 <= i <= count:
+        raise ValueError(f"shard {i}/{count}: shards are counted from 1/{count} to {count}/{count}")
+    files = -(-n // store.SHARD)
+    return tuple(min(n, files * edge // count * store.SHARD) for edge in (i - 1, i))
 
 
 def fold_features(
@@ -282,28 +305,32 @@ def layer_features(
     return {layer: (splits[0][layer], splits[1][layer]) for layer in layers}
 
 
-def _extract(encoder, data, train, objective, targets, embedding, seed, layer, projection="rademacher") -> None:
+def _extract(
+    encoder, data, train, objective, targets, embedding, seed, layer, projection="rademacher", part=(0, None)
+) -> None:
     alone = objective is fungi.WHOLE  # the embedding: no gradient is taken
     parts = None if alone else fungi.draw_parts(encoder, objective, seed, layer, projection)
     if objective.negatives:
         parts.negatives = _negatives(encoder, objective, parts.heads, train, seed)
 
-    def blocks(part):
-        for start, embeddings, gradients in fungi.rows(encoder, objective, parts, part, seed, layer):
+    def blocks(images):
+        for start, embeddings, gradients in fungi.rows(encoder, objective, parts, images, seed, layer):
             yield start, {"embedding": embeddings, objective.name: gradients}
 
     named = {"embedding" if rows is embedding else objective.name: rows for rows in targets}
-    _fill(named, data, f"{data.name} {data.split} {encoder.name} {objective.name}", blocks)
+    _fill(named, data, f"{data.name} {data.split} {encoder.name} {objective.name}", blocks, part)
 
 
-def _fill(targets: dict[str, "store.Rows"], data, label: str, blocks: Callable) -> None:
-    """Write the rows that the targets lack: ``blocks(images)`` yields (start, {target's name: values})."""
+def _fill(targets: dict[str, "store.Rows"], data, label: str, blocks: Callable, part=(0, None)) -> None:
+    """Write the rows, among those of ``part``, that the targets lack: ``blocks(images)`` yields (start, {target's name:
+    values}).
+    """
     with ExitStack() as locks:
         for rows in sorted(
             targets.values(), key=lambda rows: rows.key
         ):  # one order for all: no two wait for each other
-            locks.enter_context(rows.lock())
-        gaps = _union(gap for rows in targets.values() for gap in rows.missing())
+            locks.enter_context(rows.lock(*part))
+        gaps = _union(gap for rows in targets.values() for gap in rows.missing(*part))
         if not gaps:
             return  # another process was faster
         with progress(sum(stop - start for start, stop in gaps), label) as bar:
@@ -334,7 +361,10 @@ def _negatives(encoder, objective, heads, train, seed) -> torch.Tensor:
     if not rows.complete:
         with rows.lock():
             if not rows.complete:
-                rows.write(0, fungi.negative_latents(encoder, objective, heads, train, seed).cpu().numpy())
+                count, label = min(objective.negatives, len(train)), f"{train.name} {objective.name} negatives"
+                with progress(count, label) as bar:
+                    latents = fungi.negative_latents(encoder, objective, heads, train, seed, bar.update)
+                rows.write(0, latents.cpu().numpy())
     return torch.from_numpy(rows.read()).to(encoder.device)
 
 
@@ -366,8 +396,16 @@ def _meta(encoder, data, train=None, objective=None, seed=None, layer=None, proj
 
 def progress(total: int, label: str) -> tqdm:
     """A bar with rate and time left for people; quiet in batch logs."""
-    live = sys.stderr.isatty() or "JPY_SESSION_NAME" in os.environ
-    return tqdm(total=total, desc=label, unit="row", mininterval=0.5, disable=not live)
+    return tqdm(total=total, desc=label, unit="row", mininterval=0.5, disable=not _watched())
+
+
+def each(items: Iterable, label: str) -> tqdm:
+    """``items`` one by one, with a bar for people from the third second to the end; quiet in batch logs."""
+    return tqdm(list(items), desc=label, mininterval=0.5, delay=2, leave=False, disable=not _watched())
+
+
+def _watched() -> bool:
+    return sys.stderr.isatty() or "JPY_SESSION_NAME" in os.environ
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -379,17 +417,30 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--n-train", type=int, help="training rows, also what negatives are drawn from; default: all")
     parser.add_argument("--n-test", type=int)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--shard", type=_shard, default=(1, 1), metavar="I/N", help="one of N parts of the rows")
     args = parser.parse_args(argv)
+    devices.claim()
     try:
         encoder = backbones.load(args.backbone)
         train, test = _load(args.dataset, args.n_train, args.n_test)
-        names = [name for name in args.features if name != "embedding"]
-        rows = _split(encoder, {"train": train, "test": test}[args.split], train, names, args.seed, encoder.layer)
+        data = {"train": train, "test": test}[args.split]
+        wanted = [objectives.by_name(name, encoder.modality) for name in args.features if name != "embedding"]
+        opened = _ensure(encoder, data, train, wanted, args.seed, encoder.layer, shard=args.shard)
+        start, stop = shard_rows(len(data), *args.shard)
+        if args.shard[1] == 1:
+            for rows in opened.values():
+                rows.read()  # a job that ends well vouches for every checksum
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"extract: {error}")
-    print(
-        f"{args.dataset} {args.split} {args.backbone}: {len(rows.data)} rows of {', '.join(rows.blocks)} in the store"
-    )
+    part = "" if args.shard[1] == 1 else f" ({start} to {stop} of {len(data)}, shard {args.shard[0]}/{args.shard[1]})"
+    print(f"{args.dataset} {args.split} {args.backbone}: {stop - start} rows{part} of {', '.join(opened)} in the store")
+
+
+def _shard(text: str) -> tuple[int, int]:
+    i, _, count = text.partition("/")
+    if not (i.isdigit() and count.isdigit() and 1 <= int(i) <= int(count)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no part I/N, such as 2/8")
+    return int(i), int(count)
 
 
 if __name__ == "__main__":

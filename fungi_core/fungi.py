@@ -4,7 +4,7 @@ transformer.
 
 import json
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -56,12 +56,13 @@ def draw_parts(
 
 
 def negative_latents(
-    backbone: backbones.Backbone, objective, heads: objectives.Heads, images: Sequence, seed: int
-) -> torch.Tensor:
+    backbone: backbones.Backbone, objective, heads: objectives.Heads, images: Sequence, seed: int,
+    done: Callable[[int], object] = lambda count: None,
+) -> torch.Tensor:  # fmt: skip
     """Latents of all views of ``objective.negatives`` training images drawn by the seed, (M, dim) float32; for
     DeepCluster the centroids of their clusters.
 
-    Fewer training images than that: all of them are used.
+    Fewer training images than that: all of them are used. ``done`` is told how many more are finished.
     """
     generator = views.generator("negatives", seed)
     chosen = np.sort(generator.permutation(len(images))[: objective.negatives])
@@ -74,6 +75,7 @@ def negative_latents(
             encoder = backbone.at_size(batch.shape[-1])
             latents = objective.latents(encoder.embed(batch.flatten(0, 1)).float(), heads)  # (B * V, dim)
             out.append(latents.unflatten(0, batch.shape[:2]))
+            done(len(batch))
     return objective.reference(torch.cat(out).clone(), generator).to(backbone.device)
 
 

@@ -21,6 +21,7 @@ import papermill
 import yaml
 from nbclient.exceptions import CellTimeoutError, DeadKernelError
 
+from fungi_core import devices
 from fungi_core.paths import ROOT
 
 NOTEBOOKS = ROOT / "notebooks"
@@ -212,6 +213,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.list or args.normalize:
             return 0
         slug = _known("notebook", args.notebook or "", notebooks())
+        devices.claim()  # the kernel inherits it
         overrides = {name: _override(slug, name, text) for name, text in args.override}
         out = execute(slug, args.profile, overrides, args.out, bar=sys.stderr.isatty())
     except (ValueError, RuntimeError, yaml.YAMLError) as e:

@@ -137,7 +137,7 @@ def test_a_complete_embedding_is_not_locked_by_the_gradients_of_another_seed(mon
     """Else all seeds of a split would wait for each other on a cluster."""
     embedding_key, kl_key = digits(KL)[0].store_keys
     locked, intact = [], store.Rows.lock
-    monkeypatch.setattr(store.Rows, "lock", lambda rows: (locked.append(rows.key), intact(rows))[1])
+    monkeypatch.setattr(store.Rows, "lock", lambda rows, *part: (locked.append(rows.key), intact(rows, *part))[1])
     train, test = digits(KL, seed=1)
     assert locked == [train.store_keys[1], test.store_keys[1]] and embedding_key == train.store_keys[0]
 
