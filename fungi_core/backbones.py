@@ -160,7 +160,11 @@ class Backbone:
         return self.model(views)
 
     def tokens(self, views: torch.Tensor) -> torch.Tensor:
-        """(N, 3, s, s) -> (N, 1 + patches, D): class token and patch tokens behind the final norm, for iBOT."""
+        """(N, 3, s, s) -> (N, 1 + patches, D): class token and patch tokens behind the final norm, for iBOT; of texts
+        (N, ., T) -> (N, T, D), for masked words.
+        """
+        if self.modality == "text":
+            return texts.hidden(self.model, views)
         first, pool = (getattr(self.model, key, None) for key in ("num_prefix_tokens", "global_pool"))
         if not first or pool != "token" or self.patches != math.isqrt(self.patches) ** 2:
             raise ValueError(f"{self.name} reads no class token or has no square grid of patches; iBOT needs both")
@@ -248,8 +252,8 @@ class Backbone:
         """Embeddings (B, V, D) float32 and factors at each layer; views (B, V, 3, s, s), loss: (B, V, D) -> (B,).
 
         Views of another size than the backbone's own, or a list of views of several sizes, need the class-token path.
-        ``tokens=True``: the loss takes, and the first value is, all tokens (B, V, 1 + patches, D). ``loss=()``: the
-        embeddings alone.
+        ``tokens=True``: the loss takes, and the first value is, all tokens (B, V, 1 + patches, D), for texts
+        (B, V, T, D). ``loss=()``: the embeddings alone.
         """
         layers = layers or [self.layer]
         if tokens:

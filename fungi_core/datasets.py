@@ -59,7 +59,6 @@ _CC0 = "CC0 or public domain; china.jpg, flower.jpg CC BY 2.0"
 _NC = "Custom (Research Only, Non Commercial)"
 _MPC = "mean-per-class"
 _SUBSET = "10 of 47 classes, random 2/3 : 1/3 split, not the official one"
-_PARQUET = "put {modality}_{name}.parquet there (format: fungi_core.corpora)"
 _ESC = "meta/esc50.csv and audio/*.wav of github.com/karolpiczak/ESC-50"
 _WORDS = "storage.googleapis.com/download.tensorflow.org/data/speech_commands_v0.02.tar.gz, unpacked"
 _CLIPS = "put {} there (columns: fungi_core.clips)"
@@ -72,7 +71,7 @@ _T = "Tiny ImageNet (100 of 200 classes)"  # stands in for ImageNet 100; trains 
 def _text(name, title, licence, n_train, n_test, n_classes, gb, column) -> Entry:
     """A text set of Table 20, in one packed file."""
     return Entry(name, title, "paper", licence, n_train, n_test, n_classes, gb, corpora.packed(name),
-                 f"text_{name}.parquet", _PARQUET, column=column, modality="text")  # fmt: skip
+                 f"text_{name}.parquet", column=column, modality="text")  # fmt: skip
 
 
 def _clips(name, title, profile, licence, sizes, gb, source, folder, get, seconds, **more) -> Entry:
@@ -87,6 +86,7 @@ DATASETS: dict[str, Entry] = {
         Entry("digits", "Digits 8x8", "mini", "CC BY 4.0", 1000, 797, 10, 0, samples.digits),
         Entry("mnist5k", "MNIST (5,000)", "mini", "CC BY-SA 3.0", 4000, 1000, 10, 0, samples.mnist5k),
         Entry("photos", "Photographs", "mini", _CC0, 960, 640, 16, 0, samples.photos),
+        Entry("pydocs", "Python documentation", "mini", "PSF 2.0", 1461, 479, 7, 0, corpora.pydocs, modality="text"),
         Entry("tiny_imagenet_100a", _T, "lite", _NC, 50_000, 5_000, 100, 0.09, get=_PACKED),
         Entry("dtd_10", "DTD Textures", "lite", "Custom (Research Only)", 800, 400, 10, 0.03,
               get=_PACKED, note=_SUBSET),
@@ -241,4 +241,5 @@ def _line(entry: Entry, what: str) -> str:
 
 def _get(entry: Entry) -> str:
     get = entry.get.format(name=entry.name, modality=entry.modality)
-    return get or f"its archive, or datasets.load({entry.name!r}, 'train', download=True)"
+    archive = entry.folder if entry.folder.endswith(".parquet") else "its archive"
+    return get or f"{archive}, or datasets.load({entry.name!r}, 'train', download=True)"

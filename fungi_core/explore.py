@@ -25,9 +25,9 @@ class Watched(HasTraits):
 def interact(show: Callable, *, on: Watched | None = None, **choices):
     """A menu or slider for each of ``choices`` and below them what ``show`` returns, drawn again in place at a change.
 
-    A choice is a list (menu), integers (low, high) or (low, high, start) (slider), or a function that gives one of
-    these, asked again when ``on`` changes. What ``show`` raises is shown as one line. Without a reader: ``show`` of
-    each list's first and each slider's start, and errors are errors.
+    A choice is a list (menu), integers (low, high) or (low, high, start) (slider), a str to edit (Enter draws), or a
+    function that gives one of these, asked again when ``on`` changes. What ``show`` raises is shown as one line.
+    Without a reader: ``show`` of each list's first, each slider's start and each str, and errors are errors.
     """
     asked = lambda: {name: choice() if callable(choice) else choice for name, choice in choices.items()}
     if not live():
@@ -51,17 +51,21 @@ def interact(show: Callable, *, on: Watched | None = None, **choices):
 
 
 def _start(choice):
+    if isinstance(choice, str):
+        return choice
     return choice[-1 if len(choice) == 3 else 0] if isinstance(choice, tuple) else choice[0]
 
 
 def _control(name: str, choice):
-    from ipywidgets import Dropdown, IntSlider, Layout
+    from ipywidgets import Dropdown, IntSlider, Layout, Text
 
     looks = {"description": name.replace("_", " "), "style": {"description_width": "initial"}}
     if isinstance(choice, tuple):  # a slider answers when it is let go
         low, high = choice[:2]
         return IntSlider(value=_start(choice), min=low, max=high, continuous_update=False,
                          layout=Layout(width="24em"), **looks)  # fmt: skip
+    if isinstance(choice, str):
+        return Text(value=choice, continuous_update=False, layout=Layout(width="40em"), **looks)
     return Dropdown(options=list(choice), layout=Layout(width="max-content", max_width="40em"), **looks)
 
 

@@ -34,7 +34,8 @@ LATER = {
     "negative_views": 0,
     "deletion": 0.0,
 }  # settings younger than EXTRACTION: no part of a key at these values
-LETTERS = {"embedding": "E", "kl": "K", "dino": "D", "simclr": "S", "deepcluster": "C", "ibot": "I"}
+LETTERS = {"embedding": "E", "kl": "K", "dino": "D", "simclr": "S", "deepcluster": "C", "ibot": "I",
+           "mlm": "M"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -248,6 +249,23 @@ def _extract_folds(encoder, objective, folds, seed) -> None:
                 bar.update(len(gradients[0]))
 
 
+def of_items(items: Sequence, encoder: backbones.Backbone, train: Rows, names: Sequence, seed: int = 0) -> Rows:
+    """Blocks of items that are in no data set (a sentence that someone typed), comparable with those of ``train``, as
+    `features` gave them with the same names and seed: heads, projection and negatives are the same. Nothing is stored.
+    """
+    out = {}
+    for name in names:
+        objective = objectives.by_name(name, encoder.modality) if isinstance(name, str) else name
+        parts = fungi.draw_parts(encoder, objective, seed)
+        if objective.negatives:
+            parts.negatives = _negatives(encoder, objective, parts.heads, train.data, seed)
+        for _, embeddings, gradients in fungi.rows(encoder, objective, parts, items, seed):
+            blocks = {objective.name: gradients} | ({} if embeddings is None else {"embedding": embeddings})
+            for key, block in blocks.items():
+                out.setdefault(key, []).append(block)
+    return Rows(items, {key: np.concatenate(blocks) for key, blocks in out.items()}, ())
+
+
 def layer_features(
     dataset: str,
     backbone: str | backbones.Backbone,
@@ -343,7 +361,10 @@ def _negatives(encoder, objective, heads, train, seed) -> torch.Tensor:
     if not rows.complete:
         with rows.lock():
             if not rows.complete:
-                rows.write(0, fungi.negative_latents(encoder, objective, heads, train, seed).cpu().numpy())
+                count, label = min(objective.negatives, len(train)), f"{train.name} {objective.name} negatives"
+                with progress(count, label) as bar:
+                    latents = fungi.negative_latents(encoder, objective, heads, train, seed, bar.update)
+                rows.write(0, latents.cpu().numpy())
     return torch.from_numpy(rows.read()).to(encoder.device)
 
 
@@ -375,8 +396,16 @@ def _meta(encoder, data, train=None, objective=None, seed=None, layer=None, proj
 
 def progress(total: int, label: str) -> tqdm:
     """A bar with rate and time left for people; quiet in batch logs."""
-    live = sys.stderr.isatty() or "JPY_SESSION_NAME" in os.environ
-    return tqdm(total=total, desc=label, unit="row", mininterval=0.5, disable=not live)
+    return tqdm(total=total, desc=label, unit="row", mininterval=0.5, disable=not _watched())
+
+
+def each(items: Iterable, label: str) -> tqdm:
+    """``items`` one by one, with a bar for people from the third second to the end; quiet in batch logs."""
+    return tqdm(list(items), desc=label, mininterval=0.5, delay=2, leave=False, disable=not _watched())
+
+
+def _watched() -> bool:
+    return sys.stderr.isatty() or "JPY_SESSION_NAME" in os.environ
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -31,7 +31,7 @@ MOST = 50  # rows of a table that are drawn
 
 # After Okabe and Ito (2008), safe for colour-blind readers: embedding neutral, a hue a gradient, FUNGI vermillion.
 COLOURS = {
-    "E": "#555555", "K": "#E69F00", "D": "#0072B2", "S": "#009E73", "C": "#56B4E9", "I": "#7A4B1E",
+    "E": "#555555", "K": "#E69F00", "D": "#0072B2", "S": "#009E73", "C": "#56B4E9", "I": "#7A4B1E", "M": "#3B3B98",
     "E+K": "#CC79A7", "E+K+D": "#8F4A8C", "E+K+D+S": "#D55E00",
 }  # fmt: skip
 FUNGI = COLOURS["E+K+D+S"]
@@ -39,7 +39,8 @@ VERDICTS = {  # the disagreements first
     "disagrees": "#B84A00", "undecided": "#E69F00", "agrees": "#0072B2",
     "not testable here": "#333333", "not run": "#999999",
 }  # fmt: skip
-NAMES = {"E": "embedding", "K": "KL", "D": "DINO", "S": "SimCLR", "C": "DeepCluster", "I": "iBOT"}
+NAMES = {"E": "embedding", "K": "KL", "D": "DINO", "S": "SimCLR", "C": "DeepCluster", "I": "iBOT",
+         "M": "masked words"}  # fmt: skip
 
 STYLE = {
     "font.family": "DejaVu Sans", "mathtext.fontset": "dejavusans", "font.size": 9, "legend.fontsize": 9,

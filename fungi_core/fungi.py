@@ -4,7 +4,7 @@ transformer.
 
 import json
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -36,7 +36,7 @@ class Parts:
 
 
 def takes_tokens(objective) -> bool:
-    """Whether the objective's loss takes all tokens of masked and whole crops (iBOT), not embeddings."""
+    """Whether the objective's loss takes all tokens of masked views (iBOT, masked words), not embeddings."""
     return getattr(objective, "tokens", False)
 
 
@@ -50,18 +50,19 @@ def draw_parts(
     generator = views.generator("head", seed, objective.name)
     heads = objective.heads(backbone.width, generator)
     if takes_tokens(objective):
-        heads["masks"] = objective.masks(backbone.patches, generator)
+        heads |= objective.token_heads(backbone, generator)
     heads = {name: tensor.to(backbone.device) for name, tensor in heads.items()}
     return Parts(heads, projection.draw(kind, backbone.width, *shape, backbone.name, seed, layer))
 
 
 def negative_latents(
-    backbone: backbones.Backbone, objective, heads: objectives.Heads, images: Sequence, seed: int
-) -> torch.Tensor:
+    backbone: backbones.Backbone, objective, heads: objectives.Heads, images: Sequence, seed: int,
+    done: Callable[[int], object] = lambda count: None,
+) -> torch.Tensor:  # fmt: skip
     """Latents of all views of ``objective.negatives`` training images drawn by the seed, (M, dim) float32; for
     DeepCluster the centroids of their clusters.
 
-    Fewer training images than that: all of them are used.
+    Fewer training images than that: all of them are used. ``done`` is told how many more are finished.
     """
     generator = views.generator("negatives", seed)
     chosen = np.sort(generator.permutation(len(images))[: objective.negatives])
@@ -74,6 +75,7 @@ def negative_latents(
             encoder = backbone.at_size(batch.shape[-1])
             latents = objective.latents(encoder.embed(batch.flatten(0, 1)).float(), heads)  # (B * V, dim)
             out.append(latents.unflatten(0, batch.shape[:2]))
+            done(len(batch))
     return objective.reference(torch.cat(out).clone(), generator).to(backbone.device)
 
 
@@ -118,10 +120,12 @@ def project_gradients(backbone, objective, parts: Parts, batch, layer: str | Non
     """Embeddings (B, V, D) and projected gradients (B, d), float32, of views (B, V, ...), or of a list of images' views
     of different sizes: eq. 1 before normalisation.
     """
-    loss = lambda embeddings: objective.loss(embeddings, parts.heads, parts.negatives)
-    tokens = takes_tokens(objective)
-    if tokens:
+    tokens, against = takes_tokens(objective), parts.negatives
+    if objective.views == "masked":
+        against = batch[:, :, 2]  # the words behind the masks
+    elif tokens:
         batch = views.masked(batch, parts.heads["masks"])
+    loss = lambda embeddings: objective.loss(embeddings, parts.heads, against)
     embeddings, (factors,) = backbone.factors(batch, loss, [layer or backbone.layer], tokens)
     return embeddings, parts.projection.apply(factors, backbone.dtype)
 

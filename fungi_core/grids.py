@@ -253,7 +253,8 @@ def changes(rows: Sequence[Mapping], title: str) -> Figure:
         _framed(line[0], row["better"])
         for at, name in zip((2, 2 + count + 1), names, strict=True):
             label = f"{NAMES.get(name, name)}: {row['votes'][name]} votes for its class"
-            line[at].set_title(label, size=7, pad=3).set_in_layout(False)  # it may run over the images beside
+            above = {"transform": line[at].transAxes, "va": "bottom", "in_layout": False}  # runs over the images beside
+            line[at].text(0, 1.06, label, size=7, **above)
             for ax, (image, right) in zip(line[at:], row["found"][name], strict=False):
                 ax.imshow(image)
                 _framed(ax, right)

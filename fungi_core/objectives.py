@@ -141,6 +141,20 @@ def ibot_loss(
     return image + patches
 
 
+def masked_loss(predictions: torch.Tensor, targets: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Masked language modelling: mean cross-entropy of the hidden tokens, (B,).
+
+    ``predictions``: (B, V, T, D), final latents of V masked copies; ``targets``: (B, V, T) int64, the token behind each
+    mask, -1 where nothing is hidden; ``table``: (words, D), its rows score a latent by their inner product. Logits are
+    made for hidden tokens alone, 15 % of (B, V, T, words).
+    """
+    hidden = targets >= 0
+    losses = F.cross_entropy(predictions[hidden] @ table.T, targets[hidden], reduction="none")  # (hidden tokens,)
+    sample = hidden.nonzero()[:, 0]
+    total = torch.zeros(len(targets), dtype=losses.dtype, device=losses.device).index_add(0, sample, losses)
+    return total / hidden.sum((1, 2))
+
+
 def linear_head(width: int, dim: int, generator: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     """A randomly initialised linear layer, uniform in +-1/sqrt(width) as ``torch.nn.Linear``: weight (dim, width), bias
     (dim,).
@@ -342,6 +356,9 @@ class IBOT:
     def heads(self, width: int, generator: np.random.Generator) -> Heads:
         return DINO(dim=self.dim).heads(width, generator)
 
+    def token_heads(self, backbone, generator: np.random.Generator) -> Heads:
+        return {"masks": self.masks(backbone.patches, generator)}
+
     def masks(self, patches: int, generator: np.random.Generator) -> torch.Tensor:
         """(global crops, patches) bool, as many masked patches in each."""
         count = max(1, round(self.mask_ratio * patches))
@@ -363,14 +380,41 @@ class IBOT:
         return ibot_loss(*images, *patches, self.student_temperature, self.teacher_temperature)
 
 
+@dataclass(frozen=True)
+class MaskedWords:
+    """Masked language modelling of texts (ours; the paper names it as future work), after BERT (Devlin et al. 2018).
+
+    ``copies`` of a text, each with ``ratio`` of its tokens behind the mask token, one at least; never the special ones.
+    The head is the encoder's own table of word embeddings, as BERT's is tied to it, without BERT's transform in front
+    of it, which sentence encoders do not keep. Nothing is random but the masks.
+    """
+
+    ratio: float = 0.15
+    copies: int = 4
+    name: ClassVar[str] = "mlm"
+    views: ClassVar[str] = "masked"
+    tokens: ClassVar[bool] = True
+    negatives: ClassVar[int] = 0
+
+    def heads(self, width: int, generator: np.random.Generator) -> Heads:
+        return {}
+
+    def token_heads(self, backbone, generator: np.random.Generator) -> Heads:
+        return {"table": backbone.model.get_input_embeddings().weight.float()}
+
+    def loss(self, tokens: torch.Tensor, heads: Heads, targets: torch.Tensor | None = None) -> torch.Tensor:
+        """``tokens``: (B, V, T, D); ``targets``: (B, V, T), see `masked_loss`."""
+        return masked_loss(tokens, targets, heads["table"])
+
+
 def _project(embeddings: torch.Tensor, head: tuple | bool, normalize: bool) -> torch.Tensor:
     """Latents (..., C) of embeddings (..., D); ``head``: weight and bias, or False for none."""
     z = F.normalize(embeddings, dim=-1) if normalize else embeddings
     return F.linear(z, *head) if head else z
 
 
-Objective = KL | DINO | SimCLR | DeepCluster | IBOT
-OBJECTIVES: dict[str, type] = {one.name: one for one in (KL, DINO, SimCLR, DeepCluster, IBOT)}
+Objective = KL | DINO | SimCLR | DeepCluster | IBOT | MaskedWords
+OBJECTIVES: dict[str, type] = {one.name: one for one in (KL, DINO, SimCLR, DeepCluster, IBOT, MaskedWords)}
 OTHER = {  # settings that differ from the images' (Table 17): texts Table 19, sounds Table 12
     ("simclr", "text"): dict(positives=12, negative_views=2, dim=256, deletion=0.1),
     ("simclr", "audio"): dict(positives=16, negative_views=2, dim=768, negatives=64),

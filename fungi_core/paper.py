@@ -1,4 +1,4 @@
-"""The numbers printed in the paper (Tables 1-16 and 22), its claims, and our own numbers beside them.
+"""The numbers printed in the paper (Tables 1-16, 19 and 22), its claims, and our own numbers beside them.
 
 One row of ``data/paper/tableNN.csv`` is one printed number. ``row`` is the feature set ("Embeddings", printed also as
 "Features"; "FUNGI"; "E+K+D+S" = embedding joined with the KL, DINO and SimCLR gradients) or the printed row name;

@@ -43,6 +43,11 @@ def backbones_dir() -> Path:
     return ROOT / "data" / "backbones"
 
 
+def texts_dir() -> Path:
+    """The committed sentences of the mini profile."""
+    return ROOT / "data" / "texts"
+
+
 def paper_dir() -> Path:
     """The published numbers, one CSV per table."""
     return ROOT / "data" / "paper"

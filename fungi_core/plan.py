@@ -85,7 +85,7 @@ def shards(job: Job, rows: int) -> int:
 @cache
 def cost(backbone: str) -> float:
     """Multiplications of one forward pass, roughly: parameters x tokens. NaN for networks without image patches."""
-    spec = backbones.BACKBONES.get(backbone)
+    spec = backbones.spec_of(backbone)
     mini = backbones.MINI.get(backbone.split(".")[0])
     if spec and spec.modality != "image":
         return math.nan

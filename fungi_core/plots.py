@@ -64,8 +64,11 @@ def class_deltas(df: pd.DataFrame) -> Figure:
         ax.set(xticks=[], xlabel=f"{len(delta)} classes, sorted" if len(delta) else "not run")
         better, worse = int((delta > 0).sum()), int((delta < 0).sum())
         clear = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}
-        where = {"transform": ax.transAxes, "ha": "right", "va": "top", "bbox": clear}
-        ax.text(0.98, 0.99, f"{better} better\n{worse} worse", size=8, **where)
+        ends = df.loc[df["row"] == name, "value"]
+        below = -ends.min() > ends.max()  # sorted bars leave the upper right and the lower left free: the roomier one
+        x, y, ha, va = (0.02, 0.02, "left", "bottom") if below else (0.98, 0.99, "right", "top")
+        where = {"transform": ax.transAxes, "ha": ha, "va": va, "bbox": clear}
+        ax.text(x, y, f"{better} better\n{worse} worse", size=8, **where)
         heads = [name] * (not j) + [f"{NAMES.get(kind, kind)} − embedding"] * (not i)
         ax.set_title("\n".join(filter(None, heads)))
     fig.supylabel("Δ accuracy (points)", size=9)

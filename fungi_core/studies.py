@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from itertools import combinations_with_replacement
+from itertools import combinations_with_replacement, product
 
 import numpy as np
 import pandas as pd
@@ -21,7 +21,7 @@ def linear(train: extract.Rows, test: extract.Rows, letters: Sequence[str] = COM
         train = train.take(evaluate.few_shot_indices(train.labels, shots))
     epochs = 30 if test.data.name == "imagenet1k" else probe.EPOCHS  # section A.3
     done = {}
-    for name in dict.fromkeys(("E", *letters)):
+    for name in extract.each(dict.fromkeys(("E", *letters)), f"{test.data.name} probes"):
         a, b = extract.fungi_features(train, test, name, pca)
         done[name] = probe.predict(a, train.labels, b, seed=seed, epochs=epochs)
     correct = {name: x.labels == test.labels for name, x in done.items()}
@@ -71,7 +71,7 @@ def cluster(train: extract.Rows, test: extract.Rows, letters: Sequence[str] = CO
     """
     seeds = views.generator("kmeans", seed).integers(2**31, size=runs).tolist()
     right, rows = {}, {}
-    for name in dict.fromkeys(("E", *letters)):
+    for name in extract.each(dict.fromkeys(("E", *letters)), f"{test.data.name} clusters"):
         x = extract.fungi_features(train, test, name, pca)[1]
         found = [clustering.kmeans(x, len(np.unique(test.labels)), s) for s in seeds]
         hits = np.stack([clustering.match(clusters, test.labels) == test.labels for clusters in found])  # (runs, N)
@@ -93,7 +93,8 @@ def over_seeds(
     """
     test = pairs[0][1]
     _, per_class = metric(test)
-    correct = {name: np.array([right_or_wrong(*pair, name, k, pca) for pair in pairs]) for name in ("E", *letters)}
+    names = extract.each(("E", *letters), f"{test.data.name} seeds")
+    correct = {name: np.array([right_or_wrong(*pair, name, k, pca) for pair in pairs]) for name in names}
     groups = [np.arange(len(test.labels))] if per_class is None else [per_class == c for c in np.unique(per_class)]
     score = lambda hits: 100 * np.mean([hits[group].mean() for group in groups])
     rows = []
@@ -122,7 +123,7 @@ def shot_curve(
     number of labelled images.
     """
     rows = []
-    for count in shots:
+    for count in extract.each(shots, f"{test.data.name} shots"):
         picks = [
             evaluate.few_shot_indices(train.labels, count, views.generator("shots", seed, d)) for d in range(draws)
         ]
@@ -142,7 +143,7 @@ def pca_curve(
 ) -> pd.DataFrame:
     """Table 16: features, size (None: no PCA), accuracy with interval, and its paired gain over no PCA."""
     rows = []
-    for name in letters:
+    for name in extract.each(letters, f"{test.data.name} PCA sizes"):
         plain = right_or_wrong(train, test, name, k, None)
         for size in sizes:
             correct = plain if size is None else right_or_wrong(train, test, name, k, size)
@@ -177,7 +178,7 @@ def projections(train: extract.Rows, test: extract.Rows, letter: str, *, draws: 
     projection.exact_cosine(*factors[::-1])
     seconds = 1000 * (time.perf_counter() - start) / sum(map(len, factors))
     rows = [("exact", "", *own, 0.0, 0.0, 0.0, 100 * exact[f"E+{letter}"].mean(), 0.0, seconds)]
-    for kind, multiple in ((kind, m) for kind in PROJECTIONS for m in multiples):
+    for kind, multiple in extract.each(product(PROJECTIONS, multiples), f"{test.data.name} projections"):
         hits, joined, errors, seconds = [], [], [], []
         for i in range(draws):
             made = projection.draw(PROJECTIONS[kind], multiple * width, *shape, "draw", i)
@@ -264,7 +265,7 @@ def pairs(
     cka = similarity.cka_matrix(normalized)
     correct = {x: right_or_wrong(train, test, x, k, pca) for x in names}
     rows = []
-    for i, j in combinations_with_replacement(range(len(names)), 2):
+    for i, j in extract.each(combinations_with_replacement(range(len(names)), 2), f"{test.data.name} pairs"):
         a, b = names[i], names[j]
         both = correct[a] if i == j else right_or_wrong(train, test, f"{a}+{b}", k, pca)
         better = max((correct[a], correct[b]), key=np.mean)

@@ -1,8 +1,9 @@
 """Sentences as input: encoders of ``transformers``, their tokens and read-out, and views by word deletion.
 
-A batch of views is int64 (B, V, 2, T): token ids and attention mask, padded to the longest of the batch. Padding is
-masked in attention and read-out, so it reaches no embedding and its gradients are zero. ``transformers`` is imported
-when an encoder is loaded, never before, and nothing is ever downloaded.
+A batch of views is int64 (B, V, 2, T): token ids and attention mask, padded to the longest of the batch; for masked
+words (B, V, 3, T), the third being the token behind each mask, elsewhere -1. Padding is masked in attention and
+read-out, so it reaches no embedding and its gradients are zero. ``transformers`` is imported when an encoder is loaded,
+never before, and nothing is ever downloaded.
 """
 
 import hashlib
@@ -69,15 +70,19 @@ def _place(hub: str) -> str:
 
 
 def read_out(pool: str, model: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:
-    """Embeddings (N, D) float32 of tokens (N, 2, T): the "first" token's (the published code's read-out, of T5 too) or
-    the "mean" over tokens that are no padding (the sentence encoders').
+    """Embeddings (N, D) float32 of tokens (N, 2 or 3, T): the "first" token's (the published code's read-out, of T5
+    too) or the "mean" over tokens that are no padding (the sentence encoders').
     """
-    ids, mask = batch.unbind(1)  # (N, T) each
-    hidden = model(input_ids=ids, attention_mask=mask).last_hidden_state.float()  # (N, T, D)
+    tokens = hidden(model, batch)
     if pool == "first":
-        return hidden[:, 0]
-    weights = mask[..., None].float()
-    return (hidden * weights).sum(1) / weights.sum(1)
+        return tokens[:, 0]
+    weights = batch[:, 1, :, None].float()  # (N, T, 1)
+    return (tokens * weights).sum(1) / weights.sum(1)
+
+
+def hidden(model: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:
+    """Final latents of all tokens, (N, 2 or 3, T) -> (N, T, D) float32."""
+    return model(input_ids=batch[:, 0], attention_mask=batch[:, 1]).last_hidden_state.float()
 
 
 def deletions(text: str, count: int, p: float, rng: np.random.Generator) -> list[str]:
@@ -91,13 +96,21 @@ def deletions(text: str, count: int, p: float, rng: np.random.Generator) -> list
     return [" ".join(word for word, stays in zip(words, row, strict=True) if stays) for row in keep]
 
 
+def masked(ids: np.ndarray, special: np.ndarray, mask_id: int, objective, rng: np.random.Generator) -> np.ndarray:
+    """Masked copies of one text's tokens (T,): ids, attention mask and the tokens behind the masks, (copies, 3, T)."""
+    chance = np.where(special, 2.0, rng.random((objective.copies, len(ids))))
+    # (copies, T); the lowest one is always below, so a special token is hidden in a text of nothing else
+    chosen = chance < np.maximum(objective.ratio, chance.min(1, keepdims=True) + 1e-9)
+    return np.stack([np.where(chosen, mask_id, ids), np.ones_like(chosen, int), np.where(chosen, ids, -1)], 1)
+
+
 # What `fungi` asks of every modality; see also `views`.
 
 
 def view_count(backbone, objective) -> int:
-    """Views a text: 1 for KL, 12 for SimCLR (Table 19)."""
-    if objective.views == "whole":
-        return 1
+    """Views a text: 1 for KL, 12 for SimCLR (Table 19), 4 for masked words."""
+    if objective.views in ("whole", "masked"):
+        return 1 if objective.views == "whole" else objective.copies
     if not getattr(objective, "positives", 0):
         raise ValueError(
             f"{objective.name} with these settings has no views of a text; text has objectives.by_name('kl', 'text') "
@@ -107,32 +120,40 @@ def view_count(backbone, objective) -> int:
 
 
 def at_once(backbone, count: int) -> int:
-    """Texts of ``count`` views that make a good batch."""
-    return (64 if backbone.device == "cpu" else 1024) // count
+    """Texts of ``count`` views that make a good batch: few on a CPU, where padding costs more than a small batch."""
+    return min(256, (24 if backbone.device == "cpu" else 1024) // count)
 
 
 def item_views(backbone, objective, item: str, seed: int, name: str) -> np.ndarray:
-    """Token ids and mask of one text's views, int64 (V, 2, T). What is random is keyed by seed, objective and text."""
+    """Token ids and mask of one text's views, int64 (V, 2, T), of masked words (V, 3, T). What is random is keyed by
+    seed, objective and text.
+    """
     if not isinstance(item, str):
         raise ValueError(f"{name} is a {type(item).__name__}; a text backbone takes str")
-    texts = [item]
-    if objective.views != "whole":
-        text_id = hashlib.blake2b(item.encode(), digest_size=8).hexdigest()
-        rng = generator(seed, objective.name, text_id)
-        texts = deletions(item, objective.positives, objective.deletion, rng)
-    tokens = backbone.front(texts, truncation=True, max_length=backbone.size)["input_ids"]
+    tokenize = lambda texts: backbone.front(texts, truncation=True, max_length=backbone.size)["input_ids"]
+    rng = generator(seed, objective.name, hashlib.blake2b(item.encode(), digest_size=8).hexdigest())
+    if objective.views == "masked":
+        if backbone.front.mask_token_id is None:
+            raise ValueError(f"{backbone.name} has no mask token; masked words need one")
+        (ids,) = map(np.array, tokenize([item]))
+        return masked(ids, np.isin(ids, backbone.front.all_special_ids), backbone.front.mask_token_id, objective, rng)
+    whole = objective.views == "whole"
+    tokens = tokenize([item] if whole else deletions(item, objective.positives, objective.deletion, rng))
     return np.stack([_padded(np.stack([ids, np.ones_like(ids)]), max(map(len, tokens))) for ids in tokens])
 
 
 def stack(backbone, items: Sequence[np.ndarray]) -> torch.Tensor:
-    """The items of a batch in one tensor (B, V, 2, T), padded to the longest."""
+    """The items of a batch in one tensor (B, V, 2 or 3, T), padded to the longest."""
     longest = max(item.shape[-1] for item in items)
     return torch.from_numpy(np.stack([_padded(item, longest) for item in items]))
 
 
 def _padded(tokens: np.ndarray, length: int) -> np.ndarray:
-    """(..., 2, t) -> (..., 2, length): zeros behind, which the mask hides."""
-    return np.pad(tokens, [(0, 0)] * (tokens.ndim - 1) + [(0, length - tokens.shape[-1])])
+    """(..., 2, t) -> (..., 2, length): zeros behind, which the mask hides, and -1 for words behind masks."""
+    out = np.zeros((*tokens.shape[:-1], length), np.int64)
+    out[..., 2:, :] = -1
+    out[..., : tokens.shape[-1]] = tokens
+    return out
 
 
 def finished(backbone, objective, batch: torch.Tensor) -> torch.Tensor:

