@@ -92,7 +92,8 @@ def chooser(load: Callable, *, folder: str, backbone: str, backbones: Sequence[s
     wide = {"layout": Layout(width="34em"), "style": {"description_width": "6em"}}
     files = FileUpload(accept="image/*,.zip", multiple=True, description="files", layout=Layout(width="10em"))
     place = Text(folder, description="or a folder", placeholder="a sub-folder per class, or files only", **wide)
-    name = Combobox(value=backbone, options=list(backbones), description="backbone", ensure_option=False, **wide)
+    hint = f"{backbone}, or any timm name"  # no value: a browser offers only names that hold what is typed
+    name = Combobox(placeholder=hint, options=list(backbones), description="backbone", ensure_option=False, **wide)
     button = Button(description="extract", button_style="primary", layout=Layout(width="10em"))
     output = Output()
 
@@ -102,7 +103,8 @@ def chooser(load: Callable, *, folder: str, backbone: str, backbones: Sequence[s
         with output:
             try:
                 chosen = () if place.value.strip() else files.value
-                load([(file["name"], bytes(file["content"])) for file in chosen], place.value.strip(), name.value)
+                contents = [(file["name"], bytes(file["content"])) for file in chosen]
+                load(contents, place.value.strip(), name.value.strip() or backbone)
             except Exception as error:
                 print(f"{type(error).__name__}: {' '.join(str(error).split())}")
         button.disabled = False

@@ -85,6 +85,7 @@ def notebook(browser, lab, tmp_path, request):
         page.goto(f"{lab[0]}/lab/tree/notebooks/{slug}.ipynb")
         page.locator(".jp-Notebook .jp-CodeCell").first.wait_for()
         page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]').first.wait_for(state="attached")
+        page.get_by_text("Python 3 (ipykernel) | Idle").wait_for(timeout=180_000)
         outputs = page.locator(".jp-CodeCell .jp-OutputArea-output")
         menu(page, "Edit", "Clear Outputs of All Cells", lambda: outputs.count() == 0)
         menu(page, "Run", "Run All Cells", lambda: page.locator(".jp-InputPrompt", has_text="*").count() > 0)
@@ -102,6 +103,8 @@ def notebook(browser, lab, tmp_path, request):
 def menu(page, name: str, entry: str, done) -> None:
     """Choose an entry until it is ``done``: while the page settles a click can close the menu again."""
     for _ in range(20):
+        if (select := page.get_by_role("button", name="Select Kernel")).count():  # of a slow machine, asked too early
+            select.first.click()
         page.locator(".lm-MenuBar-item", has_text=name).first.click()
         page.wait_for_timeout(500)
         item = page.locator(".lm-Menu-item", has=page.get_by_text(entry, exact=True))
