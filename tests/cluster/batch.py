@@ -1,6 +1,6 @@
 """The same batch here and on a Slurm of one node, with jobs killed by hand: are the figures the same, byte for byte?
 
-    PYTHONPATH=. .venv/bin/python tests/cluster/batch.py FOLDER [--only 15_pca ...] [--rows N] [--warm STORE]
+    PYTHONPATH=. .venv/bin/python tests/cluster/batch.py FOLDER [--only 15_pca ...] [--rows N] [--warm STORE [--cold DATASET]]
 
 FOLDER gets two copies of the project, ``local`` and ``slurm``, each with its own store, figures and runs. Prints the
 jobs with their states, what was killed and what became of it, and the comparison; exit status 1 if anything is not as
@@ -27,14 +27,14 @@ from fungi_core.paths import ROOT
 TIMED = ("16_simclr_views", "17_throughput", "19_scoreboard")  # measure seconds, or show what those measured
 
 
-def copy(folder: Path, warm: Path | None) -> dict[str, str]:
+def copy(folder: Path, warm: Path | None, cold: list[str]) -> dict[str, str]:
     """A copy of the tracked files with a store and figures of its own; returns its environment."""
     files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in filter(None, files.split("\0")):
         if not name.startswith("figures/") and (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / name)
-    mini = [name for name, entry in datasets.DATASETS.items() if entry.profile == "mini" and name != "digits"]
+    mini = [name for name, entry in datasets.DATASETS.items() if entry.profile == "mini" and name not in cold]
     for entry in store.entries(warm) if warm else ():
         if entry["meta"]["data"][0] in mini:
             shutil.copytree(warm / entry["key"], folder / "store" / entry["key"])
@@ -110,13 +110,14 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--only", nargs="+", metavar="SLUG", help="these notebooks, not all")
     parser.add_argument("--rows", type=int, help="rows of a shard: extractions as several jobs")
-    parser.add_argument("--warm", type=Path, metavar="STORE", help="start with what this store has, but for digits")
+    parser.add_argument("--warm", type=Path, metavar="STORE", help="start with what this store has")
+    parser.add_argument("--cold", nargs="*", default=["digits"], metavar="DATASET", help="but not of these data sets")
     args = parser.parse_args()
     if reason := slurm.missing():
         sys.exit(reason)
     folder = args.folder.resolve()
     slugs = args.only or sorted(p.stem for p in (ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
-    env = {place: copy(folder / place, args.warm) for place in ("local", "slurm")}
+    env = {place: copy(folder / place, args.warm, args.cold) for place in ("local", "slurm")}
     targets = [f"runs/mini/{slug}.ipynb" for slug in slugs]
     config = ["--config", "profile=mini", *([f"rows_a_job={args.rows}"] if args.rows else [])]
     print(f"{len(slugs)} notebooks; load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores", flush=True)
