@@ -1,6 +1,6 @@
 """The same batch here and on a Slurm of one node, with jobs killed by hand: are the figures the same, byte for byte?
 
-    PYTHONPATH=. .venv/bin/python tests/cluster/batch.py FOLDER [--only 15_pca ...] [--rows N] [--warm STORE [--cold DATASET]]
+    PYTHONPATH=. python tests/cluster/batch.py FOLDER [--only SLUG ...] [--rows N] [--warm STORE [--cold NAME]]
 
 FOLDER gets two copies of the project, ``local`` and ``slurm``, each with its own store, figures and runs. Prints the
 jobs with their states, what was killed and what became of it, and the comparison; exit status 1 if anything is not as
