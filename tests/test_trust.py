@@ -9,6 +9,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -367,47 +368,51 @@ def getaddrinfo(host, *rest, **more):
     return real(host, *rest, **more)
 socket.getaddrinfo = getaddrinfo
 '''
-OTHERS = {".git", ".venv", "__pycache__", ".pytest_cache", ".ruff_cache", ".hypothesis", "build"}
 
 
 def states(folder: Path) -> dict[str, tuple[int, int]]:
-    """Every file below a folder with its size and time, without caches and the environment."""
+    """Every file below a folder with its size and time."""
     found = {}
-    for where, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if name not in OTHERS]
+    for where, _, files in os.walk(folder):
         for name in files:
             stat = os.lstat(file := Path(where, name))
-            found[str(file.relative_to(folder))] = stat.st_size, stat.st_mtime_ns
+            found[file.relative_to(folder).as_posix()] = stat.st_size, stat.st_mtime_ns
     return found
 
 
 @pytest.mark.contract
 def test_a_run_of_mini_needs_no_network_and_writes_the_store_figures_and_runs_alone(tmp_path):
-    """An extraction and a notebook in processes of their own, that cannot leave loopback, with an empty home folder."""
-    for name in ("guard", "home", "work", "tmp"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "guard" / "sitecustomize.py").write_text(GUARD)
+    """An extraction and a notebook of a copy of the project, in processes that cannot leave loopback."""
+    project, home, guard = tmp_path / "project", tmp_path / "home", tmp_path / "guard"
+    for name in ("fungi_core", "notebooks", "data"):
+        ignored = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "store", "downloads")
+        shutil.copytree(paths.ROOT / name, project / name, ignore=ignored)
+    for folder in (home, guard, tmp_path / "tmp", tmp_path / "work"):
+        folder.mkdir()
+    (guard / "sitecustomize.py").write_text(GUARD)
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("FUNGI_", "HF_", "XDG_"))}
     environment |= {
-        "PYTHONPATH": f"{tmp_path / 'guard'}{os.pathsep}{paths.ROOT}", "NETWORK_LOG": str(tmp_path / "network"),
-        "HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path / "tmp"), "PYTHONDONTWRITEBYTECODE": "1",
-        "FUNGI_STORE": str(tmp_path / "store"), "FUNGI_FIGURES": str(tmp_path / "figures"),
+        "PYTHONPATH": f"{guard}{os.pathsep}{project}", "NETWORK_LOG": str(tmp_path / "network"), "HOME": str(home),
+        "TMPDIR": str(tmp_path / "tmp"), "PYTHONDONTWRITEBYTECODE": "1",
     }  # fmt: skip
     run = lambda *command: subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True,
                                           cwd=tmp_path / "work", timeout=900)  # fmt: skip
     reach = run("-c", "import urllib.request as r; r.urlopen('http://example.org', timeout=5)")
     assert "no network here: example.org" in reach.stderr and (tmp_path / "network").read_text()  # the guard works
     (tmp_path / "network").unlink()
-    before = states(paths.ROOT)
-    done = run("-m", "fungi_core.extract", "vit_micro.sup_tin100", "digits", "test", "kl", "--n-train", "20",
-               "--n-test", "20")  # fmt: skip
+    before = states(project)
+    sizes = ("--n-train", "20", "--n-test", "20")
+    done = run("-m", "fungi_core.extract", "vit_micro.sup_tin100", "digits", "test", "kl", *sizes)
     assert done.returncode == 0, done.stderr
-    done = run("-m", "fungi_core.run", "01_method", "--out", str(tmp_path / "runs" / "01_method.ipynb"))
+    done = run("-m", "fungi_core.run", "01_method")
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "network").exists(), (tmp_path / "network").read_text()
-    assert states(paths.ROOT) == before, "a file of the repository was written"
-    assert {p.name for p in tmp_path.iterdir()} == {"guard", "home", "work", "tmp", "store", "figures", "runs"}
-    assert states(tmp_path / "work") == {} and states(tmp_path / "runs").keys() == {"01_method.ipynb"}
+    after = states(project)
+    changed = {file for file in before.keys() | after.keys() if before.get(file) != after.get(file)}
+    own = ("data/store/", "figures/mini/", "runs/mini/")
+    assert {file for file in changed if not file.startswith(own)} == set()
+    assert all(any(file.startswith(folder) for file in changed) for folder in own)
+    assert {p.name for p in tmp_path.iterdir()} == {"project", "guard", "home", "work", "tmp"}
+    assert states(tmp_path / "work") == {}
     tools = (".cache/matplotlib", ".config/matplotlib", ".ipython", ".local/share/jupyter", ".jupyter")
-    ours = [file for file in states(tmp_path / "home") if not file.startswith(tools)]  # the tools' own caches
-    assert ours == []
+    assert [file for file in states(home) if not file.startswith(tools)] == []  # the tools' own caches
