@@ -23,6 +23,7 @@ from IPython.display import Image
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from PIL import Image as Picture
 
 from fungi_core import paths
 
@@ -166,6 +167,14 @@ def photographs(fig: Figure) -> Image:
     """A figure of photographs for a notebook's output, as JPEG: a fifth of the PNG that would be kept in it."""
     fig.savefig(file := io.BytesIO(), format="jpeg", dpi=fig.dpi, pil_kwargs={"quality": 72})
     return Image(data=file.getvalue(), format="jpeg")
+
+
+def compact(fig: Figure) -> Image:
+    """A tall drawing for a notebook's output, as PNG of 64 colours: a third of what would be kept in it."""
+    fig.savefig(file := io.BytesIO(), format="png", dpi=fig.dpi)
+    few = Picture.open(file).convert("RGB").quantize(64, Picture.Quantize.MAXCOVERAGE, dither=Picture.Dither.NONE)
+    few.save(file := io.BytesIO(), "png", optimize=True)
+    return Image(data=file.getvalue(), format="png")
 
 
 def save_table(

@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.colors import to_rgb
+from PIL import Image
 
 from fungi_core import diagram, figures, grids, paths, plots
 
@@ -335,6 +337,14 @@ def test_colours_drawn_together_are_told_apart_without_red_and_green(together):
 
     assert nearest(together) > 15
     assert nearest(["#D62728", "#6B8E23"]) < 15  # the check can fail
+
+
+def test_a_compact_drawing_keeps_its_colours():
+    shown = figures.compact(fig := small_figure())
+    picture = Image.open(io.BytesIO(shown.data)).convert("RGB")
+    assert picture.size == tuple((fig.get_size_inches() * fig.dpi).astype(int)) and shown.format == "png"
+    wanted = 255 * np.array(figures.to_rgb(figures.colour("K")))
+    assert np.abs(np.asarray(picture) - wanted).max(-1).min() < 16
 
 
 def test_what_a_figure_shows_in_words():
