@@ -82,7 +82,7 @@ def notebook(browser, lab, tmp_path, request):
     page.set_default_timeout(60_000)
 
     def opened(slug: str):
-        page.goto(f"{lab[0]}/lab/tree/notebooks/{slug}.ipynb")
+        page.goto(f"{lab[0]}/lab/workspaces/{request.node.name}/tree/notebooks/{slug}.ipynb")  # no other tabs
         page.locator(".jp-Notebook .jp-CodeCell").first.wait_for()
         page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]').first.wait_for(state="attached")
         page.get_by_text("Python 3 (ipykernel) | Idle").wait_for(timeout=180_000)
