@@ -115,14 +115,14 @@ def body(nb: nbformat.NotebookNode, slugs: Sequence[str]) -> str:
 
 
 def alternatives(nb: nbformat.NotebookNode) -> list[str]:
-    """A text for the images of each cell: the heading above it and the page's own "How to read it" after it."""
-    heading, texts = title(nb), []
+    """A text for the images of each cell: title, the heading above it and the page's own "How to read it" after it."""
+    heading, texts = "", []
     for i, cell in enumerate(nb.cells):
         if cell.cell_type == "markdown" and (found := re.findall(r"^#+ +(.+)$", cell.source, re.MULTILINE)):
-            heading = found[-1]
+            heading = f": {found[-1]}" if found[-1] != title(nb) else ""
         after = nb.cells[i + 1].source if i + 1 < len(nb.cells) and nb.cells[i + 1].cell_type == "markdown" else ""
         read = re.match(r"\*\*How to read it\.?\*\*\s*(.+)", after)
-        texts.append(_plain(f"{heading}. {read[1] if read else ''}"))
+        texts.append(_plain(f"{title(nb)}{heading}. {read[1] if read else ''}"))
     return texts
 
 
