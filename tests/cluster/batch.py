@@ -24,7 +24,7 @@ import slurm
 from fungi_core import datasets, store
 from fungi_core.paths import ROOT
 
-TIMED = ("16_simclr_views", "17_throughput", "19_scoreboard")  # measure seconds, or show what those measured
+TIMED = ("16_simclr_views", "17_throughput", "19_scoreboard", "21_projections")  # measure seconds, or show them
 
 
 def copy(folder: Path, warm: Path | None, cold: list[str]) -> dict[str, str]:
