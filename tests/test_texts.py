@@ -111,7 +111,8 @@ def test_alone_in_a_padded_batch_and_reordered_a_sentence_has_one_feature(encode
             monkeypatch.setattr(texts, "at_once", lambda backbone, count, n=size: n)
             rows = features(encoder, objective, [SENTENCES[i] for i in order], given)
             for i, row in zip(order, rows, strict=True):
-                assert np.linalg.norm(row - alone[i]) <= 1e-5 * np.linalg.norm(alone[i])
+                # fp32 rounding: SimCLR's gradient is a small difference, T5's the smallest; a leak would be percents
+                assert np.linalg.norm(row - alone[i]) <= 1e-4 * np.linalg.norm(alone[i])
 
 
 def test_padding_has_exactly_no_gradient_and_no_part_in_the_embedding(encoder):
