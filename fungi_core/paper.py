@@ -124,12 +124,10 @@ def as_markdown(board: pd.DataFrame) -> str:
     """The measured claims of a `scoreboard` as a Markdown table, the disagreements first: README's."""
     order = ["disagrees", "undecided", "agrees"]
     board = board[board["verdict"].isin(order)].sort_values("verdict", key=lambda v: v.map(order.index), kind="stable")
-    number = lambda x: f"{x:+.1f}".replace("-", "−")
     lines = ["| paper | claim | theirs | ours | verdict | size |", "|---|---|---|---|---|---|"]
     for r in board.to_dict("records"):
-        theirs = "–" if pd.isna(r["paper_delta"]) else number(r["paper_delta"])
-        interval = "" if pd.isna(r["low"]) else f" [{number(r['low'])}, {number(r['high'])}]"
-        cells = r["item"], r["claim"], theirs, number(r["value"]) + interval, r["verdict"], r["size"] or "–"
+        theirs = "–" if pd.isna(r["paper_delta"]) else _signed(r["paper_delta"])
+        cells = r["item"], r["claim"], theirs, _ours(r), r["verdict"], r["size"] or "–"
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -185,12 +183,18 @@ def _against(row: pd.Series) -> str:
     """Ours and the paper's in a few words: "+3.2 [+1.5, +5.0], paper +4.8: agrees"."""
     if pd.isna(row["value"]):
         return row["verdict"]
-    signed = lambda x: f"{x:+.1f}".replace("-", "−")
-    ours = signed(row["value"])
-    if not pd.isna(row["low"]):
-        ours += f" [{signed(row['low'])}, {signed(row['high'])}]"
-    paper = "" if pd.isna(row["paper_delta"]) else f", paper {signed(row['paper_delta'])}"
-    return f"{ours}{paper}: {row['verdict']}"
+    paper = "" if pd.isna(row["paper_delta"]) else f", paper {_signed(row['paper_delta'])}"
+    return f"{_ours(row)}{paper}: {row['verdict']}"
+
+
+def _ours(row) -> str:
+    """Our number with its interval, where it has one."""
+    interval = "" if pd.isna(row["low"]) else f" [{_signed(row['low'])}, {_signed(row['high'])}]"
+    return _signed(row["value"]) + interval
+
+
+def _signed(x: float) -> str:
+    return f"{x:+.1f}".replace("-", "−")
 
 
 def verdict(expected: str, value: float, low: float, high: float, on: object) -> str:
