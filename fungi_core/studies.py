@@ -204,15 +204,7 @@ def class_gains(
     train: extract.Rows, test: extract.Rows, letters: Sequence[str] = ("K", "D", "S"), *, k: int = 20
 ) -> pd.DataFrame:
     """Fig. 3: per-class accuracy of each feature alone minus the embedding's, in points: features, class, value."""
-    classes = len(test.data.classes)
-    by_class = {
-        name: evaluate.per_class_accuracy(predict(train, test, name, k), test.labels, classes)
-        for name in ("E", *letters)
-    }
-    frames = [
-        pd.DataFrame({"features": n, "class": test.data.classes, "value": by_class[n] - by_class["E"]}) for n in letters
-    ]
-    return pd.concat(frames, ignore_index=True).dropna(subset="value")
+    return class_gains_over_folds([(train, test)], letters, k=k)
 
 
 def by_set(runs: Sequence) -> dict[tuple[str, str], list[tuple[extract.Rows, extract.Rows]]]:
