@@ -2,8 +2,9 @@
 
     python benchmarks/memory.py [--backbone random:vit_base_patch16_224] [--images 36] [--out FILE.json]
 
-1. SimCLR extraction of a batch of images (49 views each) against timm's forward pass on 64 views, same weights, dtype.
-2. PCA (to the width) and kNN (1,000 queries, k = 20) of N rows beyond the rows themselves, for growing N.
+1. SimCLR extraction of a batch of images (49 views each) against timm's forward pass on 64 views,
+same weights, dtype. 2. PCA (to the width) and kNN (1,000 queries, k = 20) of N rows beyond the rows
+themselves, for growing N.
 """
 
 import argparse
@@ -52,7 +53,9 @@ def ends(backbone: str, device: str, rows: int) -> int:
     rng = np.random.default_rng(0)
     train = np.empty((rows, WIDTH), np.float32)
     for start in range(0, rows, 10_000):
-        train[start : start + 10_000] = rng.standard_normal((min(10_000, rows - start), WIDTH), np.float32)
+        train[start : start + 10_000] = rng.standard_normal(
+            (min(10_000, rows - start), WIDTH), np.float32
+        )
     queries, labels = train[:1000] + 0.1, np.arange(rows) % 10
     before = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     fitted = pca.fit_pca(train, WIDTH // 2)
@@ -70,7 +73,9 @@ def in_a_process(which: str, backbone: str, device: str, count: int) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--backbone", default="random:vit_base_patch16_224")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--images", type=int, default=36)
@@ -79,20 +84,27 @@ def main() -> None:
     args = parser.parse_args()
     if args.worker:
         which, backbone, device, count = args.worker
-        return print({"stock": stock, "simclr": simclr, "ends": ends}[which](backbone, device, int(count)))
+        return print(
+            {"stock": stock, "simclr": simclr, "ends": ends}[which](backbone, device, int(count))
+        )
 
     record = {"backbone": args.backbone, "device": args.device, "images": args.images}
     record["machine"] = {"processor": figures.cpu(), "cores": os.cpu_count()}
     for which in ("stock", "simclr"):
         record[which] = in_a_process(which, args.backbone, args.device, args.images)
         print(f"{which}: peak {record[which] / 2**30:.2f} GiB", flush=True)
-    print(f"SimCLR of {args.images} images beyond stock: {(record['simclr'] - record['stock']) / 2**30:+.2f} GiB")
+    print(
+        f"SimCLR of {args.images} images beyond stock: {(record['simclr'] - record['stock']) / 2**30:+.2f} GiB"
+    )
     record["ends"] = {}
     for rows in (25_000, 50_000, 100_000):
         record["ends"][rows] = in_a_process("ends", args.backbone, args.device, rows)
         features = rows * WIDTH * 4 / 2**20
         extra = record["ends"][rows] / 2**20
-        print(f"PCA and kNN of {rows} rows ({features:.0f} MiB): {extra:.0f} MiB beyond them", flush=True)
+        print(
+            f"PCA and kNN of {rows} rows ({features:.0f} MiB): {extra:.0f} MiB beyond them",
+            flush=True,
+        )
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(record, indent=1) + "\n")

@@ -1,11 +1,13 @@
-"""An extraction killed with SIGKILL at random rows, again and again, against an undisturbed one: bytes, rows, memory.
+"""An extraction killed with SIGKILL at random rows, again and again, against an undisturbed one:
+bytes, rows, memory.
 
     python benchmarks/resume.py [--images 100000] [--kills 10] [--seed 0] [--folder DIR] [--out FILE.json]
 
-Each attempt is a process of its own that runs `python -m fungi_core.extract random:test_vit many train kl` on a packed
-file of small images (the network is made for 32 px: the store is what is tried) and logs the rows that it hands to the
-store. It is killed when it has computed a number of rows drawn by the seed; the last one runs to its end. Exit status 1
-where anything but a torn shard was computed twice, or a byte differs.
+Each attempt is a process of its own that runs `python -m fungi_core.extract random:test_vit many
+train kl` on a packed file of small images (the network is made for 32 px: the store is what is
+tried) and logs the rows that it hands to the store. It is killed when it has computed a number of
+rows drawn by the seed; the last one runs to its end. Exit status 1 where anything but a torn shard
+was computed twice, or a byte differs.
 """
 
 import argparse
@@ -39,7 +41,9 @@ def tiny(name: str, spec) -> torch.nn.Module:
 
 
 def make(file: Path, count: int) -> None:
-    """``count`` different images of SIDE px as a packed file: two colours and a slanted edge, drawn by their number."""
+    """``count`` different images of SIDE px as a packed file: two colours and a slanted edge, drawn
+    by their number.
+    """
 
     def png(i: int) -> bytes:
         rng = views.generator("resume", i)
@@ -54,8 +58,11 @@ def make(file: Path, count: int) -> None:
             return (png(i) for i in tqdm(range(count), "images", disable=not sys.stderr.isatty()))
 
     names = [f"{i:06d}" for i in range(count)]
-    pack.write(file, Split(Drawn(), np.arange(count) % 10, names, list("0123456789")),
-               Split([png(count)], np.zeros(1, int), ["test"], list("0123456789")))  # fmt: skip
+    pack.write(
+        file,
+        Split(Drawn(), np.arange(count) % 10, names, list("0123456789")),
+        Split([png(count)], np.zeros(1, int), ["test"], list("0123456789")),
+    )
 
 
 def memory() -> int:
@@ -64,9 +71,11 @@ def memory() -> int:
 
 
 def attempt(root: Path, log: Path, rows: int | None) -> tuple[int, list[tuple[str, int, int, int]]]:
-    """Run the extraction in a forked process, killed once it has computed ``rows`` rows (None: not killed).
+    """Run the extraction in a forked process, killed once it has computed ``rows`` rows (None: not
+    killed).
 
-    Returns its exit status and what it logged: (key, first row, rows, resident bytes) of each block, in order.
+    Returns its exit status and what it logged: (key, first row, rows, resident bytes) of each
+    block, in order.
     """
     log.write_bytes(b"")
     read = lambda lines: [(key, *map(int, numbers)) for key, *numbers in map(str.split, lines)]
@@ -100,7 +109,9 @@ def attempt(root: Path, log: Path, rows: int | None) -> tuple[int, list[tuple[st
 
 
 def computed(blocks: list[tuple[str, int, int, int]]) -> list[tuple[int, int]]:
-    """(first row, rows) of every batch: embeddings and gradients are written one after the other, one key each."""
+    """(first row, rows) of every batch: embeddings and gradients are written one after the other,
+    one key each.
+    """
     return [(first, length) for key, first, length, _ in blocks if key == blocks[0][0]]
 
 
@@ -121,7 +132,9 @@ def main() -> int:
     parser.add_argument("--images", type=int, default=100_000)
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=Path, help="where images and stores go (default: a temporary one)")
+    parser.add_argument(
+        "--folder", type=Path, help="where images and stores go (default: a temporary one)"
+    )
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/resume_cpu.json")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
@@ -137,7 +150,12 @@ def measure(folder: Path, count: int, kills: int, seed: int) -> dict:
     make(folder / f"{NAME}.npz", count)
     start, root, log = time.perf_counter(), folder / "killed", folder / "log"
     rng = views.generator("kills", seed)
-    attempts, waste, again, bars = [], 0, 0, tqdm(total=kills + 2, desc="attempts", disable=not sys.stderr.isatty())
+    attempts, waste, again, bars = (
+        [],
+        0,
+        0,
+        tqdm(total=kills + 2, desc="attempts", disable=not sys.stderr.isatty()),
+    )
     for i in range(kills + 1):
         had = complete(root, count)
         rows = None if i == kills else int(rng.uniform(0, 1.6 * count / (kills + 1)))
@@ -170,7 +188,7 @@ def measure(folder: Path, count: int, kills: int, seed: int) -> dict:
         "seconds_killed_run": round(seconds, 1),
         "peak_mib_by_tenth_of_the_undisturbed_run": middle,
         "attempts": attempts,
-    }  # fmt: skip
+    }
 
 
 def _mib(blocks: list) -> float | None:

@@ -1,6 +1,7 @@
 """Weights that timm does not host: files in FUNGI_DATA/checkpoints, and their keys in timm's names.
 
-A file is read by `torch.load(weights_only=True)`, or as safetensors; neither runs code that it holds.
+A file is read by `torch.load(weights_only=True)`, or as safetensors; neither runs code that it
+holds.
 """
 
 import re
@@ -20,7 +21,10 @@ _TORCHVISION = (  # torchvision's VisionTransformer -> timm's, in this order
     (r"\.ln_([12])\.", r".norm\1."),
     (r"\.self_attention\.in_proj_", ".attn.qkv."),
     (r"\.self_attention\.out_proj\.", ".attn.proj."),
-    (r"\.mlp\.(?:0|linear_1)\.", ".mlp.fc1."),  # 0 and 3 in the module, linear_1 and linear_2 in the published files
+    (
+        r"\.mlp\.(?:0|linear_1)\.",
+        ".mlp.fc1.",
+    ),  # 0 and 3 in the module, linear_1 and linear_2 in the published files
     (r"\.mlp\.(?:3|linear_2)\.", ".mlp.fc2."),
 )
 
@@ -37,24 +41,35 @@ def torchvision(state: Weights) -> Weights:
 
 
 def moco(checkpoint: dict) -> Weights:
-    """The base encoder of a MoCo v3 training checkpoint without its projection head; it is timm's ViT already."""
+    """The base encoder of a MoCo v3 training checkpoint without its projection head; it is timm's
+    ViT already.
+    """
     prefix = "module.base_encoder."
-    state = {key.removeprefix(prefix): x for key, x in checkpoint["state_dict"].items() if key.startswith(prefix)}
+    state = {
+        key.removeprefix(prefix): x
+        for key, x in checkpoint["state_dict"].items()
+        if key.startswith(prefix)
+    }
     return {key: value for key, value in state.items() if not key.startswith("head.")}
 
 
 def load_into(model: torch.nn.Module, file: Path, convert) -> torch.nn.Module:
-    """``model`` with the weights of ``file``, ``convert``-ed to its names; every tensor must find its place.
+    """``model`` with the weights of ``file``, ``convert``-ed to its names; every tensor must find
+    its place.
 
     ValueError, in one line, for a file that is something else.
     """
     try:
         safe = file.suffix == ".safetensors"
-        content = load_file(file) if safe else torch.load(file, map_location="cpu", weights_only=True)
+        content = (
+            load_file(file) if safe else torch.load(file, map_location="cpu", weights_only=True)
+        )
         model.load_state_dict(convert(content), strict=True)
     except OSError:
         raise
     except Exception as error:  # torch.load and load_state_dict raise many kinds, on many lines
         reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{file} does not hold the weights it should: {type(error).__name__}: {reason}") from error
+        raise ValueError(
+            f"{file} does not hold the weights it should: {type(error).__name__}: {reason}"
+        ) from error
     return model

@@ -1,7 +1,9 @@
-"""One table of named classification sets (images, texts, clips); `load`: name and split to items, labels, fingerprint.
+"""One table of named classification sets (images, texts, clips); `load`: name and split to items,
+labels, fingerprint.
 
-A new data set is one `Entry`: its source returns an `images.Split`. A packed file ``<name>.npz`` (see `pack`) in the
-data folder is found without an entry, and wins over the official archive of the same name.
+A new data set is one `Entry`: its source returns an `images.Split`. A packed file ``<name>.npz``
+(see `pack`) in the data folder is found without an entry, and wins over the official archive of the
+same name.
 """
 
 import difflib
@@ -23,7 +25,9 @@ ITEMS = {"image": "images", "text": "texts", "audio": "clips"}
 
 
 class DatasetUnavailable(FileNotFoundError):
-    """A known data set whose files are not on this machine: one line with name, size, licence and how to get it."""
+    """A known data set whose files are not on this machine: one line with name, size, licence and
+    how to get it.
+    """
 
 
 @dataclass(frozen=True)
@@ -38,17 +42,22 @@ class Entry:
     n_test: int | None
     n_classes: int | None
     gb: float  # of the download; 0: comes with an installed package
-    source: Callable[[Path, bool, bool], Split] | None = None  # (root, train, download); None: packed file only
+    source: Callable[[Path, bool, bool], Split] | None = (
+        None  # (root, train, download); None: packed file only
+    )
     folder: str = ""  # what the source reads, inside the downloads folder
     get: str = ""  # how to get it where download=True cannot
-    metric: str = "accuracy"  # or "mean-per-class" (section C), "mAP" of a ground truth of its own (section A.1)
+    # or "mean-per-class" (section C), "mAP" of a ground truth of its own (section A.1)
+    metric: str = "accuracy"
     column: str = ""  # its column in the paper's tables
     note: str = ""
     modality: str = "image"  # | "text" | "audio"
     seconds: float = 0  # the length that clips are brought to
 
 
-_PACKED = "put {name}.npz into the folder FUNGI_DATA names, or make it with python -m fungi_core.pack"
+_PACKED = (
+    "put {name}.npz into the folder FUNGI_DATA names, or make it with python -m fungi_core.pack"
+)
 _CARS = "gone from its official address; from a mirror: cars_train, cars_test, devkit, cars_test_annos_withlabels.mat"
 _IN1K = "register at image-net.org and unpack as train/<wnid>/ and val/<wnid>/ there"
 _IN100 = "put Labels.json (WordNet id -> name, 100 of them) there, with images in train*/, val*/ or in imagenet/"
@@ -60,7 +69,9 @@ _NC = "Custom (Research Only, Non Commercial)"
 _MPC = "mean-per-class"
 _SUBSET = "10 of 47 classes, random 2/3 : 1/3 split, not the official one"
 _ESC = "meta/esc50.csv and audio/*.wav of github.com/karolpiczak/ESC-50"
-_WORDS = "storage.googleapis.com/download.tensorflow.org/data/speech_commands_v0.02.tar.gz, unpacked"
+_WORDS = (
+    "storage.googleapis.com/download.tensorflow.org/data/speech_commands_v0.02.tar.gz, unpacked"
+)
 _CLIPS = "put {} there (columns: fungi_core.clips)"
 _FOLD4 = "one fold of ESC-50 in 4 parts of our own, not the official protocol"
 _FSDD = "recordings 5-19 train, 0-4 test; padded to 1 s"
@@ -70,14 +81,38 @@ _T = "Tiny ImageNet (100 of 200 classes)"  # stands in for ImageNet 100; trains 
 
 def _text(name, title, licence, n_train, n_test, n_classes, gb, column) -> Entry:
     """A text set of Table 20, in one packed file."""
-    return Entry(name, title, "paper", licence, n_train, n_test, n_classes, gb, corpora.packed(name),
-                 f"text_{name}.parquet", column=column, modality="text")  # fmt: skip
+    return Entry(
+        name,
+        title,
+        "paper",
+        licence,
+        n_train,
+        n_test,
+        n_classes,
+        gb,
+        corpora.packed(name),
+        f"text_{name}.parquet",
+        column=column,
+        modality="text",
+    )
 
 
 def _clips(name, title, profile, licence, sizes, gb, source, folder, get, seconds, **more) -> Entry:
     """An audio set of (training, test) clips and classes, which are cut or padded to ``seconds``."""
-    return Entry(name, title, profile, licence, *sizes, gb, source, folder, get.format(folder),
-                 modality="audio", seconds=seconds, **more)  # fmt: skip
+    return Entry(
+        name,
+        title,
+        profile,
+        licence,
+        *sizes,
+        gb,
+        source,
+        folder,
+        get.format(folder),
+        modality="audio",
+        seconds=seconds,
+        **more,
+    )
 
 
 DATASETS: dict[str, Entry] = {
@@ -141,15 +176,20 @@ DATASETS: dict[str, Entry] = {
 }  # fmt: skip
 
 
-def load(name: str, split: str, limit: int | None = None, seed: int = 0, download: bool = False) -> Images:
+def load(
+    name: str, split: str, limit: int | None = None, seed: int = 0, download: bool = False
+) -> Images:
     """Images of a data set, ``split`` "train" (the memory bank) or "test".
 
-    ``limit``: a subset of that many rows, drawn by ``seed``, classes as even as possible, kept in data-set order.
-    ``download``: fetch the official archive if it is missing; nothing is ever fetched otherwise.
-    Raises ValueError for an unknown name or split and `DatasetUnavailable` for files that are not here.
+    ``limit``: a subset of that many rows, drawn by ``seed``, classes as even as possible, kept in
+    data-set order. ``download``: fetch the official archive if it is missing; nothing is ever
+    fetched otherwise. Raises ValueError for an unknown name or split and `DatasetUnavailable` for
+    files that are not here.
     """
     if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r} of {name!r}: choose {' or '.join(map(repr, SPLITS))}")
+        raise ValueError(
+            f"unknown split {split!r} of {name!r}: choose {' or '.join(map(repr, SPLITS))}"
+        )
     entry, train = _entry(name), split == "train"
     path = _packed_file(entry)
     data = samples.packed(path, train) if path else read_source(entry, train, download)
@@ -157,43 +197,84 @@ def load(name: str, split: str, limit: int | None = None, seed: int = 0, downloa
     kind = f"{'training' if train else 'test'} {ITEMS[entry.modality]}"
     short = f"{n} of {n_official} official {kind}" if n_official not in (None, n) else ""
     note = "; ".join(filter(None, (short, entry.note)))
-    images = Images(name, split, data.labels, data.classes, entry.metric, data.names, data.items, np.arange(n),
-                    note, entry.licence, modality=entry.modality, seconds=entry.seconds)  # fmt: skip
+    images = Images(
+        name,
+        split,
+        data.labels,
+        data.classes,
+        entry.metric,
+        data.names,
+        data.items,
+        np.arange(n),
+        note,
+        entry.licence,
+        modality=entry.modality,
+        seconds=entry.seconds,
+    )
     if limit is None or limit >= len(images):
         return images
     if limit < 1:
         raise ValueError(f"limit must be a positive number of rows, not {limit}")
-    return images.take(balanced(images.labels, limit, seed), f"{limit} of {n} rows, class-balanced, seed {seed}")
+    return images.take(
+        balanced(images.labels, limit, seed), f"{limit} of {n} rows, class-balanced, seed {seed}"
+    )
 
 
 def whole_name(name: str) -> str:
-    """What a fold is a fold of: ``name_fold1``, ``name_part2`` ... of ``name``; any other name as it is."""
+    """What a fold is a fold of: ``name_fold1``, ``name_part2`` ... of ``name``; any other name as
+    it is.
+    """
     return re.sub(r"_(fold|part)\d+$", "", name)
 
 
 def read_source(entry: Entry, train: bool, download: bool = False) -> Split:
-    """One split from the data set's own source, packed file or not; `DatasetUnavailable` if that is not whole here."""
+    """One split from the data set's own source, packed file or not; `DatasetUnavailable` if that is
+    not whole here.
+    """
     if reason := _missing(entry, download):
         raise DatasetUnavailable(reason)
     try:
         return entry.source(downloads_dir(), train, download)
-    except (OSError, RuntimeError) as error:  # a list or folder is missing, a checksum is wrong, no network
+    except (
+        OSError,
+        RuntimeError,
+    ) as error:  # a list or folder is missing, a checksum is wrong, no network
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DatasetUnavailable(_line(entry, f"could not be read ({reason})")) from error
 
 
 def table() -> list[dict]:
-    """One row per data set of the table and per further packed file: its `Entry`, ``available``, and if it is not here
-    ``reason`` (one line with everything) and ``get`` (what to put into which folder).
+    """One row per data set of the table and per further packed file: its `Entry`, ``available``,
+    and if it is not here ``reason`` (one line with everything) and ``get`` (what to put into which
+    folder).
     """
-    entries = [*DATASETS.values(), *(_entry(name) for name in _packed_names() if name not in DATASETS)]
-    keys = ("name", "title", "profile", "modality", "metric", "licence", "n_train", "n_test", "n_classes", "gb",
-            "column", "note")  # fmt: skip
+    entries = [
+        *DATASETS.values(),
+        *(_entry(name) for name in _packed_names() if name not in DATASETS),
+    ]
+    keys = (
+        "name",
+        "title",
+        "profile",
+        "modality",
+        "metric",
+        "licence",
+        "n_train",
+        "n_test",
+        "n_classes",
+        "gb",
+        "column",
+        "note",
+    )
     rows = []
     for entry in entries:
         path = _packed_file(entry)
         reason = "" if path else _missing(entry, download=False)
-        origin = path.name if path else entry.folder or ("installed packages" if entry.source else "packed file")
+        origin = (
+            path.name
+            if path
+            else entry.folder or ("installed packages" if entry.source else "packed file")
+        )
         row = {key: getattr(entry, key) for key in keys}
         get = f"into {_folder(entry) or '.'}: {_get(entry)}" if reason else ""
         rows.append(row | {"origin": origin, "available": not reason, "reason": reason, "get": get})
@@ -224,7 +305,11 @@ def _missing(entry: Entry, download: bool) -> str:
     """Why the data set cannot be read without a packed file, in one line; "" if it can."""
     if entry.modality == "audio" and entry.folder and not find_spec("soundfile"):
         return _line(entry, f"needs soundfile ({sounds.EXTRA})")
-    if entry.source and (not entry.folder or (downloads_dir() / entry.folder).exists() or (download and not entry.get)):
+    if entry.source and (
+        not entry.folder
+        or (downloads_dir() / entry.folder).exists()
+        or (download and not entry.get)
+    ):
         return ""
     return _line(entry, "is not here")
 

@@ -22,10 +22,12 @@ def visible() -> list[str]:
 
 
 def claim() -> str | None:
-    """Take the first GPU that no other job of this machine and store has, until this process ends; returns its name.
+    """Take the first GPU that no other job of this machine and store has, until this process ends;
+    returns its name.
 
-    Sets CUDA_VISIBLE_DEVICES, so it comes before CUDA is touched; a kernel started afterwards inherits it. Nothing is
-    done with one GPU or none, as inside of a cluster's job: the scheduler has chosen. If all are taken, one is shared.
+    Sets CUDA_VISIBLE_DEVICES, so it comes before CUDA is touched; a kernel started afterwards
+    inherits it. Nothing is done with one GPU or none, as inside of a cluster's job: the scheduler
+    has chosen. If all are taken, one is shared.
     """
     devices = visible()
     if len(devices) < 2:

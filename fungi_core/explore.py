@@ -1,4 +1,6 @@
-"""What a notebook does with its kernel: widgets live in JupyterLab and static in a batch run, and an early end."""
+"""What a notebook does with its kernel: widgets live in JupyterLab and static in a batch run, and
+an early end.
+"""
 
 import os
 from collections.abc import Callable, Sequence
@@ -12,24 +14,32 @@ from traitlets import Any, HasTraits
 
 
 def live() -> bool:
-    """Whether a person is in front of the notebook (JupyterLab sets the variable; papermill and nbval do not)."""
+    """Whether a person is in front of the notebook (JupyterLab sets the variable; papermill and
+    nbval do not).
+    """
     return "JPY_SESSION_NAME" in os.environ
 
 
 class Watched(HasTraits):
-    """A value that cells look at: ``interact(show, on=watched)`` draws again whenever ``watched.value`` is set."""
+    """A value that cells look at: ``interact(show, on=watched)`` draws again whenever
+    ``watched.value`` is set.
+    """
 
     value = Any()
 
 
 def interact(show: Callable, *, on: Watched | None = None, **choices):
-    """A menu or slider for each of ``choices`` and below them what ``show`` returns, drawn again in place at a change.
+    """A menu or slider for each of ``choices`` and below them what ``show`` returns, drawn again in
+    place at a change.
 
-    A choice is a list (menu), integers (low, high) or (low, high, start) (slider), a str to edit (Enter draws), or a
-    function that gives one of these, asked again when ``on`` changes. What ``show`` raises is shown as one line.
-    Without a reader: ``show`` of each list's first, each slider's start and each str, and errors are errors.
+    A choice is a list (menu), integers (low, high) or (low, high, start) (slider), a str to edit
+    (Enter draws), or a function that gives one of these, asked again when ``on`` changes. What
+    ``show`` raises is shown as one line. Without a reader: ``show`` of each list's first, each
+    slider's start and each str, and errors are errors.
     """
-    asked = lambda: {name: choice() if callable(choice) else choice for name, choice in choices.items()}
+    asked = lambda: {
+        name: choice() if callable(choice) else choice for name, choice in choices.items()
+    }
     if not live():
         return show(**{name: _start(choice) for name, choice in asked().items()})
     from ipywidgets import HBox, Layout, VBox, interactive_output
@@ -62,17 +72,27 @@ def _control(name: str, choice):
     looks = {"description": name.replace("_", " "), "style": {"description_width": "initial"}}
     if isinstance(choice, tuple):  # a slider answers when it is let go
         low, high = choice[:2]
-        return IntSlider(value=_start(choice), min=low, max=high, continuous_update=False,
-                         layout=Layout(width="24em"), **looks)  # fmt: skip
+        return IntSlider(
+            value=_start(choice),
+            min=low,
+            max=high,
+            continuous_update=False,
+            layout=Layout(width="24em"),
+            **looks,
+        )
     if isinstance(choice, str):
         return Text(value=choice, continuous_update=False, layout=Layout(width="40em"), **looks)
-    return Dropdown(options=list(choice), layout=Layout(width="max-content", max_width="40em"), **looks)
+    return Dropdown(
+        options=list(choice), layout=Layout(width="max-content", max_width="40em"), **looks
+    )
 
 
 def _shown(show: Callable, values: dict) -> None:
     try:
         result = show(**values)
-    except Exception as error:  # a reader's choice that cannot be drawn is no reason for a page of traceback
+    except (
+        Exception
+    ) as error:  # a reader's choice that cannot be drawn is no reason for a page of traceback
         print(f"{type(error).__name__}: {' '.join(str(error).split())}")
     else:
         if result is not None:
@@ -80,8 +100,9 @@ def _shown(show: Callable, values: dict) -> None:
 
 
 def chooser(load: Callable, *, folder: str, backbone: str, backbones: Sequence[str]):
-    """A panel for one's own images: files (a zip, too) or a folder, a backbone, a button; runs ``load(files, folder,
-    backbone)`` at once and at each click, with its progress below. ``files``: (name, bytes) pairs, empty at the start.
+    """A panel for one's own images: files (a zip, too) or a folder, a backbone, a button; runs
+    ``load(files, folder, backbone)`` at once and at each click, with its progress below. ``files``:
+    (name, bytes) pairs, empty at the start.
 
     Without a reader: ``load((), folder, backbone)``.
     """
@@ -90,10 +111,24 @@ def chooser(load: Callable, *, folder: str, backbone: str, backbones: Sequence[s
     from ipywidgets import Button, Combobox, FileUpload, HBox, Layout, Output, Text, VBox
 
     wide = {"layout": Layout(width="34em"), "style": {"description_width": "6em"}}
-    files = FileUpload(accept="image/*,.zip", multiple=True, description="files", layout=Layout(width="10em"))
-    place = Text(folder, description="or a folder", placeholder="a sub-folder per class, or files only", **wide)
-    hint = f"{backbone}, or any timm name"  # no value: a browser offers only names that hold what is typed
-    name = Combobox(placeholder=hint, options=list(backbones), description="backbone", ensure_option=False, **wide)
+    files = FileUpload(
+        accept="image/*,.zip", multiple=True, description="files", layout=Layout(width="10em")
+    )
+    place = Text(
+        folder,
+        description="or a folder",
+        placeholder="a sub-folder per class, or files only",
+        **wide,
+    )
+    # no value: a browser offers only names that hold what is typed
+    hint = f"{backbone}, or any timm name"
+    name = Combobox(
+        placeholder=hint,
+        options=list(backbones),
+        description="backbone",
+        ensure_option=False,
+        **wide,
+    )
     button = Button(description="extract", button_style="primary", layout=Layout(width="10em"))
     output = Output()
 
@@ -121,7 +156,9 @@ def chooser(load: Callable, *, folder: str, backbone: str, backbones: Sequence[s
 
 
 def listen(clips: Sequence, rate: int) -> None:
-    """A player for each waveform (n,), in front of a person only: sound is never kept in a saved notebook."""
+    """A player for each waveform (n,), in front of a person only: sound is never kept in a saved
+    notebook.
+    """
     if live():
         from IPython.display import Audio, display
 
@@ -130,7 +167,9 @@ def listen(clips: Sequence, rate: int) -> None:
 
 
 def downloads(files: Sequence[Path]) -> HTML:
-    """File names and sizes; in JupyterLab links that save a file, where it lies below the folder shown there."""
+    """File names and sizes; in JupyterLab links that save a file, where it lies below the folder
+    shown there.
+    """
     lines = []
     for file in files:
         href = quote(Path(os.path.relpath(file)).as_posix())
@@ -144,10 +183,12 @@ class _End(Exception):
 
 
 def end(message: str) -> NoReturn:
-    """End the notebook at this cell with one line, as a success: later cells do not run, papermill exits with 0.
+    """End the notebook at this cell with one line, as a success: later cells do not run, papermill
+    exits with 0.
 
-    Papermill takes an error that says SystemExit 0 for a success. IPython's own is three lines about tracebacks and how
-    to quit, so the kernel sends that error with ``message`` in their place. Outside a kernel it is SystemExit(0).
+    Papermill takes an error that says SystemExit 0 for a success. IPython's own is three lines
+    about tracebacks and how to quit, so the kernel sends that error with ``message`` in their
+    place. Outside a kernel it is SystemExit(0).
     """
     shell = get_ipython()
     if shell is None or not hasattr(shell, "kernel"):

@@ -1,4 +1,6 @@
-"""Heat maps of pairs of features and grids of images: arrays in, a `Figure` out; nothing is read or written here."""
+"""Heat maps of pairs of features and grids of images: arrays in, a `Figure` out; nothing is read or
+written here.
+"""
 
 from collections.abc import Mapping, Sequence
 
@@ -14,8 +16,12 @@ from fungi_core.figures import NAMES, VERDICTS, WIDE, colour, contrast, figure
 
 
 def cka_heatmaps(matrices: Mapping[str, tuple[Sequence[str], np.ndarray]]) -> Figure:
-    """Fig. 2, top: linear CKA of each pair of features; `matrices` maps a title to (labels, (n, n) array)."""
-    shade = {title: np.where(np.tri(len(m), dtype=bool), m, np.nan) for title, (_, m) in matrices.items()}
+    """Fig. 2, top: linear CKA of each pair of features; `matrices` maps a title to (labels, (n, n)
+    array).
+    """
+    shade = {
+        title: np.where(np.tri(len(m), dtype=bool), m, np.nan) for title, (_, m) in matrices.items()
+    }
     return _triangles(matrices, shade, Normalize(0, 1), "Blues", ".2f", "linear CKA")[0]
 
 
@@ -24,10 +30,11 @@ def pair_matrix(
     combined: Mapping[str, float] | None = None,
     reference: str = "E",
 ) -> Figure:
-    """Fig. 2, bottom: kNN accuracy of each feature (diagonal) and pair; `acc` maps a title to (labels, (n, n)).
+    """Fig. 2, bottom: kNN accuracy of each feature (diagonal) and pair; `acc` maps a title to
+    (labels, (n, n)).
 
-    Colour is the difference from the `reference` feature alone; `combined` gives, for each title, the accuracy of all
-    features together, drawn as the framed cell in the empty corner.
+    Colour is the difference from the `reference` feature alone; `combined` gives, for each title,
+    the accuracy of all features together, drawn as the framed cell in the empty corner.
     """
     numbers, shade = {}, {}
     for title, (labels, matrix) in acc.items():
@@ -41,16 +48,28 @@ def pair_matrix(
     for ax, (labels, full) in zip(axes, numbers.values(), strict=True):
         if not np.isnan(full[0, -1]):
             n = len(labels)
-            ax.add_patch(Rectangle((n - 1, 0), 1, 1, facecolor="none", edgecolor="black", linewidth=1.2, clip_on=False))
+            ax.add_patch(
+                Rectangle(
+                    (n - 1, 0),
+                    1,
+                    1,
+                    facecolor="none",
+                    edgecolor="black",
+                    linewidth=1.2,
+                    clip_on=False,
+                )
+            )
             ax.text(n - 1.12, 0.5, "all", ha="right", va="center_baseline", size=7.5)
     return fig
 
 
 def source_layers(df: pd.DataFrame) -> Figure:
-    """Fig. 8: accuracy of the gradients at every linear layer, a column of panels for each objective.
+    """Fig. 8: accuracy of the gradients at every linear layer, a column of panels for each
+    objective.
 
-    `df`: features, kind (which layer of a block), block (from 1), value, low, high (percent), base (the embedding's
-    accuracy). Above a heat map of the difference from the embedding with the accuracy written in, below lines.
+    `df`: features, kind (which layer of a block), block (from 1), value, low, high (percent), base
+    (the embedding's accuracy). Above a heat map of the difference from the embedding with the
+    accuracy written in, below lines.
     """
     kinds, objectives = list(df["kind"].unique()), list(df["features"].unique())
     blocks = sorted(df["block"].unique())
@@ -62,7 +81,9 @@ def source_layers(df: pd.DataFrame) -> Figure:
         here = df[df["features"] == name]
         wide = here.pivot(index="kind", columns="block", values="value").loc[kinds, blocks]
         base = here["base"].iloc[0]
-        mesh = top.pcolormesh(wide - base, norm=Normalize(-reach, reach), cmap="RdBu", edgecolors="white", linewidth=1)
+        mesh = top.pcolormesh(
+            wide - base, norm=Normalize(-reach, reach), cmap="RdBu", edgecolors="white", linewidth=1
+        )
         for i, j in np.ndindex(wide.shape):
             ink = contrast(mesh.to_rgba(wide.iloc[i, j] - base))
             text = f"{wide.iloc[i, j]:.0f}"
@@ -74,20 +95,31 @@ def source_layers(df: pd.DataFrame) -> Figure:
         top.tick_params(length=0)
         for kind in kinds:
             part = here[here["kind"] == kind].sort_values("block")
-            bottom.fill_between(part["block"], part["low"], part["high"], color=inks[kind], alpha=0.1, linewidth=0)
-            bottom.plot(part["block"], part["value"], color=inks[kind], marker="o", markersize=3, label=kind)
-        bottom.axhline(base, color=colour("E"), linewidth=1, linestyle=(0, (4, 3)), label="embedding")
+            bottom.fill_between(
+                part["block"], part["low"], part["high"], color=inks[kind], alpha=0.1, linewidth=0
+            )
+            bottom.plot(
+                part["block"], part["value"], color=inks[kind], marker="o", markersize=3, label=kind
+            )
+        bottom.axhline(
+            base, color=colour("E"), linewidth=1, linestyle=(0, (4, 3)), label="embedding"
+        )
         bottom.set(xlabel="block", xticks=blocks)
         bottom.grid(axis="y")
     axes[1, 0].set_ylabel("accuracy (%)")
     bar = fig.colorbar(mesh, ax=axes[0], aspect=8, pad=0.02, label="points above\nthe embedding")
     bar.outline.set_visible(False)
-    fig.legend(*axes[1, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(kinds) + 1)
+    fig.legend(
+        *axes[1, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(kinds) + 1
+    )
     return fig
 
 
 def image_grid(
-    images: Sequence, titles: Sequence[str] | None = None, ncols: int = 8, frames: Sequence[bool | None] | None = None
+    images: Sequence,
+    titles: Sequence[str] | None = None,
+    ncols: int = 8,
+    frames: Sequence[bool | None] | None = None,
 ) -> Figure:
     """Images (PIL, or arrays (H, W) or (H, W, 3)) in rows of `ncols`.
 
@@ -112,8 +144,20 @@ def image_grid(
     return fig
 
 
-MASKS = ("#88CCEE", "#DDCC77", "#AA4499", "#7A7A7A", "#EE7733", "#117733", "#CC6677", "#44AA99", "#332288", "#882255",
-         "#111111", "#999933")  # after Tol's muted scheme, safe for colour-blind readers  # fmt: skip
+MASKS = (
+    "#88CCEE",
+    "#DDCC77",
+    "#AA4499",
+    "#7A7A7A",
+    "#EE7733",
+    "#117733",
+    "#CC6677",
+    "#44AA99",
+    "#332288",
+    "#882255",
+    "#111111",
+    "#999933",
+)  # after Tol's muted scheme, safe for colour-blind readers
 
 
 def class_colours(classes: int) -> np.ndarray:
@@ -121,12 +165,16 @@ def class_colours(classes: int) -> np.ndarray:
     if classes <= len(MASKS):
         return np.array([to_rgb(ink) for ink in MASKS[:classes]])
     light, dark = (np.array(seaborn.husl_palette(classes, s=0.85, l=tone)) for tone in (0.72, 0.45))
-    order = np.argsort(np.arange(classes) * 0.618 % 1)  # neighbours in the list are far apart in hue
+    order = np.argsort(
+        np.arange(classes) * 0.618 % 1
+    )  # neighbours in the list are far apart in hue
     return np.where(np.arange(classes)[:, None] % 2 == 0, light, dark)[order]
 
 
 def painted(image, mask: np.ndarray, classes: int) -> np.ndarray:
-    """A mask over its image in grey, borders between classes dark, void as the grey image; RGB in [0, 1]."""
+    """A mask over its image in grey, borders between classes dark, void as the grey image; RGB in
+    [0, 1].
+    """
     fine = -(-400 // mask.shape[1])  # small images are enlarged, so that a border stays a thin line
     image, mask = (np.repeat(np.repeat(x, fine, 0), fine, 1) for x in (np.asarray(image), mask))
     grey = np.asarray(Image.fromarray(image).convert("L"))[..., None] / 255
@@ -140,14 +188,18 @@ def painted(image, mask: np.ndarray, classes: int) -> np.ndarray:
 
 
 def mask_rows(rows: Sequence[Mapping], names: Sequence[str]) -> Figure:
-    """Fig. 7: image, mask from the embedding, from FUNGI, and the truth, a row an image; the same colours everywhere.
+    """Fig. 7: image, mask from the embedding, from FUNGI, and the truth, a row an image; the same
+    colours everywhere.
 
-    Each of `rows`: title, image (H, W, 3) uint8, masks {title: (H, W) class indices, else void}; `names`: classes.
+    Each of `rows`: title, image (H, W, 3) uint8, masks {title: (H, W) class indices, else void};
+    `names`: classes.
     """
     wide, high = np.asarray(rows[0]["image"]).shape[1::-1]
     columns = 1 + len(rows[0]["masks"])
     cell = WIDE / columns
-    seen = np.unique(np.concatenate([np.unique(mask) for row in rows for mask in row["masks"].values()]))
+    seen = np.unique(
+        np.concatenate([np.unique(mask) for row in rows for mask in row["masks"].values()])
+    )
     shown = [int(c) for c in seen if c < len(names)]
     lines = -(-len(shown) // 6)
     height = len(rows) * (cell * high / wide + 0.2) + 0.25 + 0.18 * lines
@@ -162,24 +214,36 @@ def mask_rows(rows: Sequence[Mapping], names: Sequence[str]) -> Figure:
             ax.imshow(painted(row["image"], mask, len(names)), interpolation="nearest")
             ax.set_title(title, size=7.5, pad=3)
     colours = class_colours(len(names))
-    handles = [Patch(facecolor=colours[c], edgecolor="#333333", linewidth=0.5, label=names[c]) for c in shown]
+    handles = [
+        Patch(facecolor=colours[c], edgecolor="#333333", linewidth=0.5, label=names[c])
+        for c in shown
+    ]
     if len(shown) < len(seen):
-        handles.append(Patch(facecolor="#CFCFCF", edgecolor="#333333", linewidth=0.5, label="void (not scored)"))
-    fig.legend(handles=handles, loc="outside lower center", ncols=6, handlelength=1.2, columnspacing=1.2)
+        handles.append(
+            Patch(
+                facecolor="#CFCFCF", edgecolor="#333333", linewidth=0.5, label="void (not scored)"
+            )
+        )
+    fig.legend(
+        handles=handles, loc="outside lower center", ncols=6, handlelength=1.2, columnspacing=1.2
+    )
     return fig
 
 
 def neighbours(query: Mapping, found: Mapping[str, Sequence[Mapping]]) -> Figure:
     """An image and, a row a feature set, what is nearest to it.
 
-    `query` and each neighbour: image (H, W, 3) uint8, title; `right`: True, False or None as in `image_grid`; `box`
-    (left, top, side): a patch of the image is meant, and of a neighbour only what is around it is shown.
+    `query` and each neighbour: image (H, W, 3) uint8, title; `right`: True, False or None as in
+    `image_grid`; `box` (left, top, side): a patch of the image is meant, and of a neighbour only
+    what is around it is shown.
     """
     count = max(map(len, found.values()))
     side = min(1.5, (WIDE - 1.9) / count)
     lines = 1 + max(one["title"].count("\n") for some in found.values() for one in some)
     height, ratios = len(found) * (side + 0.12 + 0.14 * lines) + 0.1, [1.9 / side, *[1] * count]
-    fig, axes = figure(len(found), count + 1, width=2 + count * side, height=height, width_ratios=ratios)
+    fig, axes = figure(
+        len(found), count + 1, width=2 + count * side, height=height, width_ratios=ratios
+    )
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[])
         ax.spines[:].set_visible(False)
@@ -209,10 +273,11 @@ def neighbours(query: Mapping, found: Mapping[str, Sequence[Mapping]]) -> Figure
 
 
 def spectrograms(query: Mapping, found: Mapping[str, Sequence[Mapping]]) -> Figure:
-    """A clip and, a row a feature set, the clips nearest to it, as log-mel spectrograms: time to the right, low bands
-    below, each from its quietest to its loudest cell.
+    """A clip and, a row a feature set, the clips nearest to it, as log-mel spectrograms: time to
+    the right, low bands below, each from its quietest to its loudest cell.
 
-    `query` and each neighbour: bank (T, F), title, and `right` (True: blue frame, False: vermillion, None: no frame).
+    `query` and each neighbour: bank (T, F), title, and `right` (True: blue frame, False:
+    vermillion, None: no frame).
     """
     count = max(map(len, found.values()))
     fig, axes = figure(len(found), count + 1, height=1.45 * len(found) + 0.1)
@@ -224,7 +289,9 @@ def spectrograms(query: Mapping, found: Mapping[str, Sequence[Mapping]]) -> Figu
         line[1].set_ylabel(name)
         tiles += zip(line[1:], some, strict=False)
     for ax, one in tiles:
-        ax.imshow(one["bank"].T, origin="lower", aspect="auto", cmap="magma", interpolation="nearest")
+        ax.imshow(
+            one["bank"].T, origin="lower", aspect="auto", cmap="magma", interpolation="nearest"
+        )
         ax.set(xticks=[], yticks=[])
         ax.set_title(one["title"], size=7, pad=3, loc="center")
         verdict = {True: "agrees", False: "disagrees"}.get(one.get("right"))
@@ -233,15 +300,18 @@ def spectrograms(query: Mapping, found: Mapping[str, Sequence[Mapping]]) -> Figu
 
 
 def changes(rows: Sequence[Mapping], title: str) -> Figure:
-    """Images that a feature puts right (blue) or wrong (vermillion) where the embedding did not, a row an image.
+    """Images that a feature puts right (blue) or wrong (vermillion) where the embedding did not, a
+    row an image.
 
-    Each of `rows`: image, better (put right?), found {feature set: [(image, of the same class?), ...]}, two of them,
-    and votes {feature set: neighbours of its class among all that vote}.
+    Each of `rows`: image, better (put right?), found {feature set: [(image, of the same class?),
+    ...]}, two of them, and votes {feature set: neighbours of its class among all that vote}.
     """
     names, count = list(rows[0]["found"]), len(next(iter(rows[0]["found"].values())))
     gap, side = 0.3, WIDE / (2 * count + 1.9)
     ratios = [1.3, gap, *[1] * count, gap, *[1] * count]
-    fig, axes = figure(len(rows), len(ratios), height=len(rows) * (side + 0.18) + 0.35, width_ratios=ratios)
+    fig, axes = figure(
+        len(rows), len(ratios), height=len(rows) * (side + 0.18) + 0.35, width_ratios=ratios
+    )
     fig.get_layout_engine().set(w_pad=0.01, wspace=0)
     fig.suptitle(title, size=8, x=0.01, ha="left")
     for ax in axes.flat:
@@ -253,7 +323,11 @@ def changes(rows: Sequence[Mapping], title: str) -> Figure:
         _framed(line[0], row["better"])
         for at, name in zip((2, 2 + count + 1), names, strict=True):
             label = f"{NAMES.get(name, name)}: {row['votes'][name]} votes for its class"
-            above = {"transform": line[at].transAxes, "va": "bottom", "in_layout": False}  # runs over the images beside
+            above = {
+                "transform": line[at].transAxes,
+                "va": "bottom",
+                "in_layout": False,
+            }  # runs over the images beside
             line[at].text(0, 1.06, label, size=7, **above)
             for ax, (image, right) in zip(line[at:], row["found"][name], strict=False):
                 ax.imshow(image)
@@ -269,7 +343,9 @@ def pairs(images: Sequence, titles: Sequence[str], ncols: int = 4) -> Figure:
     ncols = min(ncols, count)
     rows, gap = -(-count // ncols), 0.25
     width_ratios = [1, 1, gap] * (ncols - 1) + [1, 1]
-    fig, axes = figure(rows, 3 * ncols - 1, width=1.7 * ncols, height=1.1 * rows, width_ratios=width_ratios)
+    fig, axes = figure(
+        rows, 3 * ncols - 1, width=1.7 * ncols, height=1.1 * rows, width_ratios=width_ratios
+    )
     fig.get_layout_engine().set(w_pad=0.01, wspace=0)
     for ax in axes.flat:
         ax.axis("off")
@@ -282,12 +358,15 @@ def pairs(images: Sequence, titles: Sequence[str], ncols: int = 4) -> Figure:
 
 
 def image_map(
-    places: np.ndarray, images: Sequence, labels: Sequence[int] | None = None, names: Sequence[str] = ()
+    places: np.ndarray,
+    images: Sequence,
+    labels: Sequence[int] | None = None,
+    names: Sequence[str] = (),
 ) -> Figure:
     """A 2-D map of images, (N, 2) places: a thumbnail wherever there is room for one, else a dot.
 
-    `labels` (N,), `names`: a frame in the colour of its class around each; more than twelve share colours, and no
-    legend is drawn.
+    `labels` (N,), `names`: a frame in the colour of its class around each; more than twelve share
+    colours, and no legend is drawn.
     """
     fig, [[ax]] = figure(height=5.2)
     places = np.asarray(places, float)
@@ -306,28 +385,51 @@ def image_map(
         box = (x[i] - side / 2, x[i] + side / 2, y[i] - side / 2, y[i] + side / 2)
         ax.imshow(pixels, extent=box, interpolation="bilinear", zorder=2)
         edge = "#888888" if inks is None else inks[i]
-        ax.add_patch(Rectangle(box[::2], side, side, facecolor="none", edgecolor=edge, linewidth=1.6, zorder=3))
-    ax.set(xlim=(-side / 2, WIDE - 0.6 + side / 2), ylim=(-side / 2, 4.4 + side / 2), xticks=[], yticks=[])
+        ax.add_patch(
+            Rectangle(
+                box[::2], side, side, facecolor="none", edgecolor=edge, linewidth=1.6, zorder=3
+            )
+        )
+    ax.set(
+        xlim=(-side / 2, WIDE - 0.6 + side / 2),
+        ylim=(-side / 2, 4.4 + side / 2),
+        xticks=[],
+        yticks=[],
+    )
     ax.set_aspect("equal")
     ax.spines[:].set_visible(False)
     if labels is not None and len(names) <= 16:
         colours = class_colours(len(names))
-        handles = [Patch(facecolor=ink, label=name) for ink, name in zip(colours, names, strict=True)]
+        handles = [
+            Patch(facecolor=ink, label=name) for ink, name in zip(colours, names, strict=True)
+        ]
         columns = 6
-        fig.legend(handles=handles, loc="outside lower center", ncols=columns, handlelength=1.2, columnspacing=1.2)
+        fig.legend(
+            handles=handles,
+            loc="outside lower center",
+            ncols=columns,
+            handlelength=1.2,
+            columnspacing=1.2,
+        )
     return fig
 
 
 def _framed(ax, right: bool | None) -> None:
     """A frame for right (blue) or wrong (vermillion), none for None."""
     if right is not None:
-        ax.spines[:].set(visible=True, linewidth=2.5, color=VERDICTS["agrees" if right else "disagrees"])
+        ax.spines[:].set(
+            visible=True, linewidth=2.5, color=VERDICTS["agrees" if right else "disagrees"]
+        )
 
 
-def gradient_panels(image, matrices: Mapping[str, np.ndarray], blocks: Mapping[str, np.ndarray]) -> Figure:
-    """One image, its gradient matrix for each objective (D_out, D_in + 1), and below the vectors that are kept.
+def gradient_panels(
+    image, matrices: Mapping[str, np.ndarray], blocks: Mapping[str, np.ndarray]
+) -> Figure:
+    """One image, its gradient matrix for each objective (D_out, D_in + 1), and below the vectors
+    that are kept.
 
-    `matrices` and `blocks` ((d,) each, unit length) are keyed by letter; `blocks` starts with the embedding, "E".
+    `matrices` and `blocks` ((d,) each, unit length) are keyed by letter; `blocks` starts with the
+    embedding, "E".
     """
     fig, axes = figure(2, 1 + len(matrices), height=3.4, height_ratios=[2, 1])
     axes[0, 0].imshow(np.asarray(image), interpolation="nearest")
@@ -335,8 +437,13 @@ def gradient_panels(image, matrices: Mapping[str, np.ndarray], blocks: Mapping[s
     axes[0, 0].spines[:].set_visible(False)
     for ax, (letter, matrix) in zip(axes[0, 1:], matrices.items(), strict=True):
         reach = np.percentile(np.abs(matrix), 99)  # a few entries are far larger than the rest
-        seaborn.heatmap(matrix, ax=ax, cmap="RdBu", vmin=-reach, vmax=reach, cbar=False, rasterized=True)
-        ax.set(xlabel="input unit, bias last", ylabel="output unit" if letter == next(iter(matrices)) else "")
+        seaborn.heatmap(
+            matrix, ax=ax, cmap="RdBu", vmin=-reach, vmax=reach, cbar=False, rasterized=True
+        )
+        ax.set(
+            xlabel="input unit, bias last",
+            ylabel="output unit" if letter == next(iter(matrices)) else "",
+        )
         ax.set_title(f"{NAMES[letter]}, rank {np.linalg.matrix_rank(matrix)}")
     top = max(np.abs(vector).max() for vector in blocks.values())
     for ax, (letter, vector) in zip(axes[1], blocks.items(), strict=True):
@@ -351,7 +458,12 @@ def gradient_panels(image, matrices: Mapping[str, np.ndarray], blocks: Mapping[s
 
 
 def _triangles(
-    panels: Mapping[str, tuple[Sequence[str], np.ndarray]], shade: Mapping, norm, cmap: str, fmt: str, label: str
+    panels: Mapping[str, tuple[Sequence[str], np.ndarray]],
+    shade: Mapping,
+    norm,
+    cmap: str,
+    fmt: str,
+    label: str,
 ) -> tuple[Figure, list]:
     """Annotated heat maps in a grid, coloured by `shade` where it is not NaN, with one colour bar."""
     if not panels:
@@ -364,7 +476,13 @@ def _triangles(
         ax.axis("off")
     for ax, (title, (labels, numbers)) in zip(axes.flat, panels.items(), strict=False):
         n = len(labels)
-        mesh = ax.pcolormesh(np.ma.masked_invalid(shade[title]), norm=norm, cmap=cmap, edgecolors="white", linewidth=1)
+        mesh = ax.pcolormesh(
+            np.ma.masked_invalid(shade[title]),
+            norm=norm,
+            cmap=cmap,
+            edgecolors="white",
+            linewidth=1,
+        )
         for i, j in zip(*np.nonzero(~np.isnan(shade[title])), strict=True):
             ink, text = contrast(mesh.to_rgba(shade[title][i, j])), format(numbers[i][j], fmt)
             ax.text(j + 0.5, i + 0.5, text, ha="center", va="center_baseline", size=7.5, color=ink)

@@ -1,11 +1,14 @@
-"""Projection of gradients by a +-1 matrix kept as bits: a Triton kernel for GPUs, and its twin in plain torch.
+"""Projection of gradients by a +-1 matrix kept as bits: a Triton kernel for GPUs, and its twin in
+plain torch.
 
-One kernel serves both uses. Its rows are outer products d_t a_t^T, formed in registers and multiplied at once by signs
-that are unpacked in registers: neither the gradients of an image's tokens (1.2 GB at 512 px on ViT-B) nor the
-projection (1.8 GB) ever exists in memory. A per-sample gradient that already is one vector is the case D_out = 1.
+One kernel serves both uses. Its rows are outer products d_t a_t^T, formed in registers and
+multiplied at once by signs that are unpacked in registers: neither the gradients of an image's
+tokens (1.2 GB at 512 px on ViT-B) nor the projection (1.8 GB) ever exists in memory. A per-sample
+gradient that already is one vector is the case D_out = 1.
 
-Signs: (rows, bytes) uint8, little bit order, 1 stands for +1 and 0 for -1; column o * D_in + i belongs to the gradient
-entry d_o a_i, a bias's one being the last entry of a. Products are in the inputs' dtype, sums in float32.
+Signs: (rows, bytes) uint8, little bit order, 1 stands for +1 and 0 for -1; column o * D_in + i
+belongs to the gradient entry d_o a_i, a bias's one being the last entry of a. Products are in the
+inputs' dtype, sums in float32.
 """
 
 import torch
@@ -21,15 +24,23 @@ BLOCK_BYTES = 2**26  # of the torch twin: gradients or signs held at once
 
 
 def project_tokens(d: torch.Tensor, a: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
-    """out[t, r] = sum over o, i of d[t, o] a[t, i] R[r, o * D_in + i]: (T, D_out), (T, D_in) -> (T, rows) float32.
+    """out[t, r] = sum over o, i of d[t, o] a[t, i] R[r, o * D_in + i]: (T, D_out), (T, D_in) -> (T,
+    rows) float32.
 
-    The sums are cut in the same places whatever T is, so a token's features do not depend on its batch.
+    The sums are cut in the same places whatever T is, so a token's features do not depend on its
+    batch.
     """
-    return _launch(d, a, bits, block=(128, 128, 64), splits=3) if d.is_cuda else project_tokens_torch(d, a, bits)
+    return (
+        _launch(d, a, bits, block=(128, 128, 64), splits=3)
+        if d.is_cuda
+        else project_tokens_torch(d, a, bits)
+    )
 
 
 def project_gradients(gradients: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
-    """Gradients (B, columns) times R's transpose, (B, rows) float32: few rows and many columns, so many splits."""
+    """Gradients (B, columns) times R's transpose, (B, rows) float32: few rows and many columns, so
+    many splits.
+    """
     ones = gradients.new_ones(len(gradients), 1)
     if gradients.is_cuda:
         return _launch(ones, gradients, bits, block=(64, 128, 64), splits=64)
@@ -39,18 +50,23 @@ def project_gradients(gradients: torch.Tensor, bits: torch.Tensor) -> torch.Tens
 def project_tokens_torch(
     d: torch.Tensor, a: torch.Tensor, bits: torch.Tensor | None, dense: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """`project_tokens` in plain torch, for CPUs and as the kernel's twin: a matrix product for each block of entries.
+    """`project_tokens` in plain torch, for CPUs and as the kernel's twin: a matrix product for each
+    block of entries.
 
     ``dense``: R already unpacked, (rows, D_out * D_in), instead of its bits.
     """
     (count, d_out), d_in, rows = d.shape, a.shape[1], len(bits if dense is None else dense)
     out = torch.zeros(count, rows, device=a.device)
-    entries = max(1, BLOCK_BYTES // (max(count, rows) * a.element_size()))  # gradient entries at once
+    entries = max(
+        1, BLOCK_BYTES // (max(count, rows) * a.element_size())
+    )  # gradient entries at once
     units, wide = max(1, entries // d_in), min(d_in, entries)
     for o in range(0, d_out, units):
         some = min(units, d_out - o)
         for i in range(0, d_in, wide):  # one step, unless a single output unit is too long
-            outer = (d[:, o : o + some, None] * a[:, None, i : i + wide]).flatten(1)  # (T, some * D_in)
+            outer = (d[:, o : o + some, None] * a[:, None, i : i + wide]).flatten(
+                1
+            )  # (T, some * D_in)
             first = o * d_in + i
             last = first + outer.shape[1]
             signs = unpack(bits, first, last, a.dtype) if dense is None else dense[:, first:last]
@@ -58,17 +74,23 @@ def project_tokens_torch(
     return out
 
 
-def unpack(bits: torch.Tensor, start: int, stop: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def unpack(
+    bits: torch.Tensor, start: int, stop: int, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
     """Columns start..stop of the signs as a dense matrix of -1 and +1, (rows, stop - start)."""
     first = start // 8
     byte = torch.arange(256, dtype=torch.uint8, device=bits.device)
-    table = ((byte[:, None] >> byte[:8]) & 1).to(dtype).mul_(2).sub_(1)  # (256, 8): the signs in each byte
+    table = (
+        ((byte[:, None] >> byte[:8]) & 1).to(dtype).mul_(2).sub_(1)
+    )  # (256, 8): the signs in each byte
     signs = F.embedding(bits[:, first : -(-stop // 8)].int(), table)  # (rows, bytes, 8)
     return signs.flatten(1)[:, start - 8 * first : stop - 8 * first]
 
 
 def _launch(d, a, bits, block: tuple[int, int, int], splits: int) -> torch.Tensor:
-    """The Triton kernel on (T, rows) tiles, with the gradient entries in ``splits`` parts that are added up last."""
+    """The Triton kernel on (T, rows) tiles, with the gradient entries in ``splits`` parts that are
+    added up last.
+    """
     (count, d_out), d_in, rows = d.shape, a.shape[1], len(bits)
     tokens, outputs, entries = block
     blocks = triton.cdiv(d_in, entries)
@@ -76,9 +98,23 @@ def _launch(d, a, bits, block: tuple[int, int, int], splits: int) -> torch.Tenso
     out = torch.empty(triton.cdiv(blocks, share), count, rows, device=a.device)
     grid = triton.cdiv(count, tokens), triton.cdiv(rows, outputs), len(out)
     _project[grid](
-        d.contiguous(), a.contiguous(), bits, out, count, d_out, d_in, rows, bits.stride(0), blocks, share,
-        TOKENS=tokens, ROWS=outputs, ENTRIES=entries, WIDEN=not a.is_cuda, num_warps=8,
-    )  # fmt: skip
+        d.contiguous(),
+        a.contiguous(),
+        bits,
+        out,
+        count,
+        d_out,
+        d_in,
+        rows,
+        bits.stride(0),
+        blocks,
+        share,
+        TOKENS=tokens,
+        ROWS=outputs,
+        ENTRIES=entries,
+        WIDEN=not a.is_cuda,
+        num_warps=8,
+    )
     return out.sum(0)
 
 
@@ -86,9 +122,22 @@ if triton is not None:
 
     @triton.jit
     def _project(
-        d, a, bits, out, count, d_out, d_in, rows, row_bytes, blocks, share,
-        TOKENS: tl.constexpr, ROWS: tl.constexpr, ENTRIES: tl.constexpr, WIDEN: tl.constexpr,
-    ):  # fmt: skip
+        d,
+        a,
+        bits,
+        out,
+        count,
+        d_out,
+        d_in,
+        rows,
+        row_bytes,
+        blocks,
+        share,
+        TOKENS: tl.constexpr,
+        ROWS: tl.constexpr,
+        ENTRIES: tl.constexpr,
+        WIDEN: tl.constexpr,
+    ):
         t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
         r = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
         part = tl.program_id(2)
@@ -100,14 +149,22 @@ if triton is not None:
             activations = tl.load(a + t[:, None] * d_in + i[None, :], mask=inside, other=0.0)
             for o in range(0, d_out):
                 scale = tl.load(d + t * d_out + o, mask=t < count, other=0.0)
-                outer = (activations.to(tl.float32) * scale.to(tl.float32)[:, None]).to(activations.dtype)
+                outer = (activations.to(tl.float32) * scale.to(tl.float32)[:, None]).to(
+                    activations.dtype
+                )
                 column = o * d_in + i
                 known = (i < d_in)[:, None] & (r < rows)[None, :]
-                byte = tl.load(bits + r[None, :] * row_bytes + (column >> 3)[:, None], mask=known, other=0)
+                byte = tl.load(
+                    bits + r[None, :] * row_bytes + (column >> 3)[:, None], mask=known, other=0
+                )
                 one = (byte.to(tl.int32) >> (column & 7)[:, None]) & 1
                 signs = (2.0 * one.to(tl.float32) - 1.0).to(activations.dtype)
-                if WIDEN:  # Triton's interpreter cannot multiply bf16; in fp32 the products are the same
+                if (
+                    WIDEN
+                ):  # Triton's interpreter cannot multiply bf16; in fp32 the products are the same
                     outer, signs = outer.to(tl.float32), signs.to(tl.float32)
-                sums = tl.dot(outer, signs, sums, input_precision="ieee")  # no TF32: fp32 in, fp32 out
+                sums = tl.dot(
+                    outer, signs, sums, input_precision="ieee"
+                )  # no TF32: fp32 in, fp32 out
         place = part * count * rows + t[:, None] * rows + r[None, :]
         tl.store(out + place, sums, mask=(t < count)[:, None] & (r < rows)[None, :])

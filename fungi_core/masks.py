@@ -1,8 +1,9 @@
-"""Segmentation sets: images with a class for every pixel, in official layouts, packed, or composed from packages.
+"""Segmentation sets: images with a class for every pixel, in official layouts, packed, or composed
+from packages.
 
-``load("camvid", "train")[0]`` is an image and its mask; a mask holds class indices, and `VOID` where nothing is known.
-A packed file ``<name>.npz`` in the data folder (arrays: data, offsets, mask_data, mask_offsets, split, names, classes)
-is found without an entry here.
+``load("camvid", "train")[0]`` is an image and its mask; a mask holds class indices, and `VOID`
+where nothing is known. A packed file ``<name>.npz`` in the data folder (arrays: data, offsets,
+mask_data, mask_offsets, split, names, classes) is found without an entry here.
 """
 
 import hashlib
@@ -22,8 +23,14 @@ from .paths import downloads_dir
 
 VOID = 255  # Pascal VOC's value for pixels that are left out of the score
 ARRAYS = ("data", "offsets", "mask_data", "mask_offsets", "split", "names", "classes")
-TEXTURES = {"brick": "brick.png", "grass": "grass.png", "gravel": "gravel.png", "stars": "hubble_deep_field.jpg",
-            "tissue": "ihc.png", "coins": "coins.png"}  # fmt: skip
+TEXTURES = {
+    "brick": "brick.png",
+    "grass": "grass.png",
+    "gravel": "gravel.png",
+    "stars": "hubble_deep_field.jpg",
+    "tissue": "ihc.png",
+    "coins": "coins.png",
+}
 SIDE = 128  # pixels of a composed image
 
 
@@ -47,7 +54,9 @@ class Scenes:
     images: Sequence = field(repr=False)
     masks: Sequence = field(repr=False)
     shift: int = 0  # taken off every mask value: ADE20K counts its classes from 1
-    background: int | None = None  # the class that void pixels of a *memory* patch count as (VOC, as published)
+    background: int | None = (
+        None  # the class that void pixels of a *memory* patch count as (VOC, as published)
+    )
     note: str = ""
     licence: str = ""
 
@@ -63,7 +72,9 @@ class Scenes:
                 "a mask is one channel of class indices, as large as its image"
             )
         mask = mask.astype(np.int64) - self.shift
-        return image, np.where((mask >= 0) & (mask < len(self.classes)), mask, VOID).astype(np.uint8)
+        return image, np.where((mask >= 0) & (mask < len(self.classes)), mask, VOID).astype(
+            np.uint8
+        )
 
     def _open(self, items: Sequence, i: int) -> Image.Image:
         item = items[i]
@@ -73,36 +84,54 @@ class Scenes:
             with Image.open(item if isinstance(item, Path) else io.BytesIO(item)) as image:
                 image.load()
                 return image
-        except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error ... for a broken file
-            raise ValueError(f"{self._where(i)} cannot be read as an image: {' '.join(str(error).split())}") from error
+        except (
+            Exception
+        ) as error:  # Pillow raises OSError, SyntaxError, struct.error ... for a broken file
+            raise ValueError(
+                f"{self._where(i)} cannot be read as an image: {' '.join(str(error).split())}"
+            ) from error
 
     def _where(self, i: int) -> str:
         return f"{self.name} {self.split}[{i}] ({self.names[i]})"
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 (hex) of names, images and masks, in this order, and of what the mask values stand for."""
+        """sha256 (hex) of names, images and masks, in this order, and of what the mask values stand
+        for.
+        """
         digest = hashlib.sha256(repr((self.classes, self.shift, self.background)).encode())
         for name, *pair in zip(self.names, self.images, self.masks, strict=True):
             digest.update(name.encode())
             for item in pair:
                 content = item.read_bytes() if isinstance(item, Path) else item
-                content = f"{item.shape}".encode() + item.tobytes() if isinstance(item, np.ndarray) else content
+                content = (
+                    f"{item.shape}".encode() + item.tobytes()
+                    if isinstance(item, np.ndarray)
+                    else content
+                )
                 digest.update(b"%d " % len(content) + content)
         return digest.hexdigest()
 
     def take(self, index: Sequence[int], note: str = "") -> "Scenes":
         """These images only, in the order given; ``note`` is added to the note."""
-        names, pictures, masks = ([items[i] for i in index] for items in (self.names, self.images, self.masks))
+        names, pictures, masks = (
+            [items[i] for i in index] for items in (self.names, self.images, self.masks)
+        )
         note = "; ".join(filter(None, (self.note, note)))
         return replace(self, names=names, images=pictures, masks=masks, note=note)
 
     def draw(self, count: int, seed: int = 0) -> "Scenes":
-        """``count`` images drawn by the seed, in data-set order; their names say which (``.names``)."""
+        """``count`` images drawn by the seed, in data-set order; their names say which
+        (``.names``).
+        """
         if not 1 <= count <= len(self):
-            raise ValueError(f"{self.name} {self.split} has {len(self)} images, {count} were asked for")
+            raise ValueError(
+                f"{self.name} {self.split} has {len(self)} images, {count} were asked for"
+            )
         order = views.generator("scenes", self.name, self.split, seed).permutation(len(self))
-        return self.take(np.sort(order[:count]), f"{count} of {len(self)} images, drawn by seed {seed}")
+        return self.take(
+            np.sort(order[:count]), f"{count} of {len(self)} images, drawn by seed {seed}"
+        )
 
 
 @dataclass(frozen=True)
@@ -122,30 +151,50 @@ class Entry:
 
 
 def load(name: str, split: str, limit: int | None = None, seed: int = 0) -> Scenes:
-    """A segmentation set, ``split`` "train" (the memory) or "test" (the official validation images, as in the paper).
+    """A segmentation set, ``split`` "train" (the memory) or "test" (the official validation images,
+    as in the paper).
 
-    ``limit``: that many images drawn by ``seed``; None, 0 or more than there are is all. Raises ValueError for an
-    unknown name or split, `datasets.DatasetUnavailable` for files that are not here.
+    ``limit``: that many images drawn by ``seed``; None, 0 or more than there are is all. Raises
+    ValueError for an unknown name or split, `datasets.DatasetUnavailable` for files that are not
+    here.
     """
     if split not in datasets.SPLITS:
-        raise ValueError(f"unknown split {split!r} of {name!r}: choose {' or '.join(map(repr, datasets.SPLITS))}")
+        raise ValueError(
+            f"unknown split {split!r} of {name!r}: choose {' or '.join(map(repr, datasets.SPLITS))}"
+        )
     entry, train = _entry(name), split == "train"
     if reason := unavailable(name):
         raise datasets.DatasetUnavailable(reason)
     packed = downloads_dir() / f"{name}.npz"
     try:
-        pairs = entry.source(downloads_dir() / entry.folder, train) if entry.source else _packed(packed, train)
+        pairs = (
+            entry.source(downloads_dir() / entry.folder, train)
+            if entry.source
+            else _packed(packed, train)
+        )
     except FileNotFoundError as error:
         raise datasets.DatasetUnavailable(f"{name} is not whole: {error}; {entry.get}") from error
     if not len(pairs.names):
         raise datasets.DatasetUnavailable(f"{name} {split} holds no image; {entry.get}")
-    scenes = Scenes(name, split, pairs.classes, pairs.names, pairs.images, pairs.masks,
-                    entry.shift, entry.background, entry.note, entry.licence)  # fmt: skip
+    scenes = Scenes(
+        name,
+        split,
+        pairs.classes,
+        pairs.names,
+        pairs.images,
+        pairs.masks,
+        entry.shift,
+        entry.background,
+        entry.note,
+        entry.licence,
+    )
     return scenes.draw(limit, seed) if limit and limit < len(scenes) else scenes
 
 
 def unavailable(name: str) -> str | None:
-    """Why a set cannot be read on this machine, in one line; None when it can. Unknown names raise ValueError."""
+    """Why a set cannot be read on this machine, in one line; None when it can. Unknown names raise
+    ValueError.
+    """
     entry = _entry(name)
     place = downloads_dir() / (entry.folder if entry.source else f"{name}.npz")
     if (entry.source and not entry.folder) or place.exists():
@@ -164,7 +213,9 @@ def _entry(name: str) -> Entry:
         return SETS[name]
     if is_packed(downloads_dir() / f"{name}.npz"):
         return Entry(name, name, "not recorded in the packed file", 0)
-    raise ValueError(f"unknown segmentation set {name!r}; there are {', '.join(SETS)}, and packed files with masks")
+    raise ValueError(
+        f"unknown segmentation set {name!r}; there are {', '.join(SETS)}, and packed files with masks"
+    )
 
 
 # ---- sources
@@ -177,14 +228,20 @@ def is_packed(path: Path) -> bool:
 
 def _packed(path: Path, train: bool) -> Pairs:
     if not is_packed(path):
-        raise ValueError(f"{path}: no packed segmentation set, it must be an .npz with {', '.join(ARRAYS)}")
+        raise ValueError(
+            f"{path}: no packed segmentation set, it must be an .npz with {', '.join(ARRAYS)}"
+        )
     with np.load(path, allow_pickle=False) as arrays:
-        data, offsets, mask_data, mask_offsets, split, names, classes = (arrays[key] for key in ARRAYS)
+        data, offsets, mask_data, mask_offsets, split, names, classes = (
+            arrays[key] for key in ARRAYS
+        )
     rows = np.flatnonzero(split == (0 if train else 1))
     cut = lambda blob, at: [blob[at[i] : at[i + 1]].tobytes() for i in rows]
     known = [c for c in classes.tolist() if c not in ("void", "unlabelled")]
     if known != classes.tolist()[: len(known)]:
-        raise ValueError(f"{path}: the void class must be the last one, the classes are {', '.join(classes)}")
+        raise ValueError(
+            f"{path}: the void class must be the last one, the classes are {', '.join(classes)}"
+        )
     return Pairs(cut(data, offsets), cut(mask_data, mask_offsets), names[rows].tolist(), known)
 
 
@@ -193,24 +250,31 @@ VOC_CLASSES = """background aeroplane bicycle bird boat bottle bus car cat chair
 
 
 def voc2012(folder: Path, train: bool) -> Pairs:
-    """Pascal VOC 2012 as unpacked (JPEGImages, SegmentationClass, ImageSets/Segmentation): trainaug or val.
+    """Pascal VOC 2012 as unpacked (JPEGImages, SegmentationClass, ImageSets/Segmentation): trainaug
+    or val.
 
-    trainaug (10,582 images) adds masks of SBD, in the folder SegmentationClassAug with its list trainaug.txt, as is
-    customary; they are single-channel PNG images like VOC's own.
+    trainaug (10,582 images) adds masks of SBD, in the folder SegmentationClassAug with its list
+    trainaug.txt, as is customary; they are single-channel PNG images like VOC's own.
     """
     listing = folder / "ImageSets" / "Segmentation" / ("trainaug.txt" if train else "val.txt")
     masks = folder / ("SegmentationClassAug" if train else "SegmentationClass")
     names = listing.read_text().split()
     if not masks.is_dir():
         raise FileNotFoundError(f"no folder {masks}")
-    return Pairs([folder / "JPEGImages" / f"{n}.jpg" for n in names], [masks / f"{n}.png" for n in names],
-                 names, VOC_CLASSES)  # fmt: skip
+    return Pairs(
+        [folder / "JPEGImages" / f"{n}.jpg" for n in names],
+        [masks / f"{n}.png" for n in names],
+        names,
+        VOC_CLASSES,
+    )
 
 
 def ade20k(folder: Path, train: bool) -> Pairs:
-    """ADE20K's scene parsing release (ADEChallengeData2016): 20,210 training and 2,000 validation images, 150 classes.
+    """ADE20K's scene parsing release (ADEChallengeData2016): 20,210 training and 2,000 validation
+    images, 150 classes.
 
-    Mask value 0 ("other objects") is void. Class names are those of objectInfo150.txt, the first of each line's.
+    Mask value 0 ("other objects") is void. Class names are those of objectInfo150.txt, the first of
+    each line's.
     """
     part = "training" if train else "validation"
     files = sorted((folder / "images" / part).glob("*.jpg"))
@@ -221,15 +285,22 @@ def ade20k(folder: Path, train: bool) -> Pairs:
 
 
 def composed(folder: Path, train: bool) -> Pairs:
-    """64 training and 48 test images of 128 px composed from packaged photographs and digits, so that masks are exact.
+    """64 training and 48 test images of 128 px composed from packaged photographs and digits, so
+    that masks are exact.
 
-    Two or three regions with straight borders, each filled with one of six textures in a random tint and brightness;
-    on them one or two MNIST digits in a random ink, one class of their own. The digits' blurred rims are void.
-    Training textures come from the left half of a photograph, test textures from its right half; digits likewise.
+    Two or three regions with straight borders, each filled with one of six textures in a random
+    tint and brightness; on them one or two MNIST digits in a random ink, one class of their own.
+    The digits' blurred rims are void. Training textures come from the left half of a photograph,
+    test textures from its right half; digits likewise.
     """
-    pairs = [_compose(views.generator("composed scene", train, i), train) for i in range(64 if train else 48)]
+    pairs = [
+        _compose(views.generator("composed scene", train, i), train)
+        for i in range(64 if train else 48)
+    ]
     names = [f"{'train' if train else 'test'}_{i:02d}" for i in range(len(pairs))]
-    return Pairs([image for image, _ in pairs], [mask for _, mask in pairs], names, [*TEXTURES, "digit"])
+    return Pairs(
+        [image for image, _ in pairs], [mask for _, mask in pairs], names, [*TEXTURES, "digit"]
+    )
 
 
 def _compose(rng: np.random.Generator, train: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -237,18 +308,25 @@ def _compose(rng: np.random.Generator, train: bool) -> tuple[np.ndarray, np.ndar
     kinds = rng.permutation(len(TEXTURES))[: rng.integers(2, 4)]
     seeds = rng.uniform(0, SIDE, (len(kinds), 2))
     y, x = np.mgrid[:SIDE, :SIDE]
-    mask = np.hypot(y[..., None] - seeds[:, 0], x[..., None] - seeds[:, 1]).argmin(-1)  # Voronoi cells, (S, S)
+    mask = np.hypot(y[..., None] - seeds[:, 0], x[..., None] - seeds[:, 1]).argmin(
+        -1
+    )  # Voronoi cells, (S, S)
     picture = np.zeros((SIDE, SIDE, 3))
     for region, kind in enumerate(kinds):
         tint = rng.uniform(0.6, 1.2) * rng.uniform(0.85, 1.15, 3)
-        picture[mask == region] = (_texture(list(TEXTURES.values())[kind], train, rng) * tint)[mask == region]
+        picture[mask == region] = (_texture(list(TEXTURES.values())[kind], train, rng) * tint)[
+            mask == region
+        ]
     mask = kinds[mask]
     digits, _ = samples._mnist()
     for _ in range(rng.integers(1, 3)):
         # Every fifth digit is a test digit; rows are sorted by class, so both splits have all ten.
         row = rng.integers(len(digits) // 5) * 5 + (4 if not train else rng.integers(4))
         side = int(rng.integers(48, 80))
-        ink = np.asarray(Image.fromarray(digits[row]).resize((side, side), Image.Resampling.BICUBIC)) / 255
+        ink = (
+            np.asarray(Image.fromarray(digits[row]).resize((side, side), Image.Resampling.BICUBIC))
+            / 255
+        )
         top, left = rng.integers(0, SIDE - side + 1, 2)
         at = np.s_[top : top + side, left : left + side]
         colour = rng.uniform(0, 255, 3)
@@ -271,13 +349,41 @@ _VOC = "unpack VOCtrainval_11-May-2012.tar there, and SegmentationClassAug with 
 SETS: dict[str, Entry] = {
     entry.name: entry
     for entry in (
-        Entry("composed", "textures and digits, composed", "CC0, public domain; digits CC BY-SA 3.0", 0, composed,
-              note="composed by this project from packaged photographs and digits, not a benchmark"),
-        Entry("camvid", "CamVid, 11 classes", "CC BY-NC 4.0", 0.024, note=_CAMVID,
-              get="put camvid.npz into the folder FUNGI_DATA names"),
-        Entry("voc2012", "Pascal VOC 2012, trainaug and val", "Custom (Research Only)", 2.0, voc2012,
-              "VOCdevkit/VOC2012", _VOC, background=0),
-        Entry("ade20k", "ADE20K, 150 classes", "Custom (Research Only, Non Commercial)", 0.97, ade20k,
-              "ADEChallengeData2016", "unpack ADEChallengeData2016.zip there", shift=1),
+        Entry(
+            "composed",
+            "textures and digits, composed",
+            "CC0, public domain; digits CC BY-SA 3.0",
+            0,
+            composed,
+            note="composed by this project from packaged photographs and digits, not a benchmark",
+        ),
+        Entry(
+            "camvid",
+            "CamVid, 11 classes",
+            "CC BY-NC 4.0",
+            0.024,
+            note=_CAMVID,
+            get="put camvid.npz into the folder FUNGI_DATA names",
+        ),
+        Entry(
+            "voc2012",
+            "Pascal VOC 2012, trainaug and val",
+            "Custom (Research Only)",
+            2.0,
+            voc2012,
+            "VOCdevkit/VOC2012",
+            _VOC,
+            background=0,
+        ),
+        Entry(
+            "ade20k",
+            "ADE20K, 150 classes",
+            "Custom (Research Only, Non Commercial)",
+            0.97,
+            ade20k,
+            "ADEChallengeData2016",
+            "unpack ADEChallengeData2016.zip there",
+            shift=1,
+        ),
     )
-}  # fmt: skip
+}

@@ -1,4 +1,6 @@
-"""The nearest rows of a large memory: exact in chunks by default, ScaNN or faiss where they are installed."""
+"""The nearest rows of a large memory: exact in chunks by default, ScaNN or faiss where they are
+installed.
+"""
 
 from collections.abc import Callable
 
@@ -7,11 +9,14 @@ import torch
 GROUP = 16  # columns whose largest similarity alone is sorted in a search's first pass
 
 
-def similarities(queries: torch.Tensor, keys: torch.Tensor, parts: tuple[int, int] | None = None) -> torch.Tensor:
+def similarities(
+    queries: torch.Tensor, keys: torch.Tensor, parts: tuple[int, int] | None = None
+) -> torch.Tensor:
     """Inner products (..., Q, M) of (..., Q, W) and (..., M, W).
 
-    ``parts`` = (D, D_out): rows are [token | d | a], each of unit length, and the similarity is the mean of the tokens'
-    cosine and the gradients', which is the product of those of their factors: the exact kernel of eq. 8, no projection.
+    ``parts`` = (D, D_out): rows are [token | d | a], each of unit length, and the similarity is the
+    mean of the tokens' cosine and the gradients', which is the product of those of their factors:
+    the exact kernel of eq. 8, no projection.
     """
     if parts is None:
         return queries @ keys.mT
@@ -23,10 +28,11 @@ def similarities(queries: torch.Tensor, keys: torch.Tensor, parts: tuple[int, in
 def nearest(
     queries: torch.Tensor, keys: torch.Tensor, k: int, parts: tuple[int, int] | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The ``k`` most similar rows of each query, exactly: similarities (Q, k) descending and indices (Q, k).
+    """The ``k`` most similar rows of each query, exactly: similarities (Q, k) descending and
+    indices (Q, k).
 
-    Memory: 256 MiB of similarities at once on a CPU, 4 GiB on a GPU, whatever the sizes. Raises ValueError when the
-    memory has fewer than k rows.
+    Memory: 256 MiB of similarities at once on a CPU, 4 GiB on a GPU, whatever the sizes. Raises
+    ValueError when the memory has fewer than k rows.
     """
     if not 1 <= k <= len(keys):
         raise ValueError(f"{k} neighbours asked for; the memory has {len(keys)} rows")
@@ -37,12 +43,18 @@ def nearest(
 
 
 def _top(block: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """``block.topk(k)`` in two passes: the k groups of columns with the largest maxima hold the k largest columns."""
+    """``block.topk(k)`` in two passes: the k groups of columns with the largest maxima hold the k
+    largest columns.
+    """
     n = block.shape[1] // GROUP  # groups; column g + n j is member j of group g
     if n < 2 * k:
         return block.topk(k)
-    best = block[:, : n * GROUP].unflatten(1, (GROUP, n)).amax(1).topk(k).indices  # (Q, GROUP, n) -> (Q, k)
-    columns = (best[:, None] + n * torch.arange(GROUP, device=block.device)[:, None]).flatten(1)  # (Q, GROUP * k)
+    best = (
+        block[:, : n * GROUP].unflatten(1, (GROUP, n)).amax(1).topk(k).indices
+    )  # (Q, GROUP, n) -> (Q, k)
+    columns = (best[:, None] + n * torch.arange(GROUP, device=block.device)[:, None]).flatten(
+        1
+    )  # (Q, GROUP * k)
     tail = torch.arange(n * GROUP, block.shape[1], device=block.device).expand(len(block), -1)
     columns = torch.cat([columns, tail], 1)
     values, at = block.gather(1, columns).topk(k)
@@ -50,9 +62,11 @@ def _top(block: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def scann_index(keys: torch.Tensor, k: int, few: bool = False) -> Callable:
-    """ScaNN with the settings of Table 18 (``few``: its few-shot column): queries (Q, W) -> (similarities, indices).
+    """ScaNN with the settings of Table 18 (``few``: its few-shot column): queries (Q, W) ->
+    (similarities, indices).
 
-    Leaves, leaves to search and reordering are capped by the memory's size. The trees are trained on the whole memory.
+    Leaves, leaves to search and reordering are capped by the memory's size. The trees are trained
+    on the whole memory.
     """
     try:
         import scann
@@ -61,7 +75,11 @@ def scann_index(keys: torch.Tensor, k: int, few: bool = False) -> Callable:
     searched, reordered = (256, 1800) if few else (32, 120)
     leaves = min(512, max(1, len(keys) // 40))  # too few rows a leaf leave empty leaves
     builder = scann.scann_ops_pybind.builder(keys.cpu().numpy(), k, "dot_product")
-    tree = builder.tree(num_leaves=leaves, num_leaves_to_search=min(searched, leaves), training_sample_size=len(keys))
+    tree = builder.tree(
+        num_leaves=leaves,
+        num_leaves_to_search=min(searched, leaves),
+        training_sample_size=len(keys),
+    )
     hashed = tree.score_ah(4, anisotropic_quantization_threshold=0.2)
     searcher = hashed.reorder(min(reordered, len(keys))).build()
 
@@ -74,7 +92,9 @@ def scann_index(keys: torch.Tensor, k: int, few: bool = False) -> Callable:
 
 
 def faiss_index(keys: torch.Tensor, k: int, few: bool = False) -> Callable:
-    """faiss' inverted file with as many lists and searched lists as ScaNN's leaves of Table 18; as `scann_index`."""
+    """faiss' inverted file with as many lists and searched lists as ScaNN's leaves of Table 18; as
+    `scann_index`.
+    """
     try:
         import faiss
     except ImportError:

@@ -1,7 +1,9 @@
-"""Pack an official data set into one file: ``python -m fungi_core.pack NAME OUT.npz --torchvision``.
+"""Pack an official data set into one file: ``python -m fungi_core.pack NAME OUT.npz
+--torchvision``.
 
-Or ``--imagefolder DIR`` for any folder with ``train/`` and ``test/`` (or ``val/``), one folder per class in each. Put
-OUT.npz, named after the data set, into the folder ``FUNGI_DATA`` names, and ``datasets.load(NAME, ...)`` reads it.
+Or ``--imagefolder DIR`` for any folder with ``train/`` and ``test/`` (or ``val/``), one folder per
+class in each. Put OUT.npz, named after the data set, into the folder ``FUNGI_DATA`` names, and
+``datasets.load(NAME, ...)`` reads it.
 
 The format is an uncompressed ``.npz`` without pickles (n images, C classes):
 
@@ -35,7 +37,8 @@ from .official import class_folders, image_folder
 def write(out: Path, train: Split, test: Split) -> int:
     """Write both splits to ``out`` and return the number of images; ``out`` is whole or not there.
 
-    Streams through a temporary file beside ``out``, so it needs twice the room on disk and little memory.
+    Streams through a temporary file beside ``out``, so it needs twice the room on disk and little
+    memory.
     """
     if train.classes != test.classes:
         raise ValueError("train and test list different classes")
@@ -62,10 +65,16 @@ def write(out: Path, train: Split, test: Split) -> int:
 
 
 def encoded(item: Path | bytes | np.ndarray, name: str) -> bytes:
-    """The bytes of a JPEG or PNG as they are, anything else as PNG; ValueError names what is no whole image."""
+    """The bytes of a JPEG or PNG as they are, anything else as PNG; ValueError names what is no
+    whole image.
+    """
     try:
         content = item.read_bytes() if isinstance(item, Path) else item
-        image = Image.fromarray(content) if isinstance(content, np.ndarray) else Image.open(io.BytesIO(content))
+        image = (
+            Image.fromarray(content)
+            if isinstance(content, np.ndarray)
+            else Image.open(io.BytesIO(content))
+        )
         with image:
             image.load()
             if image.format in ("JPEG", "PNG"):
@@ -73,24 +82,36 @@ def encoded(item: Path | bytes | np.ndarray, name: str) -> bytes:
             buffer = io.BytesIO()
             (image if image.mode == "L" else to_rgb(image)).save(buffer, "PNG")
             return buffer.getvalue()
-    except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error ... for a broken file
-        raise ValueError(f"{name} ({item if isinstance(item, Path) else 'in memory'}): no image: {error}") from error
+    except (
+        Exception
+    ) as error:  # Pillow raises OSError, SyntaxError, struct.error ... for a broken file
+        raise ValueError(
+            f"{name} ({item if isinstance(item, Path) else 'in memory'}): no image: {error}"
+        ) from error
 
 
 def from_folder(folder: Path) -> tuple[Split, Split]:
-    """Train and test split of ``folder/train/class/`` and ``folder/test/class/`` (or ``folder/val/class/``)."""
+    """Train and test split of ``folder/train/class/`` and ``folder/test/class/`` (or
+    ``folder/val/class/``).
+    """
     test = folder / "test" if (folder / "test").is_dir() else folder / "val"
     for part in (folder / "train", test):
         if not part.is_dir():
-            raise FileNotFoundError(f"{folder} must hold train/ and test/ or val/: no {part.name}/ there")
+            raise FileNotFoundError(
+                f"{folder} must hold train/ and test/ or val/: no {part.name}/ there"
+            )
     classes = class_folders([folder / "train"])
     if unknown := set(class_folders([test])) - set(classes):
-        raise ValueError(f"{test} has classes without training images: {', '.join(sorted(unknown))}")
+        raise ValueError(
+            f"{test} has classes without training images: {', '.join(sorted(unknown))}"
+        )
     return image_folder([folder / "train"], folder, classes), image_folder([test], folder, classes)
 
 
 def from_torchvision(name: str, download: bool) -> tuple[Split, Split]:
-    """Train and test split of a data set of the table, from its official layout in the downloads folder."""
+    """Train and test split of a data set of the table, from its official layout in the downloads
+    folder.
+    """
     official = [entry.name for entry in DATASETS.values() if entry.folder]
     if name not in official:
         raise ValueError(f"no official layout for {name!r}: choose from {', '.join(official)}")
@@ -98,13 +119,21 @@ def from_torchvision(name: str, download: bool) -> tuple[Split, Split]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m fungi_core.pack", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m fungi_core.pack", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("name", metavar="NAME", help="name of the data set")
     parser.add_argument("out", metavar="OUT.npz", type=Path, help="file to write")
     where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--imagefolder", metavar="DIR", type=Path, help="folder with train/ and test/ or val/")
-    where.add_argument("--torchvision", action="store_true", help="official layout in the downloads folder")
-    parser.add_argument("--download", action="store_true", help="with --torchvision: fetch what is missing")
+    where.add_argument(
+        "--imagefolder", metavar="DIR", type=Path, help="folder with train/ and test/ or val/"
+    )
+    where.add_argument(
+        "--torchvision", action="store_true", help="official layout in the downloads folder"
+    )
+    parser.add_argument(
+        "--download", action="store_true", help="with --torchvision: fetch what is missing"
+    )
     options = parser.parse_args(arguments)
     if options.out.suffix != ".npz" or not options.out.parent.is_dir():
         parser.error(f"OUT must be an .npz file in a folder that exists, not {options.out}")
@@ -114,7 +143,9 @@ def main(arguments: list[str] | None = None) -> None:
         n = write(options.out, *pair)
     except (OSError, ValueError) as error:
         sys.exit(f"{options.name}: {error}")
-    print(f"{options.name}: {n} images, {len(pair[0].classes)} classes, {options.out.stat().st_size / 1e6:.1f} MB")
+    print(
+        f"{options.name}: {n} images, {len(pair[0].classes)} classes, {options.out.stat().st_size / 1e6:.1f} MB"
+    )
 
 
 if __name__ == "__main__":

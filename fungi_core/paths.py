@@ -1,4 +1,6 @@
-"""Every folder the project reads or writes, anchored at the repository and overridable by environment variables."""
+"""Every folder the project reads or writes, anchored at the repository and overridable by
+environment variables.
+"""
 
 import os
 from pathlib import Path
@@ -24,7 +26,9 @@ def data_dir() -> Path | None:
 
 
 def downloads_dir() -> Path:
-    """Where official archives are downloaded to: ``FUNGI_DATA`` where it is set, else ``data/downloads``."""
+    """Where official archives are downloaded to: ``FUNGI_DATA`` where it is set, else
+    ``data/downloads``.
+    """
     return data_dir() or ROOT / "data" / "downloads"
 
 

@@ -1,14 +1,18 @@
-"""Random projections of per-sample gradients, applied to their factors; and the inner product that they approximate.
+"""Random projections of per-sample gradients, applied to their factors; and the inner product that
+they approximate.
 
-The paper's is a dense +-1 matrix R (eq. 1), ``Rademacher``. Two cheaper ones never form the gradient: ``KhatriRao``,
-whose rows are outer products of two sign vectors, and ``TensorSketch``. ``Exact`` keeps the factors, whose
-``exact_kernel`` is the inner product that all of them approximate.
+The paper's is a dense +-1 matrix R (eq. 1), ``Rademacher``. Two cheaper ones never form the
+gradient: ``KhatriRao``, whose rows are outer products of two sign vectors, and ``TensorSketch``.
+``Exact`` keeps the factors, whose ``exact_kernel`` is the inner product that all of them
+approximate.
 
-R has one row per output unit and one column per gradient entry, ``vec([W-grad | b-grad])`` row-major. It is kept as
-bits of a Philox stream keyed by (seed, layer), row after row, the same on every device and platform; blocks of rows are
-unpacked as they are needed, so R is never needed whole in floating point; on a GPU `kernels` unpacks them in registers.
+R has one row per output unit and one column per gradient entry, ``vec([W-grad | b-grad])``
+row-major. It is kept as bits of a Philox stream keyed by (seed, layer), row after row, the same on
+every device and platform; blocks of rows are unpacked as they are needed, so R is never needed
+whole in floating point; on a GPU `kernels` unpacks them in registers.
 
-Every projection has two uses: ``apply`` sums a sample's views and tokens, ``apply_tokens`` keeps them apart.
+Every projection has two uses: ``apply`` sums a sample's views and tokens, ``apply_tokens`` keeps
+them apart.
 """
 
 import numpy as np
@@ -21,16 +25,24 @@ from .gradients import Factors
 class Rademacher:
     """R in {-1, +1}^(rows x columns), defined by its keys, or given as a dense ``matrix``.
 
-    ``rows``: output size (the embedding's width, section 4.1); ``columns``: D_out * (D_in + 1) with a bias, else
-    D_out * D_in. Memory: 1 bit an entry; unpacked once when the dense form stays below ``dense_limit`` bytes.
+    ``rows``: output size (the embedding's width, section 4.1); ``columns``: D_out * (D_in + 1) with
+    a bias, else D_out * D_in. Memory: 1 bit an entry; unpacked once when the dense form stays below
+    ``dense_limit`` bytes.
     """
 
     def __init__(
-        self, rows: int, columns: int, *keys: object, matrix: torch.Tensor | None = None, dense_limit: int = 2**28
+        self,
+        rows: int,
+        columns: int,
+        *keys: object,
+        matrix: torch.Tensor | None = None,
+        dense_limit: int = 2**28,
     ):
         self.rows, self.columns, self.keys, self.dense_limit = rows, columns, keys, dense_limit
         if matrix is not None and tuple(matrix.shape) != (rows, columns):
-            raise ValueError(f"the projection must have shape {(rows, columns)}, got {tuple(matrix.shape)}")
+            raise ValueError(
+                f"the projection must have shape {(rows, columns)}, got {tuple(matrix.shape)}"
+            )
         self.matrix = matrix
         self._bits: dict[object, torch.Tensor] = {}
         self._dense: dict[tuple, torch.Tensor] = {}
@@ -45,7 +57,11 @@ class Rademacher:
         """R as it is kept: (rows, bytes) uint8, see `kernels`."""
         if self._bits.get(device) is None:
             drawn = self._bits.get("cpu")
-            drawn = torch.from_numpy(sign_bits(self.rows, self.columns, *self.keys)) if drawn is None else drawn
+            drawn = (
+                torch.from_numpy(sign_bits(self.rows, self.columns, *self.keys))
+                if drawn is None
+                else drawn
+            )
             self._bits |= {"cpu": drawn, device: drawn.to(device)}
         return self._bits[device]
 
@@ -56,18 +72,25 @@ class Rademacher:
         """
         gradient = factors.gradient().flatten(1)  # (B, D_out, D_in + 1) -> (B, columns)
         if gradient.shape[1] != self.columns:
-            raise ValueError(f"the gradient has {gradient.shape[1]} entries, the projection {self.columns} columns")
-        # Scale to unit length first: a projection is linear, and bf16 keeps its precision away from tiny numbers.
+            raise ValueError(
+                f"the gradient has {gradient.shape[1]} entries, the projection {self.columns} columns"
+            )
+        # Scale to unit length first: a projection is linear, and bf16 keeps its precision away from
+        # tiny numbers.
         gradient, length = _unit(gradient)
         gradient = gradient.to(dtype)
         if gradient.is_cuda and self.matrix is None:
             return kernels.project_gradients(gradient, self.bits(gradient.device)) * length
         size = self._rows_at_once(dtype)
-        out = [gradient @ self._cached(i, min(i + size, self.rows), gradient).T for i in range(0, self.rows, size)]
+        out = [
+            gradient @ self._cached(i, min(i + size, self.rows), gradient).T
+            for i in range(0, self.rows, size)
+        ]
         return torch.cat(out, 1).float() * length
 
     def apply_tokens(self, factors: Factors, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """R vec(d_n [a_n; 1]^T) for every view or token n on its own: factors (B, n, .) -> (B, n, rows) float32.
+        """R vec(d_n [a_n; 1]^T) for every view or token n on its own: factors (B, n, .) -> (B, n,
+        rows) float32.
 
         No token's gradient is ever held; memory is that of a block of entries (`kernels`).
         """
@@ -75,7 +98,9 @@ class Rademacher:
         (d, d_length), (a, a_length) = (_unit(x.flatten(0, 1)) for x in (d, a))  # (B * n, .)
         if d.shape[1] * a.shape[1] != self.columns:
             found = d.shape[1] * a.shape[1]
-            raise ValueError(f"the gradients have {found} entries, the projection {self.columns} columns")
+            raise ValueError(
+                f"the gradients have {found} entries, the projection {self.columns} columns"
+            )
         d, a = d.to(dtype), a.to(dtype)
         if self.matrix is None and (d.is_cuda or self._rows_at_once(dtype) < self.rows):
             out = kernels.project_tokens(d, a, self.bits(d.device))
@@ -96,10 +121,12 @@ class Rademacher:
 
 
 class KhatriRao:
-    """Sign rows that are outer products, row r = u_r w_r^T: g = sum_n (U d_n) * (W [a_n; 1]), elementwise.
+    """Sign rows that are outer products, row r = u_r w_r^T: g = sum_n (U d_n) * (W [a_n; 1]),
+    elementwise.
 
-    Still a projection by signs, at O(D d) instead of O(D^2 d) a gradient row and without R (Kar and Karnick 2012;
-    Meister, Sarlos and Woodruff 2019); its variance is higher than that of independent signs.
+    Still a projection by signs, at O(D d) instead of O(D^2 d) a gradient row and without R (Kar and
+    Karnick 2012; Meister, Sarlos and Woodruff 2019); its variance is higher than that of
+    independent signs.
     """
 
     def __init__(self, rows: int, d_out: int, d_in: int, *keys: object):
@@ -117,17 +144,24 @@ class KhatriRao:
 
 
 class TensorSketch:
-    """Count sketches of the two factors, convolved by FFT: O(D + d log d) a gradient row (Pham and Pagh 2013)."""
+    """Count sketches of the two factors, convolved by FFT: O(D + d log d) a gradient row (Pham and
+    Pagh 2013).
+    """
 
     def __init__(self, rows: int, d_out: int, d_in: int, *keys: object):
         rng = views.generator("tensor-sketch", *keys)
         self.rows = rows
         self.buckets = [torch.from_numpy(rng.integers(0, rows, size)) for size in (d_out, d_in)]
-        self.signs = [_signs(1, size, "tensor-sketch", side, *keys)[0] for side, size in enumerate((d_out, d_in))]
+        self.signs = [
+            _signs(1, size, "tensor-sketch", side, *keys)[0]
+            for side, size in enumerate((d_out, d_in))
+        ]
 
     def apply(self, factors: Factors, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Factors (B, n, .) -> (B, rows) float32; ``dtype`` is ignored: the sums are float32."""
-        return torch.fft.irfft(self._spectrum(factors).sum(1), self.rows)  # linear: one inverse for all n
+        return torch.fft.irfft(
+            self._spectrum(factors).sum(1), self.rows
+        )  # linear: one inverse for all n
 
     def apply_tokens(self, factors: Factors, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Factors (B, n, .) -> (B, n, rows) float32, each view or token on its own."""
@@ -136,7 +170,9 @@ class TensorSketch:
     def _spectrum(self, factors: Factors) -> torch.Tensor:
         spectra = []
         for x, bucket, sign in zip(appended(factors), self.buckets, self.signs, strict=True):
-            counts = x.new_zeros(*x.shape[:2], self.rows).index_add_(2, bucket.to(x.device), x * sign.to(x))
+            counts = x.new_zeros(*x.shape[:2], self.rows).index_add_(
+                2, bucket.to(x.device), x * sign.to(x)
+            )
             spectra.append(torch.fft.rfft(counts))  # (B, n, rows / 2 + 1)
         return spectra[0] * spectra[1]  # a product here is a convolution of the two sketches
 
@@ -145,18 +181,24 @@ class Exact:
     """No projection: a sample keeps its factors, (n * (D_out + D_in)) floats, for `exact_kernel`."""
 
     def apply(self, factors: Factors, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """Factors (B, n, .) -> (B, n * (D_out + D_in)) float32; a bias adds no column. `factors_of` is the inverse."""
+        """Factors (B, n, .) -> (B, n * (D_out + D_in)) float32; a bias adds no column. `factors_of`
+        is the inverse.
+        """
         return torch.cat([factors.output_gradients, factors.activations], 2).flatten(1)
 
 
 def factors_of(rows: np.ndarray, d_out: int, d_in: int, bias: bool) -> Factors:
-    """The factors that `Exact` flattened: (B, n * (D_out + D_in)) -> output gradients and activations (B, n, .)."""
+    """The factors that `Exact` flattened: (B, n * (D_out + D_in)) -> output gradients and
+    activations (B, n, .).
+    """
     both = torch.from_numpy(rows).unflatten(1, (-1, d_out + d_in))
     return Factors(both[:, :, d_out:], both[:, :, :d_out], bias)
 
 
 def exact_cosine(x: Factors, y: Factors) -> torch.Tensor:
-    """Cosine similarity of every pair of gradients, (Bx, By) float32: `exact_kernel` of gradients of unit length."""
+    """Cosine similarity of every pair of gradients, (Bx, By) float32: `exact_kernel` of gradients
+    of unit length.
+    """
     lengths = []
     for z in (x, y):
         own = [exact_kernel(z[i : i + 1], z[i : i + 1])[0] for i in range(len(z))]
@@ -165,15 +207,19 @@ def exact_cosine(x: Factors, y: Factors) -> torch.Tensor:
 
 
 def exact_kernel(x: Factors, y: Factors) -> torch.Tensor:
-    """<G_i, G_j> for every pair, (Bx, By) float32: sum over n, m of (d_in . d_jm) (a_in . a_jm + 1), no projection.
+    """<G_i, G_j> for every pair, (Bx, By) float32: sum over n, m of (d_in . d_jm) (a_in . a_jm +
+    1), no projection.
 
-    For one view or token a sample this is the elementwise product of two ordinary inner-product matrices.
+    For one view or token a sample this is the elementwise product of two ordinary inner-product
+    matrices.
     """
     (dx, ax), (dy, ay) = appended(x), appended(y)
     if dx.shape[1] == dy.shape[1] == 1:
         return (dx[:, 0] @ dy[:, 0].T) * (ax[:, 0] @ ay[:, 0].T)
     out = []
-    for d, a in zip(dx, ax, strict=True):  # one sample of x at a time bounds the memory to n x By x n
+    for d, a in zip(
+        dx, ax, strict=True
+    ):  # one sample of x at a time bounds the memory to n x By x n
         both = torch.einsum("no,jmo->jnm", d, dy).mul_(torch.einsum("ni,jmi->jnm", a, ay))
         out.append(both.sum((1, 2)))
     return torch.stack(out)
@@ -195,9 +241,13 @@ def draw(kind: str, rows: int, d_out: int, d_in: int, *keys: object) -> Projecti
 
 
 def appended(factors: Factors) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output gradients (B, n, D_out) and activations with the bias's ones appended, (B, n, D_in + 1)."""
+    """Output gradients (B, n, D_out) and activations with the bias's ones appended, (B, n, D_in +
+    1).
+    """
     a = factors.activations
-    return factors.output_gradients, torch.cat([a, a.new_ones(*a.shape[:2], 1)], 2) if factors.bias else a
+    return factors.output_gradients, torch.cat(
+        [a, a.new_ones(*a.shape[:2], 1)], 2
+    ) if factors.bias else a
 
 
 def _unit(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

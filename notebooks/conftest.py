@@ -1,4 +1,6 @@
-"""nbval: a cell marked NBVAL_CHECK_OUTPUT is compared by what it prints and shows, not by its warnings."""
+"""nbval: a cell marked NBVAL_CHECK_OUTPUT is compared by what it prints and shows, not by its
+warnings.
+"""
 
 
 def pytest_collectstart(collector):

@@ -5,7 +5,9 @@ import os
 import pytest
 from hypothesis import settings
 
-os.environ.setdefault("OMP_NUM_THREADS", "2")  # before torch is imported; a shared machine is not ours alone
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "2"
+)  # before torch is imported; a shared machine is not ours alone
 
 import torch
 
@@ -14,7 +16,9 @@ settings.register_profile("fixed", derandomize=True, deadline=None, database=Non
 settings.load_profile("fixed")
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined: before the first import of fungi_core
+    os.environ["TRITON_INTERPRET"] = (
+        "1"  # read when a kernel is defined: before the first import of fungi_core
+    )
 
 
 def pytest_addoption(parser):
@@ -33,7 +37,9 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session", autouse=True)
 def scratch_folders(tmp_path_factory):
-    """FUNGI_STORE and FUNGI_FIGURES point to a temporary folder unless the caller has set them (the Makefile does)."""
+    """FUNGI_STORE and FUNGI_FIGURES point to a temporary folder unless the caller has set them (the
+    Makefile does).
+    """
     with pytest.MonkeyPatch.context() as patch:
         for variable in ("FUNGI_STORE", "FUNGI_FIGURES"):
             if not os.environ.get(variable, "").strip():

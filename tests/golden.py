@@ -1,18 +1,18 @@
-"""Golden features: what every objective, projection and path gives in float32 for a few made-up images, texts and sounds.
+"""Golden features: what every objective, projection and path gives in float32 for a few made-up
+images, texts and sounds.
 
-``python tests/golden.py`` writes ``golden.safetensors`` anew. Do so only where EXTRACTION was raised: a change here is a
-change of every stored feature.
+``python tests/golden.py`` writes ``golden.safetensors`` anew. Do so only where EXTRACTION was
+raised: a change here is a change of every stored feature.
 """
 
 import os
 from pathlib import Path
 
 import numpy as np
-import torch
 from safetensors.numpy import save_file
 from vectors import pictures
 
-from fungi_core import backbones, clips, extract, fungi, objectives, tokens, views
+from fungi_core import clips, fungi, objectives, tokens
 from fungi_core.backbones import load
 
 FILE = Path(__file__).with_suffix(".safetensors")
@@ -36,7 +36,12 @@ IMAGES = {
     "deepcluster": objectives.DeepCluster(images_per_cluster=1, local_crops=2),
     "ibot": objectives.IBOT(local_crops=2),
 }
-TEXTS = ["a short sentence", "the quick brown fox jumps over the lazy dog", "gradients of a frozen network", "one"]
+TEXTS = [
+    "a short sentence",
+    "the quick brown fox jumps over the lazy dog",
+    "gradients of a frozen network",
+    "one",
+]
 
 
 def sounds() -> list[np.ndarray]:
@@ -65,10 +70,17 @@ def images() -> dict[str, np.ndarray]:
             found[f"{name}, {layer}"] = gradients(encoder, IMAGES[name], pictures(), layer)
         for kind in ("khatri-rao", "sketch", "exact"):
             found[f"{name}, {kind}"] = gradients(encoder, IMAGES[name], pictures(), None, kind)
-    together = {layer: fungi.draw_parts(encoder, IMAGES["kl"], SEED, layer) for layer in ("blocks.1.mlp.fc1",)}
+    together = {
+        layer: fungi.draw_parts(encoder, IMAGES["kl"], SEED, layer)
+        for layer in ("blocks.1.mlp.fc1",)
+    }
     (_, rows), *rest = fungi.layer_rows(encoder, IMAGES["kl"], together, pictures()[:2], SEED)
     found["kl, layers together"] = {"gradient": rows["blocks.1.mlp.fc1"]}
-    return {f"image, {name}, {part}": block for name, blocks in found.items() for part, block in blocks.items()}
+    return {
+        f"image, {name}, {part}": block
+        for name, blocks in found.items()
+        for part, block in blocks.items()
+    }
 
 
 def transformer() -> dict[str, np.ndarray]:
@@ -82,12 +94,19 @@ def texts() -> dict[str, np.ndarray]:
     named = {"kl": {}, "simclr": dict(negatives=3), "mlm": {}}
     chosen = {name: objectives.by_name(name, "text", **more) for name, more in named.items()}
     found = {name: gradients(encoder, one, TEXTS) for name, one in chosen.items()}
-    return {f"text, {name}, {part}": block for name, blocks in found.items() for part, block in blocks.items()}
+    return {
+        f"text, {name}, {part}": block
+        for name, blocks in found.items()
+        for part, block in blocks.items()
+    }
 
 
 def audio() -> dict[str, np.ndarray]:
     found = {}
-    names = ["vit_micro.on_spectrograms", *(["whisper-tiny.en"] if os.environ.get("FUNGI_DATA") else [])]
+    names = [
+        "vit_micro.on_spectrograms",
+        *(["whisper-tiny.en"] if os.environ.get("FUNGI_DATA") else []),
+    ]
     for name in names:
         encoder = load(name, device="cpu", dtype="float32")
         for kind, more in {"kl": {}, "simclr": dict(negatives=2)}.items():
@@ -100,8 +119,13 @@ def patches() -> dict[str, np.ndarray]:
     encoder = tokens.encoder(MICRO, 32, device="cpu", dtype="float32")
     pixels = [np.asarray(image.resize((32, 32))) for image in pictures()]
     found = {}
-    support = tokens.Extractor(encoder, ["embedding"], seed=SEED)(pixels[1:], ["1", "2"])["embedding"].flatten(0, 1)
-    for name, loss in {"": tokens.Loss(), ", published": tokens.Loss(denominator="published", neighbours="published")}.items():
+    support = tokens.Extractor(encoder, ["embedding"], seed=SEED)(pixels[1:], ["1", "2"])[
+        "embedding"
+    ].flatten(0, 1)
+    for name, loss in {
+        "": tokens.Loss(),
+        ", published": tokens.Loss(denominator="published", neighbours="published"),
+    }.items():
         kinds = tokens.KINDS if not name else ("rademacher",)
         blocks = tokens.Extractor(encoder, kinds, loss, SEED, support)(pixels[:1], ["0"])
         found |= {f"patches, {kind}{name}": block[0].numpy() for kind, block in blocks.items()}
@@ -114,4 +138,6 @@ def features() -> dict[str, np.ndarray]:
 
 
 if __name__ == "__main__":
-    save_file({name: np.ascontiguousarray(block, np.float32) for name, block in features().items()}, FILE)
+    save_file(
+        {name: np.ascontiguousarray(block, np.float32) for name, block in features().items()}, FILE
+    )

@@ -14,7 +14,9 @@ def encoder(pool="token", **changes):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = timm.create_model("test_vit", num_classes=0, global_pool=pool, **changes)
-        for p in model.parameters():  # random biases and norms, so that no term is zero by initialisation
+        for p in (
+            model.parameters()
+        ):  # random biases and norms, so that no term is zero by initialisation
             p.data += 0.05 * torch.randn_like(p)
     return backbones.load(model, layer="blocks.5.attn.proj", device="cpu", dtype="float32")
 
@@ -35,7 +37,9 @@ def relative(a, b):
 
 
 def shrink_test_vit(patch):
-    """``random:test_vit`` at 32 px instead of 160: a twentieth of the time, the same weights each time."""
+    """``random:test_vit`` at 32 px instead of 160: a twentieth of the time, the same weights each
+    time.
+    """
 
     def create(name, spec):
         assert name == "random:test_vit", f"the test asks for {name}"

@@ -17,7 +17,11 @@ from fungi_core import backbones, checkpoints, paper, throughput
 from fungi_core.fungi import view_batches
 from fungi_core.objectives import KL
 
-SIZES = {384: 147_840, 768: 590_592, 1024: 1_049_600}  # width -> entries of the attention output projection with bias
+SIZES = {
+    384: 147_840,
+    768: 590_592,
+    1024: 1_049_600,
+}  # width -> entries of the attention output projection with bias
 PAPERS = [spec for spec in backbones.BACKBONES.values() if spec.size == 224]
 
 
@@ -33,21 +37,34 @@ def test_the_papers_backbones_have_the_named_layer_and_gradient_size(spec):
     assert layer.out_features * (layer.in_features + 1) == SIZES[model.num_features]
     assert backbones.last_attention_output(model) == spec.layer
     assert spec.pca == (384 if model.num_features == 384 else 512)  # Table 16
-    parameters = 4e-9 * sum(p.numel() for p in model.parameters())  # GB; the download has a classifier as well
-    assert spec.licence and (parameters - 0.02 < spec.gb < parameters + 0.11 or spec.name == "vit_b_16.moco_v3")
+    parameters = 4e-9 * sum(
+        p.numel() for p in model.parameters()
+    )  # GB; the download has a classifier as well
+    assert spec.licence and (
+        parameters - 0.02 < spec.gb < parameters + 0.11 or spec.name == "vit_b_16.moco_v3"
+    )
 
 
 @pytest.mark.parametrize("spec", PAPERS, ids=lambda s: s.name)
 def test_the_papers_backbones_are_read_at_the_class_token_behind_the_last_norm(spec):
-    """What timm gives before the classifier, and for CLIP what its projection into image-text space makes of it."""
+    """What timm gives before the classifier, and for CLIP what its projection into image-text space
+    makes of it.
+    """
     model = untrained(spec)
     assert model.global_pool == "token" and isinstance(model.norm, torch.nn.LayerNorm)
-    assert isinstance(model.fc_norm, torch.nn.Identity) and getattr(model, "attn_pool", None) is None
+    assert (
+        isinstance(model.fc_norm, torch.nn.Identity) and getattr(model, "attn_pool", None) is None
+    )
     x = torch.zeros(2, 3, 224, 224, device="meta")
     backbone = backbones.Backbone(spec.name, model, spec.layer, 224, None, None, head=spec.head)
     assert backbone.embed(x).shape == (2, 512 if "CLIP" in spec.title else model.num_features)
-    assert isinstance(model.head, torch.nn.Linear if spec.head else torch.nn.Identity) and model(x).ndim == 2
-    assert backbone.reads_class_token([spec.layer]) == ("eva" not in spec.name)  # EVA takes the general path
+    assert (
+        isinstance(model.head, torch.nn.Linear if spec.head else torch.nn.Identity)
+        and model(x).ndim == 2
+    )
+    assert backbone.reads_class_token([spec.layer]) == (
+        "eva" not in spec.name
+    )  # EVA takes the general path
 
 
 def test_the_13_encoders_of_the_paper_are_in_the_table():
@@ -65,9 +82,13 @@ def test_a_read_out_behind_the_head_is_the_same_on_the_class_tokens_path():
     views = torch.rand(2, 3, 3, 160, 160, generator=torch.Generator().manual_seed(0))
     loss = lambda z: z.square().sum((1, 2))
     results = [b.factors(views, loss) for b in (fast, dataclasses.replace(fast, fast=False))]
-    for a, b in zip([results[0][0], results[0][1][0].gradient()], [results[1][0], results[1][1][0].gradient()]):
+    for a, b in zip(
+        [results[0][0], results[0][1][0].gradient()], [results[1][0], results[1][1][0].gradient()]
+    ):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(results[0][0].flatten(0, 1), model(views.flatten(0, 1)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        results[0][0].flatten(0, 1), model(views.flatten(0, 1)), rtol=1e-4, atol=1e-5
+    )
 
 
 # --- weights from a file of the user's
@@ -76,10 +97,17 @@ def test_a_read_out_behind_the_head_is_the_same_on_the_class_tokens_path():
 def tiny_moco(model) -> dict:
     """The layout of a training checkpoint of MoCo v3, around the weights of ``model``."""
     state = {f"module.base_encoder.{key}": value for key, value in model.state_dict().items()}
-    state |= {f"module.momentum_encoder.{key}": 0 * value for key, value in model.state_dict().items()}
+    state |= {
+        f"module.momentum_encoder.{key}": 0 * value for key, value in model.state_dict().items()
+    }
     extra = ("module.base_encoder.head.0.weight", "module.base_encoder.head.1.num_batches_tracked")
     state |= dict.fromkeys((*extra, "module.predictor.0.weight"), torch.ones(2, 2))
-    return {"epoch": 300, "arch": "vit_base", "state_dict": state, "optimizer": {"state": {}, "param_groups": [{}]}}
+    return {
+        "epoch": 300,
+        "arch": "vit_base",
+        "state_dict": state,
+        "optimizer": {"state": {}, "param_groups": [{}]},
+    }
 
 
 @pytest.fixture
@@ -95,7 +123,8 @@ def tiny(monkeypatch, tmp_path):
 
 def test_moco_weights_from_a_file(tiny):
     with pytest.raises(
-        FileNotFoundError, match=r"tiny.moco needs its weights \(0.5 GB, free\): into checkpoints: https://example.org"
+        FileNotFoundError,
+        match=r"tiny.moco needs its weights \(0.5 GB, free\): into checkpoints: https://example.org",
     ):
         backbones.load("tiny.moco")
     model = timm.create_model("test_vit", num_classes=0).eval()
@@ -130,7 +159,11 @@ def test_a_file_with_something_else_is_one_line(tiny, monkeypatch, fault):
         tiny.write_text("not found")
     with pytest.raises(ValueError, match="tiny.tar does not hold the weights it should") as caught:
         backbones.load("tiny.moco")
-    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600 and not (tiny.parent / "hit").exists()
+    assert (
+        "\n" not in str(caught.value)
+        and len(str(caught.value)) < 600
+        and not (tiny.parent / "hit").exists()
+    )
 
 
 @pytest.mark.parametrize("published", [False, True], ids=["module's keys", "file's keys"])
@@ -141,7 +174,10 @@ def test_torchvisions_vit_is_timms_with_other_names(published):
         torch.nn.init.normal_(parameter, std=0.3)  # some start at zero
     state = theirs.state_dict()
     if published:
-        state = {key.replace("mlp.0", "mlp.linear_1").replace("mlp.3", "mlp.linear_2"): v for key, v in state.items()}
+        state = {
+            key.replace("mlp.0", "mlp.linear_1").replace("mlp.3", "mlp.linear_2"): v
+            for key, v in state.items()
+        }
     ours = VisionTransformer(32, 8, embed_dim=16, depth=2, num_heads=2, num_classes=0).eval()
     ours.load_state_dict(checkpoints.torchvision(state))
     theirs.heads = torch.nn.Identity()
@@ -149,7 +185,9 @@ def test_torchvisions_vit_is_timms_with_other_names(published):
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "make"), [("vit_b_16.tv_in1k", vit_b_16), ("vit_b_32.tv_in1k", vit_b_32)])
+@pytest.mark.parametrize(
+    ("name", "make"), [("vit_b_16.tv_in1k", vit_b_16), ("vit_b_32.tv_in1k", vit_b_32)]
+)
 def test_torchvisions_weights_fit_the_named_architecture(name, make):
     with torch.device("meta"):
         theirs = checkpoints.torchvision(make().state_dict())
@@ -157,10 +195,16 @@ def test_torchvisions_weights_fit_the_named_architecture(name, make):
     assert {key: v.shape for key, v in theirs.items()} == {key: v.shape for key, v in ours.items()}
 
 
-@pytest.mark.parametrize("spec", [s for s in backbones.BACKBONES.values() if s.size == 64], ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    "spec", [s for s in backbones.BACKBONES.values() if s.size == 64], ids=lambda s: s.name
+)
 def test_the_committed_checkpoints_load_and_read_the_class_token(spec):
     backbone = backbones.load(spec.name, dtype="float32")
-    assert backbone.size == 64 and backbone.layer == spec.layer and backbone.reads_class_token([spec.layer])
+    assert (
+        backbone.size == 64
+        and backbone.layer == spec.layer
+        and backbone.reads_class_token([spec.layer])
+    )
     x = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     embeddings = backbone.embed(x)
     assert embeddings.shape == (2, backbone.width) and torch.isfinite(embeddings).all()
@@ -169,9 +213,13 @@ def test_the_committed_checkpoints_load_and_read_the_class_token(spec):
 
 
 def test_unknown_names_list_what_exists():
-    with pytest.raises(ValueError, match="unknown backbone 'resnet_of_dreams'; the table has vit_mini.sup_tin100"):
+    with pytest.raises(
+        ValueError, match="unknown backbone 'resnet_of_dreams'; the table has vit_mini.sup_tin100"
+    ):
         backbones.load("resnet_of_dreams")
-    with pytest.raises(ValueError, match="'blocks.9.attn.proj'; its last linear layers: .*blocks.5"):
+    with pytest.raises(
+        ValueError, match="'blocks.9.attn.proj'; its last linear layers: .*blocks.5"
+    ):
         backbones.load("random:test_vit", layer="blocks.9.attn.proj")
     with pytest.raises(ValueError, match="dtype 'half' is unknown"):
         backbones.load("random:test_vit", dtype="half")
@@ -196,17 +244,28 @@ def test_throughput_ratios_are_speed_over_floor():
     backbone = backbones.load("random:test_vit", dtype="float32")
     table = throughput.measure(backbone, ["kl", "dino"], views_a_call=12, repeats=2)
     assert table["features"].tolist() == ["K", "D"] and table["views"].tolist() == [1, 12]
-    assert (table["ratio_low"] <= table["ratio"]).all() and (table["ratio"] <= table["ratio_high"]).all()
+    assert (table["ratio_low"] <= table["ratio"]).all() and (
+        table["ratio"] <= table["ratio_high"]
+    ).all()
     assert (table["value"] > 0).all() and (table["floor"] > 0).all()
     torch.testing.assert_close(
-        throughput.stock(backbone)(x := torch.rand(2, 3, 160, 160)), backbone.embed(x), rtol=1e-4, atol=1e-4
+        throughput.stock(backbone)(x := torch.rand(2, 3, 160, 160)),
+        backbone.embed(x),
+        rtol=1e-4,
+        atol=1e-4,
     )
 
 
 def test_modules_of_other_structure_with_the_same_weights_have_another_fingerprint():
-    a, b = (timm.create_model("test_vit", num_classes=0, global_pool=pool, fc_norm=False) for pool in ("token", "avg"))
+    a, b = (
+        timm.create_model("test_vit", num_classes=0, global_pool=pool, fc_norm=False)
+        for pool in ("token", "avg")
+    )
     b.load_state_dict(a.state_dict())
-    prints = [backbones.load(m, layer="blocks.5.attn.proj", dtype="float32").fingerprint for m in (a, b, a)]
+    prints = [
+        backbones.load(m, layer="blocks.5.attn.proj", dtype="float32").fingerprint
+        for m in (a, b, a)
+    ]
     assert prints[0] != prints[1] and prints[0] == prints[2]
 
 

@@ -1,6 +1,8 @@
-"""A reader's JupyterLab: a real browser runs notebooks from top to bottom, moves a widget and sees the picture change.
+"""A reader's JupyterLab: a real browser runs notebooks from top to bottom, moves a widget and sees
+the picture change.
 
-Needs Chromium and the extra ``browser``. Screenshots go to the folder that BROWSER_SHOTS names, else to pytest's.
+Needs Chromium and the extra ``browser``. Screenshots go to the folder that BROWSER_SHOTS names,
+else to pytest's.
 """
 
 import json
@@ -19,14 +21,18 @@ from PIL import Image
 
 from fungi_core import paths, views
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 PLAIN = {"windowingMode": "none"}  # every cell is in the page, seen or not
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    """What `make lab` starts, over a copy of the notebooks and on a port of its own: (address, folder)."""
+    """What `make lab` starts, over a copy of the notebooks and on a port of its own: (address,
+    folder).
+    """
     folder = tmp_path_factory.mktemp("lab")
     shutil.copytree(paths.ROOT / "notebooks", folder / "notebooks")
     scenes = folder / "notebooks" / "05_scene_understanding.ipynb"  # fewer images: minutes less
@@ -41,16 +47,24 @@ def lab(tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    env = os.environ | {f"JUPYTER_{name}_DIR": str(folder / name.lower()) for name in ("CONFIG", "RUNTIME")}
-    env |= {f"JUPYTERLAB_{name}_DIR": str(folder / name.lower()) for name in ("SETTINGS", "WORKSPACES")}
+    env = os.environ | {
+        f"JUPYTER_{name}_DIR": str(folder / name.lower()) for name in ("CONFIG", "RUNTIME")
+    }
+    env |= {
+        f"JUPYTERLAB_{name}_DIR": str(folder / name.lower()) for name in ("SETTINGS", "WORKSPACES")
+    }
     env |= {"FUNGI_STORE": str(paths.store_dir()), "FUNGI_FIGURES": str(folder / "figures")}
     env |= {"PYTHONPATH": str(paths.ROOT)}
-    asked = subprocess.run(["make", "-n", "lab"], cwd=paths.ROOT, capture_output=True, text=True, check=True).stdout
+    asked = subprocess.run(
+        ["make", "-n", "lab"], cwd=paths.ROOT, capture_output=True, text=True, check=True
+    ).stdout
     options = shlex.split(next(line for line in asked.splitlines() if "jupyter lab" in line))[2:-1]
     command = [sys.executable, "-m", "jupyterlab", *options, "--no-browser", f"--port={port}", "--allow-root",
                "--ServerApp.ip=127.0.0.1", "--IdentityProvider.token=", f"--ServerApp.root_dir={folder}"]  # fmt: skip
     with open(folder / "lab.log", "w") as log:
-        server = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, cwd=folder)
+        server = subprocess.Popen(
+            command, env=env, stdout=log, stderr=subprocess.STDOUT, cwd=folder
+        )
     try:
         for _ in range(600):
             with socket.socket() as probe:
@@ -68,9 +82,13 @@ def lab(tmp_path_factory):
 def browser():
     if CHROMIUM is None:
         pytest.skip("no chromium on this machine")
-    sync = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (extra 'browser')")
+    sync = pytest.importorskip(
+        "playwright.sync_api", reason="playwright is not installed (extra 'browser')"
+    )
     with sync.sync_playwright() as play:
-        chromium = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])  # no sandbox for root
+        chromium = play.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox"]
+        )  # no sandbox for root
         yield chromium
         chromium.close()
 
@@ -82,13 +100,22 @@ def notebook(browser, lab, tmp_path, request):
     page.set_default_timeout(60_000)
 
     def opened(slug: str):
-        page.goto(f"{lab[0]}/lab/workspaces/{request.node.name}/tree/notebooks/{slug}.ipynb")  # no other tabs
+        page.goto(
+            f"{lab[0]}/lab/workspaces/{request.node.name}/tree/notebooks/{slug}.ipynb"
+        )  # no other tabs
         page.locator(".jp-Notebook .jp-CodeCell").first.wait_for()
-        page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]').first.wait_for(state="attached")
+        page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]').first.wait_for(
+            state="attached"
+        )
         page.get_by_text("Python 3 (ipykernel) | Idle").wait_for(timeout=180_000)
         outputs = page.locator(".jp-CodeCell .jp-OutputArea-output")
         menu(page, "Edit", "Clear Outputs of All Cells", lambda: outputs.count() == 0)
-        menu(page, "Run", "Run All Cells", lambda: page.locator(".jp-InputPrompt", has_text="*").count() > 0)
+        menu(
+            page,
+            "Run",
+            "Run All Cells",
+            lambda: page.locator(".jp-InputPrompt", has_text="*").count() > 0,
+        )
         last = page.locator(".jp-CodeCell").last.locator(".jp-OutputArea-output")
         last.first.wait_for(state="attached", timeout=900_000)
         errors = page.locator('[data-mime-type="application/vnd.jupyter.error"]').all_inner_texts()
@@ -101,9 +128,13 @@ def notebook(browser, lab, tmp_path, request):
 
 
 def menu(page, name: str, entry: str, done) -> None:
-    """Choose an entry until it is ``done``: while the page settles a click can close the menu again."""
+    """Choose an entry until it is ``done``: while the page settles a click can close the menu
+    again.
+    """
     for _ in range(20):
-        if (select := page.get_by_role("button", name="Select Kernel")).count():  # of a slow machine, asked too early
+        if (
+            select := page.get_by_role("button", name="Select Kernel")
+        ).count():  # of a slow machine, asked too early
             select.first.click()
         page.locator(".lm-MenuBar-item", has_text=name).first.click()
         page.wait_for_timeout(500)
@@ -123,9 +154,13 @@ def shot(page, name: str, folder: Path) -> None:
     folder = Path(os.environ.get("BROWSER_SHOTS") or folder)
     folder.mkdir(parents=True, exist_ok=True)
     page.keyboard.press("Escape")
-    heights = page.locator(".jp-WindowedPanel-outer").evaluate_all("all => all.map(one => one.scrollHeight)")
+    heights = page.locator(".jp-WindowedPanel-outer").evaluate_all(
+        "all => all.map(one => one.scrollHeight)"
+    )
     page.set_viewport_size({"width": 1360, "height": min(max(heights, default=800) + 200, 16_000)})
-    page.locator(".jp-WindowedPanel-outer").evaluate_all("all => all.forEach(one => one.scrollTop = 0)")
+    page.locator(".jp-WindowedPanel-outer").evaluate_all(
+        "all => all.forEach(one => one.scrollTop = 0)"
+    )
     page.wait_for_timeout(1000)
     page.screenshot(path=folder / f"{name}.png")
 
@@ -141,7 +176,9 @@ def shown(cell) -> list[str]:
 
 
 def changes(page, cell, act, seconds: float = 60) -> float:
-    """Do ``act`` and wait until the cell shows something else, as many pictures as before; the seconds it took."""
+    """Do ``act`` and wait until the cell shows something else, as many pictures as before; the
+    seconds it took.
+    """
     before, start = shown(cell), time.monotonic()
     assert before, "nothing shown"
     act()
@@ -212,7 +249,10 @@ def test_own_photographs_from_the_first_click_to_a_file(notebook, tmp_path):
     with page.expect_download() as download:
         cell_with(page, "explore.downloads(").get_by_role("link", name="own_features.npz").click()
     kept = np.load(download.value.path())
-    assert kept["name"].tolist() == [file.name for file in files] and kept["fungi"].shape == (12, 4 * 192)
+    assert kept["name"].tolist() == [file.name for file in files] and kept["fungi"].shape == (
+        12,
+        4 * 192,
+    )
 
 
 def test_a_wrong_choice_is_one_line(notebook):

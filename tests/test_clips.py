@@ -62,7 +62,10 @@ def test_speech_commands(root):
     (base / "validation_list.txt").write_text("yes/0.wav\n")
     (base / "testing_list.txt").write_text("yes/1.wav\nno/2.wav\n")
     train, test = (datasets.load("speech_commands_v2", split) for split in ("train", "test"))
-    assert train.names == ["no/0.wav", "no/1.wav", "yes/2.wav", "yes/3.wav"] and train.classes == ["no", "yes"]
+    assert train.names == ["no/0.wav", "no/1.wav", "yes/2.wav", "yes/3.wav"] and train.classes == [
+        "no",
+        "yes",
+    ]
     assert test.names == ["no/2.wav", "yes/1.wav"] and test.labels.tolist() == [0, 1]
     assert train[0].shape == (16_000,)
 
@@ -86,25 +89,40 @@ def test_packed_esc(root):
     assert train.classes == test.classes == ["class 3", "class 7"]  # those of ESC-10, from 0 on
     expected = [f"{i}.wav" for i in range(20) if i % 3 < 2 and i % 5 == 1]
     assert test.names == expected and len(train) + len(test) == 14
-    assert [["class 3", "class 7"][label] for label in test.labels] == [f"class {[3, 7][i % 3]}" for i in (1, 6, 16)]
+    assert [["class 3", "class 7"][label] for label in test.labels] == [
+        f"class {[3, 7][i % 3]}" for i in (1, 6, 16)
+    ]
     part, rest = (datasets.load("esc50_fold4_part3", split) for split in ("test", "train"))
-    assert part.names == [f"{i}.wav" for i in range(0, 20, 2) if i % 4 == 2] and len(rest) == 10 - len(part)
+    assert part.names == [f"{i}.wav" for i in range(0, 20, 2) if i % 4 == 2] and len(
+        rest
+    ) == 10 - len(part)
     assert part[0].shape == (80_000,) and np.corrcoef(part[0][:8000], wave(2, 0.5))[0, 1] > 0.9
     assert part.fingerprint != rest.fingerprint and "not the official protocol" in part.note
 
 
 def test_packed_digits(root):
-    rows = [dict(audio=encoded(i), label=i % 2, split="train" if i < 4 else "test", filename=f"{i}") for i in range(6)]
+    rows = [
+        dict(audio=encoded(i), label=i % 2, split="train" if i < 4 else "test", filename=f"{i}")
+        for i in range(6)
+    ]
     parquet(root / "audio_fsdd.parquet", rows, ["zero", "one"])
     train, test = (datasets.load("fsdd", split) for split in ("train", "test"))
-    assert train.names == ["0", "1", "2", "3"] and test.labels.tolist() == [0, 1] and train[3].shape == (16_000,)
+    assert (
+        train.names == ["0", "1", "2", "3"]
+        and test.labels.tolist() == [0, 1]
+        and train[3].shape == (16_000,)
+    )
 
 
 def test_what_is_missing_is_one_line(root):
-    with pytest.raises(datasets.DatasetUnavailable, match="esc10_fold1 .*put audio_esc.parquet there"):
+    with pytest.raises(
+        datasets.DatasetUnavailable, match="esc10_fold1 .*put audio_esc.parquet there"
+    ):
         datasets.load("esc10_fold1", "train")
     (root / "audio_esc.parquet").write_bytes(b"no parquet")
-    with pytest.raises((datasets.DatasetUnavailable, ValueError), match="audio_esc.parquet") as caught:
+    with pytest.raises(
+        (datasets.DatasetUnavailable, ValueError), match="audio_esc.parquet"
+    ) as caught:
         datasets.load("esc10_fold1", "train")
     assert "\n" not in str(caught.value)
     esc50(root)
@@ -132,7 +150,13 @@ def test_synthesised_sounds():
     x = train[7]
     assert x.shape == (16_000,) and x.dtype == np.float32 and 0.05 < np.abs(x).max() < 1
     np.testing.assert_array_equal(x, datasets.load("synthetic_sounds", "train")[7])
-    assert len({train[i].tobytes() for i in range(0, 480, 20)} | {test[i].tobytes() for i in range(0, 480, 20)}) == 48
+    assert (
+        len(
+            {train[i].tobytes() for i in range(0, 480, 20)}
+            | {test[i].tobytes() for i in range(0, 480, 20)}
+        )
+        == 48
+    )
 
 
 def loudest_course(kind, seed):
@@ -149,29 +173,41 @@ def test_chirps_rise_and_fall():
         assert len(courses) >= 10
         return np.mean([np.sign(c[-1] - c[0]) for c in courses])
 
-    assert slope("rising chirp") > 0.6 and slope("falling chirp") < -0.6 and abs(slope("tone")) < 0.4
+    assert (
+        slope("rising chirp") > 0.6 and slope("falling chirp") < -0.6 and abs(slope("tone")) < 0.4
+    )
 
 
 def test_audio_needs_an_audio_backbone():
-    with pytest.raises(ValueError, match="synthetic_sounds holds audio data, vit_micro.sup_tin100 reads image data"):
+    with pytest.raises(
+        ValueError, match="synthetic_sounds holds audio data, vit_micro.sup_tin100 reads image data"
+    ):
         extract.features("synthetic_sounds", "vit_micro.sup_tin100", n_train=16, n_test=8)
 
 
 def test_extraction_through_the_store(tmp_path, monkeypatch):
-    """The mini pair, end to end: a second call reads; rows do not depend on how many others there are."""
+    """The mini pair, end to end: a second call reads; rows do not depend on how many others there
+    are.
+    """
     monkeypatch.setenv("FUNGI_STORE", str(tmp_path))
     ask = dict(n_train=24, n_test=8, seed=0)
-    train, test = extract.features("synthetic_sounds", "vit_micro.on_spectrograms", ("kl", "simclr"), **ask)
+    train, test = extract.features(
+        "synthetic_sounds", "vit_micro.on_spectrograms", ("kl", "simclr"), **ask
+    )
     assert {name: block.shape for name, block in test.blocks.items()} == dict.fromkeys(
         ("embedding", "kl", "simclr"), (8, 128)
     )
     monkeypatch.setattr(sounds, "item_views", lambda *a: pytest.fail("extracted again"))
-    again, _ = extract.features("synthetic_sounds", "vit_micro.on_spectrograms", ("kl", "simclr"), **ask)
+    again, _ = extract.features(
+        "synthetic_sounds", "vit_micro.on_spectrograms", ("kl", "simclr"), **ask
+    )
     np.testing.assert_array_equal(again.blocks["simclr"], train.blocks["simclr"])
 
 
 def test_the_packaged_numbers(monkeypatch):
-    """Kept from the data's own README: whisper's embeddings, kNN on the spoken digits (k = 20: 0.980)."""
+    """Kept from the data's own README: whisper's embeddings, kNN on the spoken digits (k = 20:
+    0.980).
+    """
     if not (paths.data_dir() and (paths.data_dir() / "audio_fsdd.parquet").is_file()):
         pytest.skip("needs audio_fsdd.parquet and whisper's encoder in FUNGI_DATA")
     from fungi_core import backbones, evaluate
@@ -179,11 +215,15 @@ def test_the_packaged_numbers(monkeypatch):
     encoder = backbones.load("whisper-tiny.en", device="cpu", dtype="float32")
     train, test = extract.features("fsdd", encoder, ())
     a, b = (evaluate.normalize(rows.blocks["embedding"]) for rows in (train, test))
-    assert abs((evaluate.knn_predict(a, train.labels, b, k=20) == test.labels).mean() - 0.980) < 0.005
+    assert (
+        abs((evaluate.knn_predict(a, train.labels, b, k=20) == test.labels).mean() - 0.980) < 0.005
+    )
 
 
 def test_folds_share_their_forward_passes(root, monkeypatch):
-    """Every row of every fold is that of the fold alone, and a clip passes the encoder once an objective."""
+    """Every row of every fold is that of the fold alone, and a clip passes the encoder once an
+    objective.
+    """
     from dataclasses import replace
 
     from fungi_core import backbones, gradients, objectives
@@ -192,12 +232,17 @@ def test_folds_share_their_forward_passes(root, monkeypatch):
                  in_esc50_fold4=False) for i in range(10)]  # fmt: skip
     parquet(root / "audio_esc.parquet", rows, ["dog", "rooster"])
     names = [f"esc10_fold{i}" for i in (1, 2, 3)]
-    asked = (objectives.KL(dim=16), replace(objectives.by_name("simclr", "audio"), positives=2, negatives=4, dim=16))
+    asked = (
+        objectives.KL(dim=16),
+        replace(objectives.by_name("simclr", "audio"), positives=2, negatives=4, dim=16),
+    )
     encoder = backbones.load("random:whisper-tiny.en", device="cpu", dtype="float32")
     monkeypatch.setenv("FUNGI_STORE", str(root / "alone"))
     alone = [extract.features(name, encoder, asked) for name in names]
     seen, tapped = [], gradients.tapped_factors
-    count = lambda model, embed, batch, *rest: seen.append(len(batch)) or tapped(model, embed, batch, *rest)
+    count = lambda model, embed, batch, *rest: (
+        seen.append(len(batch)) or tapped(model, embed, batch, *rest)
+    )
     monkeypatch.setattr("fungi_core.fungi.tapped_factors", count)
     monkeypatch.setenv("FUNGI_STORE", str(root / "shared"))
     shared = extract.fold_features(names, encoder, asked)
@@ -206,7 +251,9 @@ def test_folds_share_their_forward_passes(root, monkeypatch):
         for a, b in zip(fold, same, strict=True):
             assert a.store_keys == b.store_keys
             for block in ("embedding", "kl", "simclr"):
-                np.testing.assert_allclose(a.blocks[block], b.blocks[block], atol=1e-4 * np.abs(b.blocks[block]).max())
+                np.testing.assert_allclose(
+                    a.blocks[block], b.blocks[block], atol=1e-4 * np.abs(b.blocks[block]).max()
+                )
     first, second = (np.abs(pair[0].blocks["simclr"]).sum() for pair in shared[:2])
     assert first != second  # negatives of their own
     extract.fold_features(names, encoder, asked)

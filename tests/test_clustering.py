@@ -1,4 +1,6 @@
-"""Clusters against classes: every renaming tried, entropies written out, and k-means on clusters that are plain."""
+"""Clusters against classes: every renaming tried, entropies written out, and k-means on clusters
+that are plain.
+"""
 
 from itertools import permutations
 
@@ -12,7 +14,9 @@ from fungi_core import clustering
 def test_matching_is_the_best_of_all_renamings(seed):
     g = np.random.default_rng(seed)
     labels, clusters = 10 * g.integers(4, size=60), g.integers(4, size=60)
-    best = max(np.mean(np.array(order)[clusters] == labels) for order in permutations([0, 10, 20, 30]))
+    best = max(
+        np.mean(np.array(order)[clusters] == labels) for order in permutations([0, 10, 20, 30])
+    )
     named = clustering.match(clusters, labels)
     assert np.mean(named == labels) == best
     for cluster in range(4):  # one name a cluster, all different
@@ -33,7 +37,9 @@ def test_mutual_information_is_that_of_the_table():
     a, b = joint.sum(1), joint.sum(0)
     shared = sum(p * np.log(p / (a[i] * b[j])) for (i, j), p in np.ndenumerate(joint) if p)
     entropy = lambda p: -np.sum(p * np.log(p))
-    assert clustering.mutual_information(clusters, labels) == pytest.approx(200 * shared / (entropy(a) + entropy(b)))
+    assert clustering.mutual_information(clusters, labels) == pytest.approx(
+        200 * shared / (entropy(a) + entropy(b))
+    )
     assert clustering.mutual_information([4, 4, 9], [1, 1, 0]) == pytest.approx(100)
 
 

@@ -1,4 +1,6 @@
-"""Data sets against tiny archives written here in the official layouts: a picture's colour says label and split."""
+"""Data sets against tiny archives written here in the official layouts: a picture's colour says
+label and split.
+"""
 
 import io
 import itertools
@@ -19,7 +21,11 @@ from fungi_core.datasets import DATASETS, DatasetUnavailable, load, table
 from fungi_core.images import balanced
 from fungi_core.paths import data_dir
 
-PAPER = [name for name, entry in DATASETS.items() if entry.profile == "paper" and entry.modality == "image"]
+PAPER = [
+    name
+    for name, entry in DATASETS.items()
+    if entry.profile == "paper" and entry.modality == "image"
+]
 
 
 @pytest.fixture
@@ -52,7 +58,9 @@ def check(images, expected: list[int]):
     for i, label in enumerate(expected):
         image = images[i]
         assert image.mode == "RGB"
-        np.testing.assert_allclose(image.getpixel((2, 2)), colour(label, images.split == "train"), atol=3)
+        np.testing.assert_allclose(
+            image.getpixel((2, 2)), colour(label, images.split == "train"), atol=3
+        )
 
 
 def text(path, *lines: str):
@@ -60,27 +68,36 @@ def text(path, *lines: str):
     path.write_text("".join(f"{line}\n" for line in lines))
 
 
-# --- official layouts: each builder writes one and returns the expected train labels, test labels and classes
+# --- official layouts: each builder writes one and returns the expected train labels, test labels
+# and classes
 
 
 def build_cifar(root, folder, batches, meta, label_key, names_key):
     for file, train in batches:
         labels = [1, 0] if train else [0, 1]
-        rows = [np.repeat(np.array(colour(label, train), np.uint8), 1024) for label in labels]  # planes R, G, B
+        rows = [
+            np.repeat(np.array(colour(label, train), np.uint8), 1024) for label in labels
+        ]  # planes R, G, B
         (root / folder).mkdir(exist_ok=True)
-        (root / folder / file).write_bytes(pickle.dumps({"data": np.stack(rows), label_key: labels}))
+        (root / folder / file).write_bytes(
+            pickle.dumps({"data": np.stack(rows), label_key: labels})
+        )
     (root / folder / meta).write_bytes(pickle.dumps({names_key: ["plane", "car"]}))
 
 
 def build_cifar10(root, monkeypatch):
-    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda path, md5: os.path.isfile(path))
+    monkeypatch.setattr(
+        "torchvision.datasets.cifar.check_integrity", lambda path, md5: os.path.isfile(path)
+    )
     batches = [*((f"data_batch_{i}", True) for i in range(1, 6)), ("test_batch", False)]
     build_cifar(root, "cifar-10-batches-py", batches, "batches.meta", "labels", "label_names")
     return [1, 0] * 5, [0, 1], ["plane", "car"]
 
 
 def build_cifar100(root, monkeypatch):
-    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda path, md5: os.path.isfile(path))
+    monkeypatch.setattr(
+        "torchvision.datasets.cifar.check_integrity", lambda path, md5: os.path.isfile(path)
+    )
     batches = [("train", True), ("test", False)]
     build_cifar(root, "cifar-100-python", batches, "meta", "fine_labels", "fine_label_names")
     return [1, 0], [0, 1], ["plane", "car"]
@@ -99,7 +116,9 @@ def build_stanford_cars(root, monkeypatch):
         kinds = [("fname", object), ("class", object)]
         scipy.io.savemat(base / annotations, {"annotations": np.array(rows, dtype=kinds)})
     classes = ["AM General Hummer", "Acura RL", "Audi TT"]
-    scipy.io.savemat(base / "devkit/cars_meta.mat", {"class_names": np.array(classes, dtype=object)})
+    scipy.io.savemat(
+        base / "devkit/cars_meta.mat", {"class_names": np.array(classes, dtype=object)}
+    )
     return [2, 0, 1], [1, 2], classes
 
 
@@ -118,7 +137,9 @@ def build_eurosat(root, monkeypatch):
     from sklearn.model_selection import StratifiedShuffleSplit
 
     labels = np.repeat([0, 1], 10)
-    train, test = next(StratifiedShuffleSplit(1, train_size=0.8, random_state=42).split(labels, labels))
+    train, test = next(
+        StratifiedShuffleSplit(1, train_size=0.8, random_state=42).split(labels, labels)
+    )
     assert np.bincount(labels[train]).tolist() == [8, 8] and not set(train) & set(test)
     for row, label in enumerate(labels):
         name = ["AnnualCrop", "Forest"][label]
@@ -128,10 +149,19 @@ def build_eurosat(root, monkeypatch):
 
 def build_cub200(root, monkeypatch):
     base = root / "CUB_200_2011"
-    rows = [("001.Albatross/a.jpg", 1, 1), ("001.Albatross/b.jpg", 1, 0), ("002.Finch/c d.jpg", 2, 1)]
+    rows = [
+        ("001.Albatross/a.jpg", 1, 1),
+        ("001.Albatross/b.jpg", 1, 0),
+        ("002.Finch/c d.jpg", 2, 1),
+    ]
     text(base / "images.txt", *(f"{i} {file}" for i, (file, _, _) in enumerate(rows, 1)))
-    text(base / "image_class_labels.txt", *(f"{i} {number}" for i, (_, number, _) in enumerate(rows, 1)))
-    text(base / "train_test_split.txt", *(f"{i} {train}" for i, (_, _, train) in enumerate(rows, 1)))
+    text(
+        base / "image_class_labels.txt",
+        *(f"{i} {number}" for i, (_, number, _) in enumerate(rows, 1)),
+    )
+    text(
+        base / "train_test_split.txt", *(f"{i} {train}" for i, (_, _, train) in enumerate(rows, 1))
+    )
     text(base / "classes.txt", "1 001.Albatross", "2 002.Finch")
     for file, number, train in rows:
         picture(base / "images" / file, number - 1, train == 1)
@@ -167,7 +197,11 @@ def build_food101(root, monkeypatch):
 def build_aircraft(root, monkeypatch):
     base = root / "fgvc-aircraft-2013b/data"
     text(base / "variants.txt", "707-320", "A300 B4")
-    parts = {"train": ["001 A300 B4", "002 707-320"], "val": ["003 707-320"], "test": ["004 A300 B4"]}
+    parts = {
+        "train": ["001 A300 B4", "002 707-320"],
+        "val": ["003 707-320"],
+        "test": ["004 A300 B4"],
+    }
     for part, lines in parts.items():
         text(base / f"images_variant_{part}.txt", *lines)
         for line in lines:
@@ -176,7 +210,9 @@ def build_aircraft(root, monkeypatch):
 
 
 def build_flowers102(root, monkeypatch):
-    monkeypatch.setattr("torchvision.datasets.flowers102.check_integrity", lambda path, md5: os.path.isfile(path))
+    monkeypatch.setattr(
+        "torchvision.datasets.flowers102.check_integrity", lambda path, md5: os.path.isfile(path)
+    )
     base, labels = root / "flowers-102", [0, 2, 1, 2, 0]
     sets = {"trnid": [5, 2], "valid": [1], "tstid": [3, 4]}
     for i, label in enumerate(labels, 1):
@@ -198,13 +234,21 @@ def build_imagenet100(root, monkeypatch):
     """Two of three classes, the order of the list, from two shards."""
     text(root / "imagenet100/Labels.json", json.dumps({"n03": "hen", "n01": "tench"}))
     for part in ("train.X1/n01", "train.X2/n03", "val.X/n03", "val.X/n01", "train.X1/n02"):
-        picture(root / "imagenet100" / part / "a.JPEG", int(part.endswith("n01")), part.startswith("train"))
+        picture(
+            root / "imagenet100" / part / "a.JPEG",
+            int(part.endswith("n01")),
+            part.startswith("train"),
+        )
     return [0, 1], [0, 1], ["hen", "tench"]
 
 
 def build_landmarks(root, name):
     truth = {"easy": [0], "hard": [2], "junk": [1], "bbx": [0.0, 0.0, 4.0, 4.0]}
-    known = {"imlist": ["hall_1", "hall_2", "gate_1"], "qimlist": ["hall_0", "gate_0"], "gnd": [truth, truth]}
+    known = {
+        "imlist": ["hall_1", "hall_2", "gate_1"],
+        "qimlist": ["hall_0", "gate_0"],
+        "gnd": [truth, truth],
+    }
     (root / name).mkdir()
     (root / name / f"gnd_{name}.pkl").write_bytes(pickle.dumps(known))
     for key, train in (("imlist", True), ("qimlist", False)):
@@ -239,7 +283,9 @@ def test_official_layout(name, root, monkeypatch):
         assert images.metric == METRICS.get(name, "accuracy")
     assert {row["name"]: row["available"] for row in table()}[name]
     out = root / f"{name}.npz"
-    pack.main([name, str(out), "--torchvision"])  # and every one of them can be packed, and is then preferred
+    pack.main(
+        [name, str(out), "--torchvision"]
+    )  # and every one of them can be packed, and is then preferred
     repacked = load(name, "train")
     assert isinstance(repacked.items, samples.Blob)
     check(repacked, train)
@@ -256,8 +302,12 @@ def test_the_table_has_the_sizes_and_metrics_of_the_paper():
         "Cars", "CUB", "DTD", "ESAT", "C100", "C10", "Pets", "Food", "IN1K", "FGVC", "Flowers",
     }  # fmt: skip
     assert len(PAPER) == 12 + 2  # with ImageNet-100, and the two sets of landmarks
-    assert {name: DATASETS[name].metric for name in PAPER if DATASETS[name].metric != "accuracy"} == METRICS
-    assert DATASETS["eurosat"].n_train == 0.8 * 27_000 and DATASETS["eurosat"].n_test == 0.2 * 27_000
+    assert {
+        name: DATASETS[name].metric for name in PAPER if DATASETS[name].metric != "accuracy"
+    } == METRICS
+    assert (
+        DATASETS["eurosat"].n_train == 0.8 * 27_000 and DATASETS["eurosat"].n_test == 0.2 * 27_000
+    )
     assert DATASETS["cub200"].n_train + DATASETS["cub200"].n_test == 11_788
 
 
@@ -296,7 +346,9 @@ def test_half_an_archive_is_unavailable_not_a_stack_trace(root, monkeypatch):
 
 
 def test_unknown_names_list_what_exists(root):
-    with pytest.raises(ValueError, match="did you mean 'cifar10'.*digits, mnist5k, photos.*imagenet100"):
+    with pytest.raises(
+        ValueError, match="did you mean 'cifar10'.*digits, mnist5k, photos.*imagenet100"
+    ):
         load("cifar_10", "train")
     with pytest.raises(ValueError, match="'train' or 'test'"):
         load("digits", "val")
@@ -333,19 +385,32 @@ def test_digits_are_the_originals_enlarged(root):
     for split, row, i in (("train", 999, 999), ("test", 1000, 0), ("test", 1796, 796)):
         images = load("digits", split)
         assert images.labels[i] == original.target[row] and images[i].size == (64, 64)
-        reduced = np.asarray(images[i].convert("L").resize((8, 8), Image.Resampling.BOX), float) * 16 / 255
-        assert np.abs(reduced - original.images[row]).max() < 4  # bicubic keeps a pixel's mean only roughly
+        reduced = (
+            np.asarray(images[i].convert("L").resize((8, 8), Image.Resampling.BOX), float)
+            * 16
+            / 255
+        )
+        assert (
+            np.abs(reduced - original.images[row]).max() < 4
+        )  # bicubic keeps a pixel's mean only roughly
         assert np.corrcoef(reduced.ravel(), original.images[row].ravel())[0, 1] > 0.98
 
 
 def test_mnist_split_is_every_fifth_of_a_class(root):
     train, test = load("mnist5k", "train"), load("mnist5k", "test")
-    assert np.bincount(train.labels).tolist() == [400] * 10 and np.bincount(test.labels).tolist() == [100] * 10
-    assert [int(name) % 5 for name in test.names] == [4] * 1000  # 500 of each class, one class after the other
+    assert (
+        np.bincount(train.labels).tolist() == [400] * 10
+        and np.bincount(test.labels).tolist() == [100] * 10
+    )
+    assert [int(name) % 5 for name in test.names] == [
+        4
+    ] * 1000  # 500 of each class, one class after the other
 
 
 def test_photo_crops_of_train_and_test_share_no_pixel(root):
-    """Painted onto the picture: no test crop touches what a training crop shows, and 4 px of margin beside."""
+    """Painted onto the picture: no test crop touches what a training crop shows, and 4 px of margin
+    beside.
+    """
     crops = {}
     for split in ("train", "test"):
         for name in load("photos", split).names:
@@ -357,7 +422,11 @@ def test_photo_crops_of_train_and_test_share_no_pixel(root):
         for split, x, y, side in boxes:
             if split == "train":
                 shown[max(y - 4, 0) : y + side + 4, max(x - 4, 0) : x + side + 4] = True
-        assert not any(shown[y : y + side, x : x + side].any() for split, x, y, side in boxes if split == "test")
+        assert not any(
+            shown[y : y + side, x : x + side].any()
+            for split, x, y, side in boxes
+            if split == "test"
+        )
         sides = [side for *_, side in boxes]
         assert min(sides) >= 32 and max(sides) <= 120 and max(sides) / min(sides) > 2.5
 
@@ -368,7 +437,9 @@ def test_photo_crops_are_where_their_names_say(root):
 
     i = next(i for i, name in enumerate(images.names) if name.startswith("astronaut/"))
     x, y, side = map(int, images.names[i].split("/")[1].split("_"))
-    np.testing.assert_array_equal(np.asarray(images[i]), data.astronaut()[y : y + side, x : x + side])
+    np.testing.assert_array_equal(
+        np.asarray(images[i]), data.astronaut()[y : y + side, x : x + side]
+    )
 
 
 # --- subsets and fingerprints
@@ -376,7 +447,9 @@ def test_photo_crops_are_where_their_names_say(root):
 
 @pytest.mark.parametrize("n", [1, 7, 20, 33, 60])
 def test_balanced_subset_is_as_even_as_possible(n):
-    labels = np.random.default_rng(0).permutation(np.repeat([0, 1, 3, 4], [30, 4, 20, 10]))  # no class 2
+    labels = np.random.default_rng(0).permutation(
+        np.repeat([0, 1, 3, 4], [30, 4, 20, 10])
+    )  # no class 2
     rows = balanced(labels, n, seed=0)
     counts = np.bincount(labels[rows], minlength=5)
     full = np.bincount(labels, minlength=5)
@@ -446,16 +519,23 @@ def test_fingerprint_of_files_is_that_of_their_bytes(root, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("mode", "format"), [("L", "JPEG"), ("CMYK", "JPEG"), ("P", "PNG"), ("RGBA", "PNG"), ("1", "PNG"), ("I;16", "PNG")]
+    ("mode", "format"),
+    [("L", "JPEG"), ("CMYK", "JPEG"), ("P", "PNG"), ("RGBA", "PNG"), ("1", "PNG"), ("I;16", "PNG")],
 )
 def test_all_modes_become_rgb(mode, format, root):
     for part, name in itertools.product(("train", "val"), ("a", "b")):
         picture(root / "imagenet" / part / name / "0.jpeg", 0, True)
     odd = Image.new("RGB", (5, 4), (180, 180, 180))
-    odd = Image.fromarray(np.full((4, 5), 180 * 257, np.uint16)) if mode == "I;16" else odd.convert(mode)
+    odd = (
+        Image.fromarray(np.full((4, 5), 180 * 257, np.uint16))
+        if mode == "I;16"
+        else odd.convert(mode)
+    )
     odd.save(root / "imagenet/train/a/0.jpeg", format)
     image = load("imagenet1k", "train")[0]
-    expected = {"1": None, "P": 204}.get(mode, 180)  # the web palette has 204, dithering has black and white
+    expected = {"1": None, "P": 204}.get(
+        mode, 180
+    )  # the web palette has 204, dithering has black and white
     assert image.mode == "RGB" and image.size == (5, 4)
     if expected:
         assert abs(np.asarray(image, int) - expected).max() <= (51 if mode == "P" else 2)
@@ -463,18 +543,24 @@ def test_all_modes_become_rgb(mode, format, root):
 
 def test_one_pixel_image(root):
     for part in ("train", "val"):
-        picture(root / "imagenet" / part / "a" / "0.png", 1, part == "train", size=(1, 1), format="PNG")
+        picture(
+            root / "imagenet" / part / "a" / "0.png", 1, part == "train", size=(1, 1), format="PNG"
+        )
     assert load("imagenet1k", "train")[0].getpixel((0, 0)) == colour(1, True)
 
 
 def test_broken_image_is_named(root, monkeypatch):
     build_dtd(root, monkeypatch)
-    pack.main(["packed_dtd", str(root / "packed_dtd.npz"), "--imagefolder", str(folders(root / "tree"))])
+    pack.main(
+        ["packed_dtd", str(root / "packed_dtd.npz"), "--imagefolder", str(folders(root / "tree"))]
+    )
     path = root / "dtd/dtd/images/dotted/b.jpg"
     path.write_bytes(path.read_bytes()[:300])
     images = load("dtd", "train")
     assert images[0].mode == "RGB"
-    with pytest.raises(ValueError, match=rf"dtd train\[1\] \({path}\) cannot be read as an image") as caught:
+    with pytest.raises(
+        ValueError, match=rf"dtd train\[1\] \({path}\) cannot be read as an image"
+    ) as caught:
         images[1]
     assert "\n" not in str(caught.value)
     path.unlink()
@@ -484,7 +570,9 @@ def test_broken_image_is_named(root, monkeypatch):
     arrays["data"][arrays["offsets"][1] : arrays["offsets"][2]] = 0
     np.savez(root / "packed_dtd.npz", **arrays)
     images = load("packed_dtd", "train")
-    with pytest.raises(ValueError, match=r"packed_dtd train\[1\] \(train/cat/1.png\) cannot be read as an image"):
+    with pytest.raises(
+        ValueError, match=r"packed_dtd train\[1\] \(train/cat/1.png\) cannot be read as an image"
+    ):
         images[1]
 
 
@@ -496,7 +584,9 @@ def folders(base):
     for part, test in (("train", False), ("test", True)):
         for label, name in enumerate(("cat", "dog")):
             for i, format in enumerate(("JPEG", "PNG", "BMP")):
-                picture(base / part / name / f"{i}.{format.lower()}", label, not test, format=format)
+                picture(
+                    base / part / name / f"{i}.{format.lower()}", label, not test, format=format
+                )
     text(base / "train/cat/notes.txt", "no image")
     return base
 
@@ -511,7 +601,9 @@ def test_pack_round_trip(root):
     for split in ("train", "test"):
         images = load("pets_at_home", split)
         check(images, [0, 0, 0, 1, 1, 1])
-        assert images.classes == ["cat", "dog"] and images.metric == "accuracy" and images.note == ""
+        assert (
+            images.classes == ["cat", "dog"] and images.metric == "accuracy" and images.note == ""
+        )
         for i, name in enumerate(images.names):
             original = (tree / name).read_bytes()
             assert (images.items[i] == original) == (not name.endswith("bmp"))
@@ -576,7 +668,9 @@ def test_broken_packed_files_are_named(fault, root):
     elif fault == "labels":
         np.savez(out, **arrays | {"labels": arrays["labels"] + 1})
     elif fault == "masks":
-        np.savez(out, **{key: arrays[key] for key in arrays if key != "labels"}, mask_data=arrays["data"])
+        np.savez(
+            out, **{key: arrays[key] for key in arrays if key != "labels"}, mask_data=arrays["data"]
+        )
     else:
         out.write_text("no archive")
     with pytest.raises(ValueError, match="mine.npz: "):
@@ -615,9 +709,16 @@ def test_real_packed_files(name, n_train, n_test, n_classes, note):
     assert train.note == note and not set(train.names) & set(test.names)
     few = load(name, "train", limit=3 * n_classes)
     assert np.bincount(few.labels).tolist() == [3] * n_classes
-    with np.load(data_dir() / f"{name}.npz") as arrays:  # oracle: the snippet of the format's description
+    with np.load(
+        data_dir() / f"{name}.npz"
+    ) as arrays:  # oracle: the snippet of the format's description
         blob, offsets, split = arrays["data"], arrays["offsets"], arrays["split"]
         row = np.flatnonzero(split == 1)[-1]
-        image = Image.open(io.BytesIO(blob[offsets[row] : offsets[row + 1]].tobytes())).convert("RGB")
-        assert test[len(test) - 1].tobytes() == image.tobytes() and test.labels[-1] == arrays["labels"][row]
+        image = Image.open(io.BytesIO(blob[offsets[row] : offsets[row + 1]].tobytes())).convert(
+            "RGB"
+        )
+        assert (
+            test[len(test) - 1].tobytes() == image.tobytes()
+            and test.labels[-1] == arrays["labels"][row]
+        )
     assert "camvid" not in {row["name"] for row in table()}

@@ -21,7 +21,9 @@ def machine(tmp_path, monkeypatch):
     """A machine with two GPUs, one of them cut into two instances."""
     program = tmp_path / "bin" / "nvidia-smi"
     program.parent.mkdir()
-    program.write_text("#!/bin/sh\necho 'GPU 0: A (UUID: a)'\necho '  MIG 1g (UUID: m)'\necho 'GPU 1: A (UUID: b)'\n")
+    program.write_text(
+        "#!/bin/sh\necho 'GPU 0: A (UUID: a)'\necho '  MIG 1g (UUID: m)'\necho 'GPU 1: A (UUID: b)'\n"
+    )
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
     monkeypatch.setenv("FUNGI_STORE", str(tmp_path / "store"))

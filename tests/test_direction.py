@@ -1,8 +1,10 @@
-"""Synthetic clusters where gradient features must help: a silent bug in a loss or a tap shows without real data.
+"""Synthetic clusters where gradient features must help: a silent bug in a loss or a tap shows
+without real data.
 
-The class of an image is its tint. The frozen network sees the tint at its attention's output projection, whose weights
-discard it: the embedding knows brightness alone. A gradient there is (what the loss wants) x (what the layer saw), so
-it keeps the tint. Views (crops, patches) keep the tint too.
+The class of an image is its tint. The frozen network sees the tint at its attention's output
+projection, whose weights discard it: the embedding knows brightness alone. A gradient there is
+(what the loss wants) x (what the layer saw), so it keeps the tint. Views (crops, patches) keep the
+tint too.
 """
 
 import numpy as np
@@ -19,9 +21,13 @@ CHANCE = 100 / CLASSES
 
 
 class TintBlind(torch.nn.Module):
-    """(N, 3, s, s) -> (N, 12): 4 x 4 tokens of tint (2), brightness and its slopes (3); tint has no weight."""
+    """(N, 3, s, s) -> (N, 12): 4 x 4 tokens of tint (2), brightness and its slopes (3); tint has no
+    weight.
+    """
 
-    pretrained_cfg = dict(input_size=(3, SIZE, SIZE), crop_pct=1.0, mean=(0.5,) * 3, std=(0.25,) * 3)
+    pretrained_cfg = dict(
+        input_size=(3, SIZE, SIZE), crop_pct=1.0, mean=(0.5,) * 3, std=(0.25,) * 3
+    )
 
     def __init__(self):
         super().__init__()
@@ -42,13 +48,17 @@ class TintBlind(torch.nn.Module):
 
 
 def tinted(n, seed):
-    """n images (3, s, s) in [0, 1]: large random light and dark areas, and a tint that says the class, with scatter."""
+    """n images (3, s, s) in [0, 1]: large random light and dark areas, and a tint that says the
+    class, with scatter.
+    """
     rng = np.random.default_rng(seed)
     labels = np.arange(n) % CLASSES
     light = np.kron(rng.uniform(0.25, 0.75, (n, 4, 4)), np.ones((SIZE // 4, SIZE // 4)))
     angle = 2 * np.pi * labels / CLASSES
     tint = 0.08 * np.stack([np.cos(angle), np.sin(angle)], 1) + rng.normal(0, 0.02, (n, 2))
-    basis = np.array([[1, -1, 0], [1, 1, -2]]) / np.array([[2**0.5], [6**0.5]])  # two directions of equal brightness
+    basis = np.array([[1, -1, 0], [1, 1, -2]]) / np.array(
+        [[2**0.5], [6**0.5]]
+    )  # two directions of equal brightness
     images = light[:, None] + (tint @ basis)[:, :, None, None]
     return torch.from_numpy(images.clip(0, 1)).float(), labels
 
@@ -59,9 +69,13 @@ def sets():
 
 
 def accuracies(sets, objective):
-    """kNN accuracy in percent of embedding, gradient, both, and both with the gradients dealt to wrong images."""
+    """kNN accuracy in percent of embedding, gradient, both, and both with the gradients dealt to
+    wrong images.
+    """
     (train, train_y), (test, test_y) = sets
-    one = Fungi(TintBlind(), (objective,), layer="attn.proj", pca=None, device="cpu", dtype="float32").fit(train[:16])
+    one = Fungi(
+        TintBlind(), (objective,), layer="attn.proj", pca=None, device="cpu", dtype="float32"
+    ).fit(train[:16])
     a, b = one.extract(train), one.extract(test)
     shuffle = np.random.default_rng(0)
     for blocks in (a, b):
@@ -78,7 +92,9 @@ def accuracies(sets, objective):
 
 
 def test_the_network_is_blind_and_its_layer_is_not(sets):
-    """The construction itself: without the tint the embedding is the same, the layer's input is not."""
+    """The construction itself: without the tint the embedding is the same, the layer's input is
+    not.
+    """
     (images, _), _ = sets
     grey = images.mean(1, keepdim=True).expand(-1, 3, -1, -1)
     model = TintBlind().requires_grad_(False)
@@ -94,8 +110,13 @@ def test_gradients_help_where_they_must(objective, sets, monkeypatch):
     found = accuracies(sets, objective)
     assert found["E"] < CHANCE + 12  # 400 test images: five standard errors above chance
     assert found["K"] > found["E"] + 40 and found["E+K"] > found["E"] + 40
-    assert found["E+?"] < CHANCE + 12  # the same gradients, each beside another image's embedding: no help
-    # and a broken loss makes all of that fail: with zero gradients the joined features are the embedding's again
-    monkeypatch.setattr(type(objective), "loss", lambda self, embeddings, *_: 0 * embeddings.sum((1, 2)))
+    assert (
+        found["E+?"] < CHANCE + 12
+    )  # the same gradients, each beside another image's embedding: no help
+    # and a broken loss makes all of that fail: with zero gradients the joined features are the
+    # embedding's again
+    monkeypatch.setattr(
+        type(objective), "loss", lambda self, embeddings, *_: 0 * embeddings.sum((1, 2))
+    )
     broken = accuracies(sets, objective)
     assert broken["K"] <= CHANCE + 12 and broken["E+K"] == broken["E"] == found["E"]

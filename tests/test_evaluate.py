@@ -43,9 +43,14 @@ def test_knn_equals_scikit_learn(k):
     train_x, train_y = blobs(rng, 600)
     test_x, test_y = blobs(rng, 150)
     expected = KNeighborsClassifier(k, algorithm="brute").fit(train_x, train_y).predict(test_x)
-    for x, y, z in ((train_x, train_y, test_x), [torch.tensor(a) for a in (train_x, train_y, test_x)]):
+    for x, y, z in (
+        (train_x, train_y, test_x),
+        [torch.tensor(a) for a in (train_x, train_y, test_x)],
+    ):
         np.testing.assert_array_equal(knn_predict(x, y, z, k), expected)
-        np.testing.assert_array_equal(knn_predict(x, y, z, k, chunk=37), expected)  # ragged chunks on both sides
+        np.testing.assert_array_equal(
+            knn_predict(x, y, z, k, chunk=37), expected
+        )  # ragged chunks on both sides
     if 1 < k < 600:
         assert np.mean(expected == test_y) > 0.4  # the data say something
 
@@ -53,7 +58,9 @@ def test_knn_equals_scikit_learn(k):
 def test_nearest_equals_scikit_learn_distances():
     rng = np.random.default_rng(0)
     (train_x, train_y), (test_x, _) = blobs(rng, 300), blobs(rng, 40)
-    distances, index = KNeighborsClassifier(9, algorithm="brute").fit(train_x, train_y).kneighbors(test_x)
+    distances, index = (
+        KNeighborsClassifier(9, algorithm="brute").fit(train_x, train_y).kneighbors(test_x)
+    )
     ours, our_distances = nearest(train_x, test_x, 9, chunk=64)
     np.testing.assert_array_equal(ours, index)
     np.testing.assert_allclose(our_distances, distances, rtol=1e-6)
@@ -61,28 +68,44 @@ def test_nearest_equals_scikit_learn_distances():
 
 def test_tied_votes_go_to_the_lowest_label():
     train_x, train_y = np.array([[1.0], [2.0], [3.0], [4.0]]), np.array([9, 4, 4, 9])
-    assert knn_predict(train_x, train_y, np.array([[0.0]]), 2).tolist() == [4]  # one vote each, 9 being nearer
+    assert knn_predict(train_x, train_y, np.array([[0.0]]), 2).tolist() == [
+        4
+    ]  # one vote each, 9 being nearer
     assert knn_predict(train_x, train_y, np.array([[0.0]]), 4).tolist() == [4]
     assert knn_predict(train_x, train_y, np.array([[0.0]]), 1).tolist() == [9]
-    assert knn_predict(train_x, np.array(["b", "a", "a", "b"]), np.array([[0.0]]), 2).tolist() == ["a"]
+    assert knn_predict(train_x, np.array(["b", "a", "a", "b"]), np.array([[0.0]]), 2).tolist() == [
+        "a"
+    ]
 
 
 def settled(squared, labels, k):
-    """The vote's winner where no choice among the rows tied at the k-th place can change it, else -1; (M,)."""
+    """The vote's winner where no choice among the rows tied at the k-th place can change it, else
+    -1; (M,).
+    """
     winners = []
     for row in squared:
         edge = np.sort(row)[k - 1]
-        inside, tied = np.bincount(labels[row < edge], minlength=3), np.bincount(labels[row == edge], minlength=3)
+        inside, tied = (
+            np.bincount(labels[row < edge], minlength=3),
+            np.bincount(labels[row == edge], minlength=3),
+        )
         open_places = k - inside.sum()
-        least, most = inside + np.maximum(0, open_places - (tied.sum() - tied)), inside + np.minimum(open_places, tied)
-        wins = [c for c in range(3) if all(least[c] > most[o] - (c < o) for o in range(3) if o != c)]
+        least, most = (
+            inside + np.maximum(0, open_places - (tied.sum() - tied)),
+            inside + np.minimum(open_places, tied),
+        )
+        wins = [
+            c for c in range(3) if all(least[c] > most[o] - (c < o) for o in range(3) if o != c)
+        ]
         winners.append(wins[0] if wins else -1)
     return np.array(winners)
 
 
 @pytest.mark.parametrize("d, values, k", [(2, 4, 5), (3, 5, 20), (1, 2, 3)])
 def test_integer_coordinates_and_duplicates(d, values, k):
-    """Masses of exact ties: order by index, and scikit-learn's prediction wherever tied rows cannot change the vote."""
+    """Masses of exact ties: order by index, and scikit-learn's prediction wherever tied rows cannot
+    change the vote.
+    """
     rng = np.random.default_rng(d)
     train_x, test_x = (rng.integers(0, values, (n, d)).astype(np.float32) for n in (700, 80))
     index, distances = brute_force(train_x, test_x, k)
@@ -102,7 +125,9 @@ def test_integer_coordinates_and_duplicates(d, values, k):
 
 
 def test_near_ties_that_float32_products_cannot_order():
-    """Squared distances differ by parts in 1e9 beside norms of 1e4: order them as float64 differences do."""
+    """Squared distances differ by parts in 1e9 beside norms of 1e4: order them as float64
+    differences do.
+    """
     rng = np.random.default_rng(3)
     direction = rng.normal(size=(400, 16))
     direction /= np.linalg.norm(direction, axis=1, keepdims=True)
@@ -126,15 +151,24 @@ def test_scales_that_overflow_float32(scale):
     rng = np.random.default_rng(10)
     (train_x, _), (test_x, _) = blobs(rng, 100), blobs(rng, 10)
     train_x, test_x = train_x.astype(np.float64) * scale, test_x.astype(np.float64) * scale
-    np.testing.assert_array_equal(nearest(train_x, test_x, 5)[0], brute_force(train_x, test_x, 5)[0][:, :5])
+    np.testing.assert_array_equal(
+        nearest(train_x, test_x, 5)[0], brute_force(train_x, test_x, 5)[0][:, :5]
+    )
 
 
 def test_every_way_gives_the_same(monkeypatch):
-    """Each way to the neighbours alone (float32 candidates, float64 candidates, full scan) gives the same."""
+    """Each way to the neighbours alone (float32 candidates, float64 candidates, full scan) gives
+    the same.
+    """
     rng = np.random.default_rng(4)
     (train_x, _), (test_x, _) = blobs(rng, 500), blobs(rng, 30)
     expected = brute_force(train_x, test_x, 7)[0]
-    for stages in ([(torch.float32, 0)], [(torch.float64, 0)], [(torch.float32, 5), (torch.float64, 9)], []):
+    for stages in (
+        [(torch.float32, 0)],
+        [(torch.float64, 0)],
+        [(torch.float32, 5), (torch.float64, 9)],
+        [],
+    ):
         monkeypatch.setattr(evaluate, "_stages", lambda stages=stages: stages)
         np.testing.assert_array_equal(nearest(train_x, test_x, 7, chunk=128)[0], expected)
 
@@ -155,7 +189,9 @@ def test_a_query_is_alone_in_any_batch():
     order = rng.permutation(50)
     whole = knn_predict(train_x, train_y, test_x, 5)
     np.testing.assert_array_equal(knn_predict(train_x, train_y, test_x[order], 5), whole[order])
-    np.testing.assert_array_equal([knn_predict(train_x, train_y, row[None], 5)[0] for row in test_x], whole)
+    np.testing.assert_array_equal(
+        [knn_predict(train_x, train_y, row[None], 5)[0] for row in test_x], whole
+    )
     with torch.autocast("cpu", dtype=torch.bfloat16):
         np.testing.assert_array_equal(knn_predict(train_x, train_y, test_x, 5), whole)
 
@@ -208,7 +244,9 @@ def test_few_shot_takes_the_first_of_each_class():
 
 def test_accuracies():
     y, pred = np.array([0, 0, 0, 0, 2, 2, 3]), np.array([0, 0, 0, 1, 2, 0, 1])
-    assert accuracy(pred, y) == pytest.approx(100 * accuracy_score(y, pred)) == pytest.approx(400 / 7)
+    assert (
+        accuracy(pred, y) == pytest.approx(100 * accuracy_score(y, pred)) == pytest.approx(400 / 7)
+    )
     np.testing.assert_allclose(per_class_accuracy(pred, y, 5), [75, np.nan, 50, 0, np.nan])
     assert mean_per_class(pred, y) == pytest.approx(125 / 3)  # classes 1 and 4 are absent, not zero
     with pytest.warns(UserWarning, match="y_pred contains classes not in y_true"):
@@ -241,7 +279,9 @@ def test_bootstrap_equals_resampling():
     assert paired.mean == pytest.approx(100 * (correct.mean() - other.mean()))
     np.testing.assert_allclose(paired[1:], resampled(correct * 1.0 - other, 4000, rng), atol=0.7)
     strata = bootstrap(correct, n=20000, generator=np.random.default_rng(1), labels=labels)
-    assert strata.mean == pytest.approx(np.mean([100 * correct[labels == c].mean() for c in range(4)]))
+    assert strata.mean == pytest.approx(
+        np.mean([100 * correct[labels == c].mean() for c in range(4)])
+    )
     groups = [np.flatnonzero(labels == c) for c in range(4)]
     np.testing.assert_allclose(strata[1:], resampled(correct, 4000, rng, groups), atol=0.7)
 
@@ -263,12 +303,17 @@ def test_bootstrap_properties():
 
 def test_normalize_and_combine():
     rng = np.random.default_rng(9)
-    features = {"kl": 5 * rng.normal(size=(6, 3)), "embedding": rng.normal(size=(6, 2)).astype(np.float32)}
+    features = {
+        "kl": 5 * rng.normal(size=(6, 3)),
+        "embedding": rng.normal(size=(6, 2)).astype(np.float32),
+    }
     np.testing.assert_allclose(normalize(features["kl"]), sk_normalize(features["kl"]), rtol=1e-6)
     assert normalize(np.zeros((1, 3))).tolist() == [[0, 0, 0]]
     both = combine(features, ["embedding", "kl"])
     assert both.shape == (6, 5) and both.dtype == np.float32
-    np.testing.assert_allclose(both, np.hstack([sk_normalize(features[n]) for n in ("embedding", "kl")]), rtol=1e-6)
+    np.testing.assert_allclose(
+        both, np.hstack([sk_normalize(features[n]) for n in ("embedding", "kl")]), rtol=1e-6
+    )
     with pytest.raises(KeyError, match=r"\['dino'\] asked for; there are \['embedding', 'kl'\]"):
         combine(features, ["kl", "dino"])
     with pytest.raises(ValueError, match="'kl': 6, 'embedding': 5"):
@@ -285,7 +330,9 @@ def test_knn_from_similarities_is_that_of_unit_vectors(k):
 
 
 def test_knn_from_similarities_takes_equal_ones_in_order_and_checks_shapes():
-    assert evaluate.knn_by_similarity(np.array([[0.5, 0.9, 0.5]]), [7, 3, 1], k=2).tolist() == [3]  # 7 and 3 tie
+    assert evaluate.knn_by_similarity(np.array([[0.5, 0.9, 0.5]]), [7, 3, 1], k=2).tolist() == [
+        3
+    ]  # 7 and 3 tie
     assert evaluate.knn_by_similarity(np.array([[0.5, 0.1, 0.5]]), [7, 3, 1], k=1).tolist() == [7]
     with pytest.raises(ValueError, match=r"got \(1, 3\), 2 labels, k = 1"):
         evaluate.knn_by_similarity(np.zeros((1, 3)), [0, 1], k=1)

@@ -1,4 +1,6 @@
-"""Widgets: static without a reader; in JupyterLab one output that is drawn again in place, errors as one line."""
+"""Widgets: static without a reader; in JupyterLab one output that is drawn again in place, errors
+as one line.
+"""
 
 from datetime import datetime
 
@@ -37,7 +39,13 @@ def widgets(kind):
 
 def test_a_batch_run_shows_the_first_of_each_list_and_the_start_of_each_slider(batch):
     asked = dict(a=["x", "y"], b=(1, 9, 4), c=(2, 5), d=lambda: (0, 3, 3), e="typed")
-    assert explore.interact(lambda **values: values, **asked) == {"a": "x", "b": 4, "c": 2, "d": 3, "e": "typed"}
+    assert explore.interact(lambda **values: values, **asked) == {
+        "a": "x",
+        "b": 4,
+        "c": 2,
+        "d": 3,
+        "e": "typed",
+    }
     with pytest.raises(ZeroDivisionError):
         explore.interact(lambda k: 1 / 0, k=[1])
 
@@ -75,7 +83,9 @@ def test_an_error_is_one_line_and_the_next_choice_works(live, capsys):
 
 def test_cells_follow_what_they_watch_and_ask_for_their_choices_again(live):
     mine, calls = explore.Watched(), []
-    explore.interact(lambda one: calls.append(one), on=mine, one=lambda: (0, len(mine.value) - 1, 0))
+    explore.interact(
+        lambda one: calls.append(one), on=mine, one=lambda: (0, len(mine.value) - 1, 0)
+    )
     assert calls == []  # nothing chosen yet
     mine.value = "abc"
     (slider,) = widgets(ipywidgets.IntSlider)
@@ -101,14 +111,29 @@ def test_the_panel_loads_at_once_then_files_or_a_folder_whichever_came_last(live
     place.value, name.value = "bad", "b"
     button.click()
     assert "ValueError: bad is no folder\n" in capsys.readouterr().out and not button.disabled
-    file = {"name": "x.jpg", "type": "", "size": 1, "content": memoryview(b"1"), "last_modified": datetime.now()}
+    file = {
+        "name": "x.jpg",
+        "type": "",
+        "size": 1,
+        "content": memoryview(b"1"),
+        "last_modified": datetime.now(),
+    }
     upload.set_trait("value", (file,))
     button.click()  # another backbone, say: the files are still there
-    assert calls == [([], "", "a"), ([], "bad", "b"), ([("x.jpg", b"1")], "", "b"), ([("x.jpg", b"1")], "", "b")]
+    assert calls == [
+        ([], "", "a"),
+        ([], "bad", "b"),
+        ([("x.jpg", b"1")], "", "b"),
+        ([("x.jpg", b"1")], "", "b"),
+    ]
 
 
 def test_the_panel_of_a_batch_run_loads_and_raises(batch):
-    assert explore.chooser(lambda *asked: asked, folder="f", backbone="a", backbones=[]) == ((), "f", "a")
+    assert explore.chooser(lambda *asked: asked, folder="f", backbone="a", backbones=[]) == (
+        (),
+        "f",
+        "a",
+    )
     with pytest.raises(ValueError):
         explore.chooser(lambda *asked: int("x"), folder="", backbone="a", backbones=[])
 
@@ -118,14 +143,20 @@ def test_downloads_are_links_for_a_reader_only(live, tmp_path, monkeypatch):
     (file := tmp_path / "out" / "my features.npz").parent.mkdir()
     file.write_bytes(b"x" * 2_500_000)
     html = explore.downloads([file])
-    assert isinstance(html, HTML) and 'href="out/my%20features.npz"' in html.data and "2.5 MB" in html.data
+    assert (
+        isinstance(html, HTML)
+        and 'href="out/my%20features.npz"' in html.data
+        and "2.5 MB" in html.data
+    )
     monkeypatch.delenv("JPY_SESSION_NAME")
     assert explore.downloads([file]).data == "my features.npz, 2.5 MB"
 
 
 def test_bars_are_for_people_and_quiet_in_batch_logs(monkeypatch, capsys):
     monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
-    assert list(extract.each(range(3), "three")) == [0, 1, 2] and extract.progress(3, "three").disable
+    assert (
+        list(extract.each(range(3), "three")) == [0, 1, 2] and extract.progress(3, "three").disable
+    )
     assert capsys.readouterr().err == ""
     monkeypatch.setenv("JPY_SESSION_NAME", "notebook.ipynb")
     monkeypatch.setattr(extract, "tqdm", tqdm)  # text, not a widget

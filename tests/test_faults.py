@@ -20,14 +20,18 @@ def test_every_row_names_a_test_and_how_often_it_was_tried():
         assert re.fullmatch(r"`test_\w+\.py::test_\w+`", cells[2]), row
 
 
-@pytest.mark.parametrize("file, test", sorted(set(re.findall(r"`(test_\w+\.py)::(test_\w+)`", TABLE))))
+@pytest.mark.parametrize(
+    "file, test", sorted(set(re.findall(r"`(test_\w+\.py)::(test_\w+)`", TABLE)))
+)
 def test_every_test_of_the_table_exists(file, test):
     tree = ast.parse((paths.ROOT / "tests" / file).read_text())
     assert test in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
 
 
 def test_the_licences_are_those_of_the_tables_and_of_the_lock():
-    """`make licences` writes them; a package's metadata depends on the platform, so its name and version count."""
+    """`make licences` writes them; a package's metadata depends on the platform, so its name and
+    version count.
+    """
     spec = importlib.util.spec_from_file_location("licences", paths.ROOT / "data" / "licences.py")
     spec.loader.exec_module(licences := importlib.util.module_from_spec(spec))
     written = licences.FILE.read_text()

@@ -55,14 +55,25 @@ def test_only_the_drawing_modules_import_matplotlib():
 
 def test_a_second_run_writes_the_same_bytes(tmp_path, record):
     numbers = pd.DataFrame({"features": ["E", "K"], "value": [1 / 3, np.nan]})
-    runs = [figures.save_figure(small_figure(), "two_lines", numbers, record, tmp_path / str(i)) for i in range(2)]
+    runs = [
+        figures.save_figure(small_figure(), "two_lines", numbers, record, tmp_path / str(i))
+        for i in range(2)
+    ]
     for suffix in ("png", "pdf", "csv"):
         assert runs[0][suffix].read_bytes() == runs[1][suffix].read_bytes(), suffix
     assert runs[0]["csv"].read_bytes() == b"features,value\nE,0.333333\nK,\n"
-    assert runs[0]["png"].read_bytes().startswith(b"\x89PNG") and b"Software" not in runs[0]["png"].read_bytes()
-    assert runs[0]["pdf"].read_bytes().startswith(b"%PDF") and b"CreationDate" not in runs[0]["pdf"].read_bytes()
+    assert (
+        runs[0]["png"].read_bytes().startswith(b"\x89PNG")
+        and b"Software" not in runs[0]["png"].read_bytes()
+    )
+    assert (
+        runs[0]["pdf"].read_bytes().startswith(b"%PDF")
+        and b"CreationDate" not in runs[0]["pdf"].read_bytes()
+    )
     written = json.loads(runs[0]["json"].read_text())
-    assert written == record | {"alt": "Plot of 1 panel. Vertical: accuracy (%). Horizontal: shots."}
+    assert written == record | {
+        "alt": "Plot of 1 panel. Vertical: accuracy (%). Horizontal: shots."
+    }
 
 
 def test_another_process_writes_the_same_bytes(tmp_path):
@@ -73,18 +84,29 @@ def test_another_process_writes_the_same_bytes(tmp_path):
     )
     for seed in ("1", "2"):
         env = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT)}
-        subprocess.run([sys.executable, "-c", code, str(tmp_path / seed)], env=env, check=True, cwd=tmp_path)
+        subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path / seed)], env=env, check=True, cwd=tmp_path
+        )
     for suffix in ("png", "pdf", "csv"):
-        assert (tmp_path / "1" / f"table.{suffix}").read_bytes() == (tmp_path / "2" / f"table.{suffix}").read_bytes()
+        assert (tmp_path / "1" / f"table.{suffix}").read_bytes() == (
+            tmp_path / "2" / f"table.{suffix}"
+        ).read_bytes()
 
 
 def test_figures_go_to_their_profile_and_leave_nothing_else(tmp_path, record, monkeypatch):
     monkeypatch.setenv("FUNGI_FIGURES", str(tmp_path))
     written = figures.save_figure(small_figure(), "fig_2", pd.DataFrame({"value": [1.0]}), record)
-    assert {p.name for p in (tmp_path / "mini").iterdir()} == {"fig_2.csv", "fig_2.json", "fig_2.pdf", "fig_2.png"}
+    assert {p.name for p in (tmp_path / "mini").iterdir()} == {
+        "fig_2.csv",
+        "fig_2.json",
+        "fig_2.pdf",
+        "fig_2.png",
+    }
     assert set(written.values()) == set((tmp_path / "mini").iterdir())
     with pytest.raises(ValueError, match="profile=None"):
-        figures.save_figure(small_figure(), "fig_2", pd.DataFrame({"value": [1.0]}), {"parameters": {}})
+        figures.save_figure(
+            small_figure(), "fig_2", pd.DataFrame({"value": [1.0]}), {"parameters": {}}
+        )
 
 
 def test_a_named_index_is_written_with_the_numbers(tmp_path):
@@ -101,7 +123,9 @@ def test_bad_names_are_refused_before_anything_is_written(tmp_path, name):
 
 
 def test_a_failing_write_leaves_the_old_file_and_no_part(tmp_path, monkeypatch):
-    old = figures.save_figure(small_figure(), "x", pd.DataFrame({"value": [1.0]}), {}, tmp_path)["csv"].read_bytes()
+    old = figures.save_figure(small_figure(), "x", pd.DataFrame({"value": [1.0]}), {}, tmp_path)[
+        "csv"
+    ].read_bytes()
 
     def full_disk(*_):
         raise OSError(28, "No space left on device")
@@ -122,14 +146,24 @@ def test_provenance_records_what_a_reader_needs_and_is_json():
 
     parameters = {"profile": "mini", "k": np.int64(20), "folder": Path("a") / "b"}
     stores = ["k1", SimpleNamespace(key="k2")]
-    found = figures.provenance("03", parameters, seed=7, stores=stores, datasets=[Digits()], started=time.time() - 5)
+    found = figures.provenance(
+        "03", parameters, seed=7, stores=stores, datasets=[Digits()], started=time.time() - 5
+    )
     assert found == json.loads(json.dumps(found))
     assert found["parameters"] == {"profile": "mini", "k": 20, "folder": "a/b"}
     assert found["seed"] == 7 and found["stores"] == ["k1", "k2"]
-    digits = {"name": "digits", "split": "test", "n": 797, "fingerprint": "ab12", "note": "all rows"}
+    digits = {
+        "name": "digits",
+        "split": "test",
+        "n": 797,
+        "fingerprint": "ab12",
+        "note": "all rows",
+    }
     assert found["datasets"] == [digits]
     assert 5 <= found["wall_seconds"] < 60
-    assert {"python", "torch", "timm", "numpy", "scikit-learn", "fungi_core"} <= set(found["versions"])
+    assert {"python", "torch", "timm", "numpy", "scikit-learn", "fungi_core"} <= set(
+        found["versions"]
+    )
     assert found["device"]["cores"] >= 1 and found["device"]["cpu"]
     with pytest.raises(TypeError, match="object"):
         figures.provenance("03", {"model": object()}, seed=0)
@@ -151,7 +185,9 @@ def test_git_state(tmp_path, monkeypatch):
 
     def git(*words):
         who = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
-        done = subprocess.run(["git", *who, *words], cwd=tmp_path, check=True, capture_output=True, text=True)
+        done = subprocess.run(
+            ["git", *who, *words], cwd=tmp_path, check=True, capture_output=True, text=True
+        )
         return done.stdout.strip()
 
     git("init", "-q")
@@ -167,12 +203,28 @@ def test_git_state(tmp_path, monkeypatch):
 
 
 def test_a_table_is_drawn_written_and_shown(tmp_path, record):
-    table = pd.DataFrame({"data": ["dtd", "cifar"], "ours": [50.96, -0.04], "paper": [np.nan, 4.8], "n": [400, 1000]})
+    table = pd.DataFrame(
+        {"data": ["dtd", "cifar"], "ours": [50.96, -0.04], "paper": [np.nan, 4.8], "n": [400, 1000]}
+    )
     shown = figures.save_table(table, "table_1", record, tmp_path)
     assert sorted(p.suffix for p in tmp_path.iterdir()) == [".csv", ".json", ".pdf", ".png"]
-    assert labels(figures.table_figure(table)) >= {"data", "ours", "paper", "dtd", "51.0", "−0.0", "–", "4.8", "400"}
+    assert labels(figures.table_figure(table)) >= {
+        "data",
+        "ours",
+        "paper",
+        "dtd",
+        "51.0",
+        "−0.0",
+        "–",
+        "4.8",
+        "400",
+    }
     html = shown.to_html()
-    assert "51.0" in html and "–" in html and html == figures.save_table(table, "table_1", record, tmp_path).to_html()
+    assert (
+        "51.0" in html
+        and "–" in html
+        and html == figures.save_table(table, "table_1", record, tmp_path).to_html()
+    )
     with pytest.raises(ValueError, match="0 rows"):
         figures.table_figure(table[:0])
 
@@ -204,14 +256,22 @@ def test_figures_are_forgotten_by_pyplot_and_have_the_page_width():
 def test_variants():
     rows = [("neither", np.nan, np.nan), ("head", 66.4, -2.0), ("both", 68.4, 0.0)]
     df = pd.DataFrame(rows, columns=["variant", "value", "gain"])
-    df = df.assign(gain_low=df["gain"] - 1, gain_high=df["gain"] + 1, column="SimCLR gradient", features="S")
+    df = df.assign(
+        gain_low=df["gain"] - 1, gain_high=df["gain"] + 1, column="SimCLR gradient", features="S"
+    )
     df = pd.concat([df.assign(dataset=name) for name in ("dtd", "cifar10")])
     df["paper"] = [np.nan, -1.0, np.nan] * 2
     fig = plots.variants(df, against="the default")
     first, second = fig.axes
     assert [line.get_xydata()[0].tolist() for line in filled(first)] == [[-2, 1], [0, 2]]
     assert [line.get_xdata()[0] for line in opened(first)] == [-1] and len(filled(second)) == 2
-    assert {"not applicable", "66.4", "neither", "cifar10\nSimCLR gradient", "the paper's difference"} <= labels(fig)
+    assert {
+        "not applicable",
+        "66.4",
+        "neither",
+        "cifar10\nSimCLR gradient",
+        "the paper's difference",
+    } <= labels(fig)
     assert [t.get_text() for t in first.get_yticklabels()] == ["neither", "head", "both"]
     with pytest.raises(ValueError, match="needs column 'gain_high'"):
         plots.variants(df.drop(columns="gain_high"), against="x")
@@ -221,7 +281,14 @@ def test_cka_heatmaps():
     matrix = np.array([[1, 0.25, 0.5], [0.25, 1, 0.75], [0.5, 0.75, 1.0]])
     fig = grids.cka_heatmaps({"dtd": (LETTERS[:3], matrix), "cifar10": (LETTERS[:3], matrix)})
     assert len(fig.axes) == 3  # two panels, one colour bar
-    assert [t.get_text() for t in fig.axes[0].texts] == ["1.00", "0.25", "1.00", "0.50", "0.75", "1.00"]
+    assert [t.get_text() for t in fig.axes[0].texts] == [
+        "1.00",
+        "0.25",
+        "1.00",
+        "0.50",
+        "0.75",
+        "1.00",
+    ]
     with pytest.raises(ValueError, match="no matrices"):
         grids.cka_heatmaps({})
 
@@ -237,7 +304,9 @@ def test_pair_matrix_shades_by_the_difference_from_the_embedding():
 
 
 def test_class_deltas_sorts_and_counts():
-    rows = [("dtd", k, c, v) for k in "KD" for c, v in zip("abcd", [1.0, -2.0, 0.0, 5.0], strict=True)]
+    rows = [
+        ("dtd", k, c, v) for k in "KD" for c, v in zip("abcd", [1.0, -2.0, 0.0, 5.0], strict=True)
+    ]
     fig = plots.class_deltas(pd.DataFrame(rows, columns=["dataset", "features", "class", "value"]))
     assert len(fig.axes) == 2
     assert [bar.get_height() for bar in fig.axes[0].patches] == [5, 1, 0, -2]
@@ -258,7 +327,10 @@ def test_accuracy_by_features_places_the_papers_gain_on_our_embedding():
     fig = plots.accuracy_by_features(frame)
     assert len(fig.axes) == 4
     for ax in fig.axes:
-        assert [line.get_ydata()[0] for line in filled(ax)] == [40, 41]  # the third was not run: no mark
+        assert [line.get_ydata()[0] for line in filled(ax)] == [
+            40,
+            41,
+        ]  # the third was not run: no mark
         assert [line.get_ydata()[0] for line in opened(ax)] == [40.5, 43]
     assert {"vit_mini, full\ndtd", "vit_mini, 5-shot\ndtd", "cifar10"} <= labels(fig)
     assert {"E", "+ K", "+ D+S", "our embedding + the paper's gain"} <= labels(fig)
@@ -269,8 +341,12 @@ def test_backbone_bars_puts_the_papers_backbones_in_their_own_panels():
     paper = ours.assign(backbone="DINO ViT-B/16", value=np.nan, paper=[69.0, 70.9])
     fig = plots.backbone_bars(pd.concat([ours, paper]))
     assert len(fig.axes) == 2
-    assert [line.get_xdata()[0] for line in filled(fig.axes[0])] == [40, 41] and not opened(fig.axes[0])
-    assert [line.get_xdata()[0] for line in opened(fig.axes[1])] == [69, 70.9] and not filled(fig.axes[1])
+    assert [line.get_xdata()[0] for line in filled(fig.axes[0])] == [40, 41] and not opened(
+        fig.axes[0]
+    )
+    assert [line.get_xdata()[0] for line in opened(fig.axes[1])] == [69, 70.9] and not filled(
+        fig.axes[1]
+    )
     assert len(plots.backbone_bars(ours).axes) == 1
 
 
@@ -289,12 +365,17 @@ def test_scoreboard_groups_rows_by_verdict_the_disagreements_first():
                           "value": [1.0, -1.0, np.nan], "verdict": ["agrees", "disagrees", "not run"]})  # fmt: skip
     fig = plots.scoreboard(frame.assign(expected=["+", "-", ""]))
     [ax] = fig.axes
-    assert [line.get_color() for line in filled(ax)] == [figures.VERDICTS["disagrees"], figures.VERDICTS["agrees"]]
+    assert [line.get_color() for line in filled(ax)] == [
+        figures.VERDICTS["disagrees"],
+        figures.VERDICTS["agrees"],
+    ]
     assert len(opened(ax)) == 3
     assert [t.get_text() for t in ax.texts] == ["disagrees (1)", "agrees (1)", "not run (1)"]
     assert [t.get_text() for t in ax.get_yticklabels()] == ["Table 1: b", "Table 1: a", "Fig. 3: c"]
     sides = [band.get_paths()[0].get_extents().intervalx.tolist() for band in ax.collections]
-    assert sides[0][1] == 0 and sides[1][0] == 0 and len(sides) == 2  # the predicted side; none where none is
+    assert (
+        sides[0][1] == 0 and sides[1][0] == 0 and len(sides) == 2
+    )  # the predicted side; none where none is
     with pytest.raises(ValueError, match="unknown verdict 'maybe': use one of disagrees"):
         plots.scoreboard(frame.assign(verdict="maybe"))
 
@@ -306,18 +387,31 @@ def test_deltas_names_the_claims_whose_size_differs():
     fig = plots.deltas(frame)
     [ax] = fig.axes
     assert [t.get_text() for t in ax.texts] == ["far"]
-    points = {line.get_marker(): line.get_xydata().tolist() for line in ax.lines if line.get_marker() in set("oXs")}
-    assert points == {"o": [[2.0, 1.5]], "X": [[17.2, -0.5]]}  # without the paper's number there is no point
+    points = {
+        line.get_marker(): line.get_xydata().tolist()
+        for line in ax.lines
+        if line.get_marker() in set("oXs")
+    }
+    assert points == {
+        "o": [[2.0, 1.5]],
+        "X": [[17.2, -0.5]],
+    }  # without the paper's number there is no point
     assert ax.get_xlim()[1] > 17.2 and ax.get_ylim()[0] < -0.8
     with pytest.raises(ValueError, match="nothing to plot: no claim has"):
         plots.deltas(frame[2:])
 
 
 def deuteranopia(colours) -> np.ndarray:
-    """sRGB colours (N, 3) as those without the middle cones see them (Machado, Oliveira and Fernandes 2009)."""
+    """sRGB colours (N, 3) as those without the middle cones see them (Machado, Oliveira and
+    Fernandes 2009).
+    """
     rgb = np.array([figures.to_rgb(c) for c in colours])
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
-    matrix = [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]]
+    matrix = [
+        [0.367322, 0.860646, -0.227968],
+        [0.280085, 0.672501, 0.047413],
+        [-0.011820, 0.042940, 0.968881],
+    ]
     seen = np.clip(linear @ np.transpose(matrix), 0, 1)
     return np.where(seen <= 0.0031308, 12.92 * seen, 1.055 * seen ** (1 / 2.4) - 0.055)
 
@@ -342,13 +436,19 @@ def test_colours_drawn_together_are_told_apart_without_red_and_green(together):
 def test_a_compact_drawing_keeps_its_colours():
     shown = figures.compact(fig := small_figure())
     picture = Image.open(io.BytesIO(shown.data)).convert("RGB")
-    assert picture.size == tuple((fig.get_size_inches() * fig.dpi).astype(int)) and shown.format == "png"
+    assert (
+        picture.size == tuple((fig.get_size_inches() * fig.dpi).astype(int))
+        and shown.format == "png"
+    )
     wanted = 255 * np.array(figures.to_rgb(figures.colour("K")))
     assert np.abs(np.asarray(picture) - wanted).max(-1).min() < 16
 
 
 def test_what_a_figure_shows_in_words():
-    assert figures.describe(small_figure()) == "Plot of 1 panel. Vertical: accuracy (%). Horizontal: shots."
+    assert (
+        figures.describe(small_figure())
+        == "Plot of 1 panel. Vertical: accuracy (%). Horizontal: shots."
+    )
     fig = plots.accuracy_by_features(accuracies(dataset="dtd"))
     said = figures.describe(fig)
     assert "Titles: dtd." in said and "Key: ours, 95 % interval; our embedding" in said
@@ -358,7 +458,9 @@ def test_what_a_figure_shows_in_words():
 
 
 def test_a_long_table_is_cut_and_says_so_and_no_word_is_broken():
-    fig = figures.table_figure(pd.DataFrame({"a_difference": np.arange(60), "text": ["word " * 30] * 60}))
+    fig = figures.table_figure(
+        pd.DataFrame({"a_difference": np.arange(60), "text": ["word " * 30] * 60})
+    )
     drawn = labels(fig)
     assert f"and {60 - figures.MOST} more rows in the CSV" in drawn and "a\ndifference" in drawn
     assert "49" in drawn and "50" not in drawn
@@ -367,10 +469,14 @@ def test_a_long_table_is_cut_and_says_so_and_no_word_is_broken():
 
 def test_image_grid_frames_right_and_wrong():
     images = [np.zeros((4, 4, 3), np.uint8)] * 4 + [np.zeros((4, 4), np.uint8)]
-    fig = grids.image_grid(images, titles=list("abcde"), ncols=3, frames=[True, False, None, None, None])
+    fig = grids.image_grid(
+        images, titles=list("abcde"), ncols=3, frames=[True, False, None, None, None]
+    )
     assert len(fig.axes) == 6 and sum(len(ax.images) for ax in fig.axes) == 5
     edges = [ax.spines["top"].get_edgecolor()[:3] for ax in fig.axes[:2]]
-    assert np.allclose(edges, [figures.to_rgb(figures.VERDICTS[v]) for v in ("agrees", "disagrees")])
+    assert np.allclose(
+        edges, [figures.to_rgb(figures.VERDICTS[v]) for v in ("agrees", "disagrees")]
+    )
     assert not fig.axes[2].spines["top"].get_visible()
     with pytest.raises(ValueError, match="no images"):
         grids.image_grid([])
@@ -379,7 +485,11 @@ def test_image_grid_frames_right_and_wrong():
 def test_every_plot_draws_without_a_warning(recwarn):
     """Rendering is where missing glyphs, clipped layouts and NaN limits show."""
     frame = accuracies(backbone="vit_mini", setting="full")
-    for fig in (plots.accuracy_by_features(frame), plots.backbone_bars(frame), diagram.method_diagram()):
+    for fig in (
+        plots.accuracy_by_features(frame),
+        plots.backbone_bars(frame),
+        diagram.method_diagram(),
+    ):
         fig.canvas.draw()
     assert not [str(w.message) for w in recwarn]
 
@@ -392,8 +502,15 @@ def frame(ax):
 
 
 def test_neighbours_are_whole_images_framed_by_class():
-    tile = lambda right, title: {"image": np.zeros((4, 6, 3), np.uint8), "title": title, "right": right}
-    found = {"embedding": [tile(True, "a"), tile(False, "b")], "FUNGI": [tile(None, "c"), tile(True, "d")]}
+    tile = lambda right, title: {
+        "image": np.zeros((4, 6, 3), np.uint8),
+        "title": title,
+        "right": right,
+    }
+    found = {
+        "embedding": [tile(True, "a"), tile(False, "b")],
+        "FUNGI": [tile(None, "c"), tile(True, "d")],
+    }
     fig = grids.neighbours({"image": np.zeros((4, 6, 3), np.uint8), "title": "query"}, found)
     assert {"query", "a", "b", "c", "d", "embedding", "FUNGI"} <= labels(fig)
     framed = {ax.get_title(): frame(ax) for ax in fig.axes if ax.get_title() and ax.images}
@@ -408,12 +525,16 @@ def test_changed_images_stand_in_rows_with_both_features_neighbours():
     votes = {"embedding: 2 votes for its class", "SimCLR: 11 votes for its class"}
     assert {"put right", "put wrong"} | votes <= labels(fig)
     frames = [frame(ax) for ax in fig.axes if ax.images]
-    assert frames[:7] == ["agrees", *["disagrees"] * 3, *["agrees"] * 3] and frames[7] == "disagrees"
+    assert (
+        frames[:7] == ["agrees", *["disagrees"] * 3, *["agrees"] * 3] and frames[7] == "disagrees"
+    )
 
 
 def test_pairs_stand_side_by_side_under_one_title():
     fig = grids.pairs([np.zeros((4, 4, 3), np.uint8)] * 6, ["first", "second", "third"], ncols=2)
-    assert {"first", "second", "third"} <= labels(fig) and sum(bool(ax.images) for ax in fig.axes) == 6
+    assert {"first", "second", "third"} <= labels(fig) and sum(
+        bool(ax.images) for ax in fig.axes
+    ) == 6
     with pytest.raises(ValueError, match="no pairs"):
         grids.pairs([], [])
 
@@ -426,4 +547,6 @@ def test_a_map_of_images_shows_a_thumbnail_where_there_is_room_and_a_dot_for_eac
     assert len(ax.images) == 3 and len(ax.collections[0].get_offsets()) == 4
     assert {t.get_text() for t in fig.legends[0].get_texts()} == {"cat", "dog"}
     assert not grids.image_map(places, images).legends
-    assert np.isfinite(grids.image_map(np.ones((3, 2)), images).axes[0].collections[0].get_offsets()).all()  # all alike
+    assert np.isfinite(
+        grids.image_map(np.ones((3, 2)), images).axes[0].collections[0].get_offsets()
+    ).all()  # all alike

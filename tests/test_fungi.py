@@ -1,4 +1,6 @@
-"""The transformer's contract: scikit-learn's, one image's features whatever stands beside it, save and load."""
+"""The transformer's contract: scikit-learn's, one image's features whatever stands beside it, save
+and load.
+"""
 
 import copy
 
@@ -32,14 +34,25 @@ def small_inputs():
 def pictures(n, seed=0):
     rng = np.random.default_rng(seed)
     return [
-        Image.fromarray(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8)).resize((40, 36), Image.BICUBIC)
+        Image.fromarray(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8)).resize(
+            (40, 36), Image.BICUBIC
+        )
         for _ in range(n)
     ]
 
 
 def transformer(**changes):
     return Fungi(
-        **({"backbone": NAME, "objectives": SMALL, "device": "cpu", "dtype": "float32", "pca": None} | changes)
+        **(
+            {
+                "backbone": NAME,
+                "objectives": SMALL,
+                "device": "cpu",
+                "dtype": "float32",
+                "pca": None,
+            }
+            | changes
+        )
     )
 
 
@@ -62,15 +75,23 @@ def test_clone_and_parameters():
     again = clone(first)
     assert again is not first and again.get_params().keys() == first.get_params().keys()
     assert again.seed == 3 and again.objectives == first.objectives and again.layer == first.layer
-    assert torch.equal(again.heads["kl"]["weight"], heads["kl"]["weight"]) and not hasattr(again, "parts_")
-    assert again.set_params(seed=4, pca=8) is again and (again.seed, again.pca, first.seed) == (4, 8, 3)
+    assert torch.equal(again.heads["kl"]["weight"], heads["kl"]["weight"]) and not hasattr(
+        again, "parts_"
+    )
+    assert again.set_params(seed=4, pca=8) is again and (again.seed, again.pca, first.seed) == (
+        4,
+        8,
+        3,
+    )
     with pytest.raises(ValueError, match="Invalid parameter 'sede'"):
         again.set_params(sede=1)
     assert "seed=3" in repr(first)
 
 
 def test_arguments_are_kept_as_given_and_nothing_is_loaded_before_fit():
-    wrong = transformer(backbone="no such network", pca="large")  # scikit-learn: __init__ checks nothing
+    wrong = transformer(
+        backbone="no such network", pca="large"
+    )  # scikit-learn: __init__ checks nothing
     assert wrong.pca == "large"
     given = [O.KL(dim=8)]
     assert transformer(objectives=given).objectives is given
@@ -78,7 +99,9 @@ def test_arguments_are_kept_as_given_and_nothing_is_loaded_before_fit():
 
 def test_pipeline_with_a_classifier():
     images, labels = pictures(10), np.arange(10) % 2
-    model = make_pipeline(transformer(objectives=SMALL[:1], pca=4), KNeighborsClassifier(1)).fit(images, labels)
+    model = make_pipeline(transformer(objectives=SMALL[:1], pca=4), KNeighborsClassifier(1)).fit(
+        images, labels
+    )
     assert model.predict(images).tolist() == labels.tolist()
     assert model[:-1].get_feature_names_out().tolist() == ["fungi0", "fungi1", "fungi2", "fungi3"]
     assert clone(model).fit(images, labels).score(images, labels) == 1
@@ -102,7 +125,9 @@ def test_feature_names_match_the_columns(fitted):
     features = fitted.transform(pictures(2, 1))
     assert features.shape == (2, 4 * 64) == (2, len(fitted.get_feature_names_out()))
     assert features.dtype == np.float32 and len(set(fitted.get_feature_names_out())) == 256
-    assert np.linalg.norm(features.reshape(2, 4, 64), axis=2) == pytest.approx(1, abs=1e-5)  # each block by itself
+    assert np.linalg.norm(features.reshape(2, 4, 64), axis=2) == pytest.approx(
+        1, abs=1e-5
+    )  # each block by itself
 
 
 # --- one image's features
@@ -123,7 +148,9 @@ def test_alone_in_a_batch_of_two_reordered_and_in_a_ragged_last_batch(objective,
     monkeypatch.setattr(
         fungi,
         "project_gradients",
-        lambda b, o, p, batch, *rest: (sizes.append(len(batch)), recorded(b, o, p, batch, *rest))[1],
+        lambda b, o, p, batch, *rest: (sizes.append(len(batch)), recorded(b, o, p, batch, *rest))[
+            1
+        ],
     )
     order = np.random.default_rng(0).permutation(7)
     variants = {
@@ -132,7 +159,9 @@ def test_alone_in_a_batch_of_two_reordered_and_in_a_ragged_last_batch(objective,
     }
     shuffled = one.extract([images[i] for i in order])
     views_of = fungi.view_count(one.backbone_, objective)
-    monkeypatch.setattr(fungi, "view_count", lambda *_: 2**22 // (4 * 32**2))  # batches of 4: 4, then a ragged 3
+    monkeypatch.setattr(
+        fungi, "view_count", lambda *_: 2**22 // (4 * 32**2)
+    )  # batches of 4: 4, then a ragged 3
     sizes.clear()
     ragged = one.extract(images)
     assert sizes[:2] == [4, 3] and views_of == {"kl": 1, "dino": 4, "simclr": 9}[objective.name]
@@ -141,7 +170,10 @@ def test_alone_in_a_batch_of_two_reordered_and_in_a_ragged_last_batch(objective,
             close(np.concatenate([part[name] for part in parts]), together[name])
         close(shuffled[name], together[name][order])
         close(ragged[name], together[name])
-        assert np.abs(together[name][0] - together[name][1]).max() > 1e-3 * np.abs(together[name]).max()
+        assert (
+            np.abs(together[name][0] - together[name][1]).max()
+            > 1e-3 * np.abs(together[name]).max()
+        )
 
 
 def test_a_row_is_the_formula(fitted):
@@ -150,7 +182,9 @@ def test_a_row_is_the_formula(fitted):
     blocks = []
     for objective in SMALL:
         parts = fitted.parts_[objective.name]
-        prepared = torch.from_numpy(views.prepare(image, backbone.size, backbone.crop_ratio, objective, 0).copy())
+        prepared = torch.from_numpy(
+            views.prepare(image, backbone.size, backbone.crop_ratio, objective, 0).copy()
+        )
         batch = views.finish(prepared[None], objective, backbone.mean, backbone.std, torch.float32)
         model = copy.deepcopy(backbone.model)
         proj = model.blocks[5].attn.proj.requires_grad_(True)
@@ -168,10 +202,21 @@ def test_all_forms_of_the_same_image_give_the_same_feature(fitted, tmp_path):
     images = pictures(3)
     for i, image in enumerate(images):
         image.save(tmp_path / f"{i}.png")
-    paths, arrays = [tmp_path / f"{i}.png" for i in range(3)], [np.asarray(image) for image in images]
+    paths, arrays = (
+        [tmp_path / f"{i}.png" for i in range(3)],
+        [np.asarray(image) for image in images],
+    )
     tensors = torch.stack([torch.tensor(a).permute(2, 0, 1) for a in arrays])
     expected = fitted.transform(images)
-    for form in (paths, [str(p) for p in paths], arrays, np.stack(arrays), tensors, tensors / 255, tuple(images)):
+    for form in (
+        paths,
+        [str(p) for p in paths],
+        arrays,
+        np.stack(arrays),
+        tensors,
+        tensors / 255,
+        tuple(images),
+    ):
         np.testing.assert_array_equal(fitted.transform(form), expected)
 
 
@@ -194,7 +239,9 @@ def test_the_seed_draws_everything_and_nothing_global_is_drawn():
 
 def test_the_paper_rule_for_pca(monkeypatch, tmp_path):
     images = pictures(66)
-    assert transformer(pca="paper", objectives=SMALL[:1]).fit(images[:64]).pca_ is None  # 64 rows, width 64: skipped
+    assert (
+        transformer(pca="paper", objectives=SMALL[:1]).fit(images[:64]).pca_ is None
+    )  # 64 rows, width 64: skipped
     one = transformer(pca="paper", objectives=SMALL[:1]).fit(images)
     assert one.n_features_out_ == 64 and one.pca_.components.shape == (64, 128)
     assert (
@@ -203,12 +250,16 @@ def test_the_paper_rule_for_pca(monkeypatch, tmp_path):
     raw = transformer(objectives=SMALL[:1]).fit(images)
     twelve = transformer(pca=12, objectives=SMALL[:1]).fit(images)
     close(
-        twelve.transform(images[:5]), pca.fit_pca(raw.transform(images), 12).transform(raw.transform(images[:5])), 1e-4
+        twelve.transform(images[:5]),
+        pca.fit_pca(raw.transform(images), 12).transform(raw.transform(images[:5])),
+        1e-4,
     )
     counted = transformer(pca=np.int64(12), seed=np.int64(0), objectives=SMALL[:1]).fit(images)
     counted.save(tmp_path / "f")
     close(Fungi.load(tmp_path / "f").transform(images[:5]), twelve.transform(images[:5]))
-    spec = backbones.Spec(NAME, "title", "licence", 12, "blocks.5.attn.proj")  # a backbone the paper has a size for
+    spec = backbones.Spec(
+        NAME, "title", "licence", 12, "blocks.5.attn.proj"
+    )  # a backbone the paper has a size for
     monkeypatch.setitem(backbones.BACKBONES, NAME, spec)
     assert transformer(pca="paper", objectives=SMALL[:1]).fit(images).n_features_out_ == 12
 
@@ -239,7 +290,9 @@ def test_heads_projection_and_negatives_passed_in_are_used(fitted):
     for name, value in changed.items():
         settings = {"heads": heads, "projection": matrix, "negatives": negatives} | {name: value}
         got = transformer(**settings).fit(images).transform(images).reshape(3, 4, 64)
-        assert {block for block in range(4) if np.abs(got[:, block] - base[:, block]).max() > 1e-3} == touched[name]
+        assert {
+            block for block in range(4) if np.abs(got[:, block] - base[:, block]).max() > 1e-3
+        } == touched[name]
 
 
 def test_negatives_come_from_the_images_of_fit(fitted):
@@ -254,13 +307,19 @@ def test_negatives_come_from_the_images_of_fit(fitted):
         latents.append(SMALL[2].latents(backbone.model(batch), parts.heads))
     torch.testing.assert_close(parts.negatives, torch.cat(latents), rtol=1e-4, atol=1e-5)
     few = transformer(objectives=SMALL[2:]).fit(pictures(2))
-    assert few.parts_["simclr"].negatives.shape == (2 * 9, 16)  # fewer images than negatives: all of them
+    assert few.parts_["simclr"].negatives.shape == (
+        2 * 9,
+        16,
+    )  # fewer images than negatives: all of them
 
 
 def test_wrong_arguments_are_one_line():
     cases = [
         (dict(objectives=(O.KL(), O.KL(dim=8))), "each objective can be used once, got kl, kl"),
-        (dict(heads={"kk": {}}), "heads or negatives given for kk; the objectives are kl, dino, simclr"),
+        (
+            dict(heads={"kk": {}}),
+            "heads or negatives given for kk; the objectives are kl, dino, simclr",
+        ),
         (dict(negatives={"byol": torch.zeros(1, 1)}), "given for byol"),
         (dict(projection=torch.ones(3, 3)), r"must have shape \(64, 4160\), got \(3, 3\)"),
         (dict(layer="blocks.9.attn.proj"), "has no layer 'blocks.9.attn.proj'"),
@@ -274,7 +333,19 @@ def test_wrong_arguments_are_one_line():
 
 
 @pytest.mark.parametrize(
-    "x", [[], (), np.zeros((0, 4, 4, 3), np.uint8), "images/", b"", {}, 3, None, Image.new("RGB", (4, 4)), iter([1])]
+    "x",
+    [
+        [],
+        (),
+        np.zeros((0, 4, 4, 3), np.uint8),
+        "images/",
+        b"",
+        {},
+        3,
+        None,
+        Image.new("RGB", (4, 4)),
+        iter([1]),
+    ],
 )
 def test_x_must_be_a_sequence_of_images(x):
     with pytest.raises(ValueError, match="X holds no image|X must be a sequence of images, got"):
@@ -290,7 +361,11 @@ def test_an_unreadable_image_is_named(fitted, tmp_path):
 
 
 def test_set_output_gives_a_data_frame():
-    frame = transformer(objectives=SMALL[:1], pca=3).set_output(transform="pandas").fit_transform(pictures(6))
+    frame = (
+        transformer(objectives=SMALL[:1], pca=3)
+        .set_output(transform="pandas")
+        .fit_transform(pictures(6))
+    )
     assert list(frame.columns) == ["fungi0", "fungi1", "fungi2"] and frame.shape == (6, 3)
 
 
@@ -323,7 +398,9 @@ def test_what_cannot_be_saved_says_so(fitted, tmp_path):
     )
     with pytest.raises(ValueError, match="only a Fungi whose backbone is a name can be saved"):
         module.fit(pictures(2)).save(tmp_path / "f")
-    heads = transformer(objectives=SMALL[:1], heads={"kl": fitted.parts_["kl"].heads}).fit(pictures(2))
+    heads = transformer(objectives=SMALL[:1], heads={"kl": fitted.parts_["kl"].heads}).fit(
+        pictures(2)
+    )
     with pytest.raises(ValueError, match="heads or a projection passed in cannot be saved"):
         heads.save(tmp_path / "f")
     assert not (tmp_path / "f").exists()
@@ -351,7 +428,8 @@ def test_load_refuses_foreign_files_and_changed_weights(fitted, tmp_path, monkey
 
     monkeypatch.setattr(backbones, "_create", trained_further)
     with pytest.raises(
-        ValueError, match="the weights of random:test_vit differ from those .*f.safetensors was fitted with"
+        ValueError,
+        match="the weights of random:test_vit differ from those .*f.safetensors was fitted with",
     ):
         Fungi.load(tmp_path / "f.safetensors")
 
@@ -359,22 +437,32 @@ def test_load_refuses_foreign_files_and_changed_weights(fitted, tmp_path, monkey
 def test_a_feature_block_order_and_combination_are_those_of_evaluate(fitted):
     blocks = fitted.extract(pictures(2, 3))
     assert list(blocks) == ["embedding", "kl", "dino", "simclr"]
-    expected = evaluate.combine(blocks, ["kl", "dino", "simclr", "embedding"])  # eq. 2: gradients, then the embedding
+    expected = evaluate.combine(
+        blocks, ["kl", "dino", "simclr", "embedding"]
+    )  # eq. 2: gradients, then the embedding
     np.testing.assert_array_equal(fitted.transform(pictures(2, 3)), expected)
 
 
 @pytest.mark.parametrize("pool", ["token", "avg"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_embedding_alone_takes_no_gradient_and_is_the_same_bit_for_bit(pool, dtype, monkeypatch):
+def test_the_embedding_alone_takes_no_gradient_and_is_the_same_bit_for_bit(
+    pool, dtype, monkeypatch
+):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = timm.create_model("test_vit", num_classes=0, global_pool=pool, img_size=32)
     backbone = backbones.load(model, layer="blocks.5.attn.proj", device="cpu", dtype=dtype)
-    images = [np.random.default_rng(i).integers(0, 256, (40, 50, 3), dtype=np.uint8) for i in range(5)]
+    images = [
+        np.random.default_rng(i).integers(0, 256, (40, 50, 3), dtype=np.uint8) for i in range(5)
+    ]
     parts = fungi.draw_parts(backbone, O.KL(dim=32), 0)
-    (_, along, _), = fungi.rows(backbone, O.KL(dim=32), parts, images, 0)
+    ((_, along, _),) = fungi.rows(backbone, O.KL(dim=32), parts, images, 0)
     monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: pytest.fail("a gradient was taken"))
-    (_, alone, none), = fungi.rows(backbone, fungi.WHOLE, None, images, 0)
+    ((_, alone, none),) = fungi.rows(backbone, fungi.WHOLE, None, images, 0)
     assert none is None and np.array_equal(along, alone)
-    alone = Fungi(model, [], "blocks.5.attn.proj", pca=None, device="cpu", dtype=dtype).fit(images).extract(images)
+    alone = (
+        Fungi(model, [], "blocks.5.attn.proj", pca=None, device="cpu", dtype=dtype)
+        .fit(images)
+        .extract(images)
+    )
     assert list(alone) == ["embedding"] and np.array_equal(alone["embedding"], along)

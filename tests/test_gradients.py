@@ -1,4 +1,6 @@
-"""Tapped gradients against autograd, sample by sample; the class-token path against the general one."""
+"""Tapped gradients against autograd, sample by sample; the class-token path against the general
+one.
+"""
 
 from dataclasses import replace
 from functools import partial
@@ -25,7 +27,9 @@ def autograd(backbone, objective, given, batch, path):
         layer.zero_grad()
         embeddings = backbone.embed(sample)[None]  # (1, V, D)
         objective.loss(embeddings, given.heads, given.negatives).sum().backward()
-        blocks = [layer.weight.grad] + ([layer.bias.grad[:, None]] if layer.bias is not None else [])
+        blocks = [layer.weight.grad] + (
+            [layer.bias.grad[:, None]] if layer.bias is not None else []
+        )
         out.append(torch.cat(blocks, 1).clone())
         layer.requires_grad_(False)
         layer.weight.grad = None
@@ -61,7 +65,9 @@ def test_deepcluster_and_ibot_gradients_equal_per_sample_autograd(layer):
         linear, expected = linear_layer(backbone.model, layer), []
         for sample in seen:
             linear.requires_grad_(True)
-            out = (backbone.model.forward_features(sample) if tokens else backbone.embed(sample))[None]
+            out = (backbone.model.forward_features(sample) if tokens else backbone.embed(sample))[
+                None
+            ]
             objective.loss(out, given.heads, given.negatives).sum().backward()
             expected.append(torch.cat([linear.weight.grad, linear.bias.grad[:, None]], 1))
             linear.requires_grad_(False)
@@ -72,7 +78,9 @@ def test_deepcluster_and_ibot_gradients_equal_per_sample_autograd(layer):
         _, (factors,) = backbone.factors(seen, loss, [layer], tokens)
         assert relative(factors.gradient(), expected) < 1e-5
         _, together = project_gradients(backbone, objective, given, batch, layer)
-        alone = torch.cat([project_gradients(backbone, objective, given, one[None], layer)[1] for one in batch])
+        alone = torch.cat(
+            [project_gradients(backbone, objective, given, one[None], layer)[1] for one in batch]
+        )
         assert relative(together, alone) < 1e-5
 
 
@@ -85,7 +93,9 @@ def test_tokens_are_the_class_token_and_the_patches():
     assert torch.equal(tokens[:, 1:], whole[:, 3:])  # no registers
     with pytest.raises(ValueError, match="reads no class token"):
         encoder("avg").tokens(x)
-    other = backbones.load(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 4, 5)), layer="1")
+    other = backbones.load(
+        torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 4, 5)), layer="1"
+    )
     with pytest.raises(ValueError, match="has no patch embedding"):
         draw_parts(replace(other, size=2), O.IBOT(), 0)
 
@@ -103,13 +113,17 @@ def test_tapped_gradients_equal_vmap_of_grad():
         tokens = torch.func.functional_call(backbone.model, {**state, **weights}, (sample,))
         return objective.loss(tokens[None], given.heads).sum()
 
-    per_sample = torch.func.vmap(torch.func.grad(loss), (None, 0))({n: state[n] for n in names}, batch)
+    per_sample = torch.func.vmap(torch.func.grad(loss), (None, 0))(
+        {n: state[n] for n in names}, batch
+    )
     expected = torch.cat([per_sample[names[0]], per_sample[names[1]][..., None]], 2)
     _, (factors,) = backbone.factors(batch, lambda e: objective.loss(e, given.heads))
     assert relative(factors.gradient(), expected) < 1e-5
 
 
-@pytest.mark.parametrize("path", ["blocks.2.attn.qkv", "blocks.4.mlp.fc1", "blocks.5.mlp.fc2", "blocks.0.attn.proj"])
+@pytest.mark.parametrize(
+    "path", ["blocks.2.attn.qkv", "blocks.4.mlp.fc1", "blocks.5.mlp.fc2", "blocks.0.attn.proj"]
+)
 def test_every_linear_layer_in_one_pass(path):
     backbone, objective = encoder(), SMALL[2]
     given, batch = parts(backbone, objective), views(objective, backbone.size, 2)
@@ -127,7 +141,9 @@ def test_a_layer_without_bias_and_registers_and_layer_scale():
     for path in (backbone.layer, "blocks.5.attn.qkv"):
         _, (factors,) = backbone.factors(batch, loss, [path])
         assert factors.bias == (path == backbone.layer)
-        assert relative(factors.gradient(), autograd(backbone, objective, given, batch, path)) < 1e-5
+        assert (
+            relative(factors.gradient(), autograd(backbone, objective, given, batch, path)) < 1e-5
+        )
 
 
 def test_no_parameter_requires_grad_and_hooks_are_removed_even_after_an_error():
@@ -149,7 +165,8 @@ def test_a_loss_that_is_not_finite_names_its_sample():
 
 
 @pytest.mark.parametrize(
-    ("path", "message"), [("blocks.77.attn.proj", "has no layer"), ("blocks.5.norm1", "LayerNorm; gradients")]
+    ("path", "message"),
+    [("blocks.77.attn.proj", "has no layer"), ("blocks.5.norm1", "LayerNorm; gradients")],
 )
 def test_wrong_layers_are_named(path, message):
     with pytest.raises(ValueError, match=message):
@@ -168,16 +185,25 @@ def test_taps_leave_the_output_as_it_is():
     x = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
     with tap(layer, ["0"]) as (one,), torch.no_grad():
         tapped = layer(x)
-    assert torch.equal(tapped, layer(x)) and torch.equal(one.activations, x) and one.output.requires_grad
+    assert (
+        torch.equal(tapped, layer(x))
+        and torch.equal(one.activations, x)
+        and one.output.requires_grad
+    )
 
 
 def test_bf16_features_stay_close_to_fp32():
     objective = O.KL()
-    encoders = [backbones.load("random:vit_tiny_patch16_224", dtype=dtype) for dtype in ("float32", "bfloat16")]
+    encoders = [
+        backbones.load("random:vit_tiny_patch16_224", dtype=dtype)
+        for dtype in ("float32", "bfloat16")
+    ]
     given = draw_parts(encoders[0], objective, 0)
     results = []
     for backbone in encoders:
-        images = torch.rand(4, 1, 3, 224, 224, generator=torch.Generator().manual_seed(0)).to(backbone.dtype)
+        images = torch.rand(4, 1, 3, 224, 224, generator=torch.Generator().manual_seed(0)).to(
+            backbone.dtype
+        )
         embeddings, (factors,) = backbone.factors(images, lambda e: objective.loss(e, given.heads))
         results.append((embeddings[:, 0], given.projection.apply(factors, backbone.dtype)))
     for exact, fast in zip(*results, strict=True):
@@ -192,15 +218,22 @@ def test_views_at_their_own_sizes_equal_per_sample_autograd(objective):
     backbone = encoder()  # 160 px: local crops of 64 px, patches of 80 px
     given, generator = parts(backbone, objective), np.random.default_rng(0)
     prepared = [
-        prepare(Image.fromarray(generator.integers(0, 256, (170, 160, 3), dtype=np.uint8)), 160, 1.0, objective, 0)
+        prepare(
+            Image.fromarray(generator.integers(0, 256, (170, 160, 3), dtype=np.uint8)),
+            160,
+            1.0,
+            objective,
+            0,
+        )
         for _ in range(3)
     ]
     mean, std = torch.full((3,), 0.5), torch.full((3,), 0.25)
     batch = finish(torch.from_numpy(np.stack(prepared)), objective, mean, std, torch.float32)
     groups = batch if isinstance(batch, list) else [batch]
-    assert [g.shape[1:] for g in groups] == {"dino": [(2, 3, 160, 160), (10, 3, 64, 64)], "simclr": [(9, 3, 80, 80)]}[
-        objective.name
-    ]
+    assert [g.shape[1:] for g in groups] == {
+        "dino": [(2, 3, 160, 160), (10, 3, 64, 64)],
+        "simclr": [(9, 3, 80, 80)],
+    }[objective.name]
     expected = []
     for i in range(3):  # one image at a time, each size through a network of its own
         total = 0
@@ -210,8 +243,12 @@ def test_views_at_their_own_sizes_equal_per_sample_autograd(objective):
             layer.requires_grad_(True)
         embeddings = torch.cat([one.embed(g[i]) for one, g in zip(resized, groups)])[None]
         weights = [p for layer in layers for p in (layer.weight, layer.bias)]
-        grads = torch.autograd.grad(objective.loss(embeddings, given.heads, given.negatives).sum(), weights)
-        for weight, bias in zip(grads[::2], grads[1::2]):  # the weights are shared: gradients add up
+        grads = torch.autograd.grad(
+            objective.loss(embeddings, given.heads, given.negatives).sum(), weights
+        )
+        for weight, bias in zip(
+            grads[::2], grads[1::2]
+        ):  # the weights are shared: gradients add up
             total = total + torch.cat([weight, bias[:, None]], 1)
         expected.append(total)
     loss = lambda e: objective.loss(e, given.heads, given.negatives)
@@ -223,10 +260,14 @@ def test_views_at_their_own_sizes_equal_per_sample_autograd(objective):
 def test_other_sizes_need_whole_patches_and_a_class_token():
     backbone = encoder()
     assert backbone.at_size(160) is backbone and backbone.at_size(96) is backbone.at_size(96)
-    with pytest.raises(ValueError, match="cannot take 50 px images; it takes multiples of its patch, 16 px"):
+    with pytest.raises(
+        ValueError, match="cannot take 50 px images; it takes multiples of its patch, 16 px"
+    ):
         backbone.at_size(50)
     with pytest.raises(ValueError, match="views at their own sizes need a class token"):
         encoder("avg").factors(torch.zeros(1, 1, 3, 80, 80), lambda e: e.sum((1, 2)))
-    plain = backbones.load(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 4)), layer="1", device="cpu")
+    plain = backbones.load(
+        torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 4)), layer="1", device="cpu"
+    )
     with pytest.raises(ValueError, match="cannot take 3 px images; it takes"):
         plain.at_size(3)

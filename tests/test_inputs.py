@@ -1,4 +1,6 @@
-"""Inputs under fire: folders of photographs in which some files are broken, huge, odd, or no images at all."""
+"""Inputs under fire: folders of photographs in which some files are broken, huge, odd, or no images
+at all.
+"""
 
 import io
 import os
@@ -20,7 +22,9 @@ KL = O.KL(dim=32)
 
 
 def picture(seed: int = 0, width: int = 40, height: int = 30) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 256, (height // 5, width // 5, 3), dtype=np.uint8)
+    pixels = np.random.default_rng(seed).integers(
+        0, 256, (height // 5, width // 5, 3), dtype=np.uint8
+    )
     return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
 
 
@@ -40,12 +44,22 @@ def png_that_claims(width: int, height: int) -> bytes:
 
 GOOD = ("animated.gif", "cmyk.jpg", "deep.png", "grey.png", "one_pixel.png", "palette.png", "plain.jpg", "turned.jpg",
         "wide.png")  # fmt: skip
-BAD = ("bomb.png", "corrupt.jpg", "empty.jpg", "named_wrongly.jpg", "notes.txt", "truncated.jpg", "vanished.jpg")
+BAD = (
+    "bomb.png",
+    "corrupt.jpg",
+    "empty.jpg",
+    "named_wrongly.jpg",
+    "notes.txt",
+    "truncated.jpg",
+    "vanished.jpg",
+)
 
 
 @pytest.fixture(scope="module")
 def zoo(tmp_path_factory):
-    """Two classes; in the first every kind of file that this project has ever been handed, sound or not."""
+    """Two classes; in the first every kind of file that this project has ever been handed, sound or
+    not.
+    """
     root = tmp_path_factory.mktemp("photographs")
     odd, plain = root / "odd", root / "plain"
     odd.mkdir(), plain.mkdir()
@@ -60,7 +74,9 @@ def zoo(tmp_path_factory):
     picture(3, 20_000, 10).save(odd / "wide.png")
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned
-    image.transpose(Image.Transpose.ROTATE_90).save(odd / "turned.jpg", exif=exif, quality=95, subsampling=0)
+    image.transpose(Image.Transpose.ROTATE_90).save(
+        odd / "turned.jpg", exif=exif, quality=95, subsampling=0
+    )
     whole = jpeg(picture(4, 200, 160))
     (odd / "truncated.jpg").write_bytes(whole[: len(whole) // 2])
     (odd / "corrupt.jpg").write_bytes(bytes(200) + whole[200:])
@@ -82,10 +98,16 @@ def names(root) -> list[str]:
 
 
 def test_one_bad_file_is_an_error_that_names_all_of_them(zoo):
-    with pytest.raises(ValueError, match=f"{len(BAD)} of {len(BAD) + len(GOOD) + 3} files cannot be read") as error:
+    with pytest.raises(
+        ValueError, match=f"{len(BAD)} of {len(BAD) + len(GOOD) + 3} files cannot be read"
+    ) as error:
         samples.folder(zoo)
     message = str(error.value)
-    assert "\n" not in message and all(f"odd/{name}: " in message for name in BAD[:5]) and "and 2 more" in message
+    assert (
+        "\n" not in message
+        and all(f"odd/{name}: " in message for name in BAD[:5])
+        and "and 2 more" in message
+    )
     with pytest.raises(ValueError, match="on_error 'ignore' is unknown; use 'raise' or 'skip'"):
         samples.folder(zoo, "ignore")
 
@@ -98,8 +120,12 @@ def test_skipped_files_are_listed_and_the_rows_keep_their_names(zoo):
     assert "decompression bomb" in found.skipped["odd/bomb.png"]
     assert found.classes == ["odd", "plain"] and found.labels.tolist() == [0] * len(GOOD) + [1] * 3
     assert found.note == f"{len(BAD)} of {len(BAD) + len(GOOD) + 3} files skipped"
-    everything = sorted([*(f"odd/{name}" for name in (*GOOD, *BAD)), *(f"plain/{i}.png" for i in range(3))])
-    for i, name in enumerate(found.names):  # a row's place in the listing does not depend on what is broken
+    everything = sorted(
+        [*(f"odd/{name}" for name in (*GOOD, *BAD)), *(f"plain/{i}.png" for i in range(3))]
+    )
+    for i, name in enumerate(
+        found.names
+    ):  # a row's place in the listing does not depend on what is broken
         assert everything[found.rows[i]] == name and found.items[found.rows[i]] == zoo / name
     part = found.take([4, 2])
     assert part.names == [found.names[4], found.names[2]] and part.skipped == found.skipped
@@ -111,10 +137,16 @@ def test_every_odd_kind_is_the_picture_that_a_person_sees(zoo):
     grey = np.asarray(image.convert("L"), int)
     off = lambda name, expected: np.abs(np.asarray(by_name[f"odd/{name}"], int) - expected).mean()
     assert all(one.mode == "RGB" and not one.info for one in by_name.values())
-    assert off("plain.jpg", np.asarray(image, int)) < 4 and off("turned.jpg", np.asarray(image, int)) < 4
+    assert (
+        off("plain.jpg", np.asarray(image, int)) < 4
+        and off("turned.jpg", np.asarray(image, int)) < 4
+    )
     assert off("cmyk.jpg", np.asarray(image, int)) < 8
     assert off("grey.png", grey[..., None]) == off("deep.png", grey[..., None]) == 0
-    assert off("palette.png", np.asarray(image, int)) < 30 and off("animated.gif", np.asarray(image, int)) < 30
+    assert (
+        off("palette.png", np.asarray(image, int)) < 30
+        and off("animated.gif", np.asarray(image, int)) < 30
+    )
     assert by_name["odd/one_pixel.png"].getpixel((0, 0)) == (9, 99, 199)
     assert by_name["odd/wide.png"].size == (20_000, 10)
 
@@ -126,19 +158,33 @@ def small(monkeypatch, tmp_path):
     monkeypatch.setenv("FUNGI_STORE", str(tmp_path / "store"))
 
 
-def test_features_of_a_folder_are_each_images_own_and_the_metadata_lists_what_was_skipped(zoo, small):
+def test_features_of_a_folder_are_each_images_own_and_the_metadata_lists_what_was_skipped(
+    zoo, small
+):
     found = samples.folder(zoo, "skip")
     rows = extract.of_images(found, "random:test_vit", [KL])
-    assert rows.blocks["kl"].shape == (len(found), 64) and np.isfinite(rows.blocks["embedding"]).all()
+    assert (
+        rows.blocks["kl"].shape == (len(found), 64) and np.isfinite(rows.blocks["embedding"]).all()
+    )
     for entry in store.entries():
-        assert entry["meta"]["skipped"] == [f"odd/{name}" for name in BAD] and entry["n"] == len(found)
+        assert entry["meta"]["skipped"] == [f"odd/{name}" for name in BAD] and entry["n"] == len(
+            found
+        )
     for i in (0, 4, len(found) - 1):  # alone, from its file: the same row, so no index has moved
-        alone = Fungi("random:test_vit", [KL], pca=None).fit([zoo / found.names[i]]).extract([zoo / found.names[i]])
-        np.testing.assert_allclose(rows.blocks["embedding"][i], alone["embedding"][0], rtol=0, atol=2e-2)
+        alone = (
+            Fungi("random:test_vit", [KL], pca=None)
+            .fit([zoo / found.names[i]])
+            .extract([zoo / found.names[i]])
+        )
+        np.testing.assert_allclose(
+            rows.blocks["embedding"][i], alone["embedding"][0], rtol=0, atol=2e-2
+        )
     keys = rows.store_keys
     whole = samples.folder(zoo / "plain")
     assert "skipped" not in extract._meta(backbones.load("random:test_vit"), whole)
-    assert extract.of_images(samples.folder(zoo, "skip"), "random:test_vit", [KL]).store_keys == keys
+    assert (
+        extract.of_images(samples.folder(zoo, "skip"), "random:test_vit", [KL]).store_keys == keys
+    )
 
 
 def test_a_file_that_breaks_after_the_check_is_named_and_nothing_moves(zoo, small, tmp_path):
@@ -183,11 +229,16 @@ def test_an_open_picture_is_turned_as_its_file_would_be(tmp_path):
         with Image.open(file) as opened:
             turned = views.to_image(opened)
         np.testing.assert_array_equal(np.asarray(turned), np.asarray(views.to_image(file)), suffix)
-        assert turned.size == (30, 40) and views.to_image(turned).size == (30, 40)  # once, not twice
+        assert turned.size == (30, 40) and views.to_image(turned).size == (
+            30,
+            40,
+        )  # once, not twice
 
 
 def test_official_sets_are_read_as_torchvision_reads_them(tmp_path):
-    """No turning there: the published code's loaders do none. Neither as data nor once the image is a view."""
+    """No turning there: the published code's loaders do none. Neither as data nor once the image is
+    a view.
+    """
     exif = Image.Exif()
     exif[0x0112] = 6
     picture().save(tmp_path / "turned.jpg", exif=exif)
@@ -195,7 +246,10 @@ def test_official_sets_are_read_as_torchvision_reads_them(tmp_path):
                              np.arange(1))  # fmt: skip
     assert official[0].size == views.to_image(official[0]).size == (40, 30)
     own = samples.folder(tmp_path)
-    assert own[0].size == views.to_image(own[0]).size == (30, 40) and own.fingerprint != official.fingerprint
+    assert (
+        own[0].size == views.to_image(own[0]).size == (30, 40)
+        and own.fingerprint != official.fingerprint
+    )
 
 
 # --- extreme shapes
@@ -204,7 +258,9 @@ def test_official_sets_are_read_as_torchvision_reads_them(tmp_path):
 @pytest.mark.parametrize("size", [(20_000, 1), (1, 20_000), (20_000, 7)])
 @pytest.mark.parametrize("objective", [O.KL(), O.DINO(), O.SimCLR()], ids=lambda o: o.name)
 def test_a_very_long_image_costs_no_more_memory_than_its_pixels(size, objective):
-    """Its shorter side to 224 px would make 4.5 million pixels of the longer one: 3 GB. Only its middle is wanted."""
+    """Its shorter side to 224 px would make 4.5 million pixels of the longer one: 3 GB. Only its
+    middle is wanted.
+    """
     image = Image.new("RGB", size, (10, 200, 30))
     largest = []
     real = Image.Image.resize
@@ -230,7 +286,9 @@ def test_the_middle_of_a_long_image_is_that_of_the_whole_resized(width, height, 
     left, top = (round((side - size) / 2) for side in resized)
     expected = image.resize(resized, Image.BICUBIC).crop((left, top, left + size, top + size))
     found = views.whole(image, size, ratio)[0]
-    off = np.abs(found.astype(int) - np.asarray(expected, int))  # Pillow clips between its two passes, of any order
+    off = np.abs(
+        found.astype(int) - np.asarray(expected, int)
+    )  # Pillow clips between its two passes, of any order
     assert off.mean() < 0.5 and np.quantile(off, 0.97) <= 1
 
 

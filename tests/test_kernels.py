@@ -1,4 +1,6 @@
-"""The Triton kernel (interpreted where there is no GPU) against its torch twin, and both against float64."""
+"""The Triton kernel (interpreted where there is no GPU) against its torch twin, and both against
+float64.
+"""
 
 import numpy as np
 import pytest
@@ -7,7 +9,9 @@ import torch
 from fungi_core import kernels, projection
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-needs_triton = pytest.mark.skipif(kernels.triton is None, reason="Triton has no build for this platform")
+needs_triton = pytest.mark.skipif(
+    kernels.triton is None, reason="Triton has no build for this platform"
+)
 LIMIT = {torch.float32: 1e-3, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 
 
@@ -26,7 +30,12 @@ def error(found, expected):
     return ((found.cpu().double() - expected).norm() / expected.norm()).item()
 
 
-SHAPES = [(5, 3, 20, 7), (40, 4, 71, 33), (17, 1, 300, 24), (130, 2, 9, 140)]  # tokens, D_out, D_in, rows
+SHAPES = [
+    (5, 3, 20, 7),
+    (40, 4, 71, 33),
+    (17, 1, 300, 24),
+    (130, 2, 9, 140),
+]  # tokens, D_out, D_in, rows
 
 
 @needs_triton

@@ -1,4 +1,6 @@
-"""A reader's own photographs: what is read and what is named, neighbours by hand, leave-one-out, files written."""
+"""A reader's own photographs: what is read and what is named, neighbours by hand, leave-one-out,
+files written.
+"""
 
 import io
 import os
@@ -17,7 +19,9 @@ from fungi_core.images import Images
 
 def jpeg(seed: int, size=(64, 48), **options) -> bytes:
     pixels = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
-    Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).save(file := io.BytesIO(), "JPEG", **options)
+    Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).save(
+        file := io.BytesIO(), "JPEG", **options
+    )
     return file.getvalue()
 
 
@@ -29,7 +33,11 @@ def made(embedding, labels=None, **blocks) -> own.Album:
     names = [f"{i}.jpg" for i in range(n)]
     pixels = [np.zeros((4, 4, 3), np.uint8)] * n
     images = Images("own", "train", labels, classes, "accuracy", names, pixels, np.arange(n))
-    return own.Album(extract.Rows(images, {"embedding": np.asarray(embedding, np.float32)} | blocks, ()), [], "made")
+    return own.Album(
+        extract.Rows(images, {"embedding": np.asarray(embedding, np.float32)} | blocks, ()),
+        [],
+        "made",
+    )
 
 
 @pytest.fixture
@@ -49,14 +57,18 @@ def test_a_folder_gives_its_sub_folders_as_classes_and_names_what_it_leaves_out(
     images, skipped = own.from_folder(folder)
     assert images.names == ["cat/a.jpg", "cat/b.jpg", "dog/b.png", "dog/old/a.jpg"]
     assert images.classes == ["cat", "dog"] and images.labels.tolist() == [0, 0, 1, 1]
-    assert [name for name, why in skipped] == ["cat/aa_cut.jpg", "dog/notes.txt"] and all(why for _, why in skipped)
+    assert [name for name, why in skipped] == ["cat/aa_cut.jpg", "dog/notes.txt"] and all(
+        why for _, why in skipped
+    )
     assert images.skipped == dict(skipped)
     for name, image in zip(images.names, images, strict=True):  # no index has moved
         with Image.open(folder / name) as opened:
             assert np.array_equal(np.asarray(image), np.asarray(opened.convert("RGB")))
 
 
-@pytest.mark.parametrize("where, message", [("nowhere", "is no folder; give one"), ("", "no files there")])
+@pytest.mark.parametrize(
+    "where, message", [("nowhere", "is no folder; give one"), ("", "no files there")]
+)
 def test_a_folder_that_cannot_serve_is_one_clear_line(tmp_path, where, message):
     with pytest.raises(ValueError, match=message):
         own.from_folder(tmp_path / where)
@@ -66,16 +78,23 @@ def test_uploaded_files_and_a_zipped_folder_say_the_same_as_the_folder(folder):
     zipped = io.BytesIO()
     with zipfile.ZipFile(zipped, "w") as archive:
         for file in sorted(p for p in folder.rglob("*") if p.is_file()):
-            archive.write(file, f"holiday/{file.relative_to(folder)}")  # as a file manager zips a folder
+            archive.write(
+                file, f"holiday/{file.relative_to(folder)}"
+            )  # as a file manager zips a folder
     images, skipped = own._read(own._unpacked([("holiday.zip", zipped.getvalue())]))
     expected, left_out = own.from_folder(folder)
     order = [images.names.index(name) for name in expected.names]
-    assert images.take(order).fingerprint == expected.fingerprint and images.classes == expected.classes
+    assert (
+        images.take(order).fingerprint == expected.fingerprint
+        and images.classes == expected.classes
+    )
     assert sorted(skipped) == sorted(left_out)
 
 
 def test_a_name_uploaded_twice_is_numbered_and_nothing_is_lost():
-    images, _ = own._read(own._unpacked([("a.jpg", jpeg(0)), ("a.jpg", jpeg(1)), ("b.jpg", jpeg(2))]))
+    images, _ = own._read(
+        own._unpacked([("a.jpg", jpeg(0)), ("a.jpg", jpeg(1)), ("b.jpg", jpeg(2))])
+    )
     assert images.names == ["a.jpg", "a (2).jpg", "b.jpg"] and images.classes == ["(no folder)"]
 
 
@@ -96,7 +115,9 @@ def test_a_large_jpeg_is_close_to_what_a_full_decode_and_resize_give():
 
 
 def test_neighbours_and_pairs_worked_by_hand():
-    album = made([[1, 0], [0.8, 0.6], [0, 1], [-1, 0]])  # cosines: 0-1 0.8, 0-2 0, 0-3 -1, 1-2 0.6, 1-3 -0.8, 2-3 0
+    album = made(
+        [[1, 0], [0.8, 0.6], [0, 1], [-1, 0]]
+    )  # cosines: 0-1 0.8, 0-2 0, 0-3 -1, 1-2 0.6, 1-3 -0.8, 2-3 0
     rows, cosine = own.neighbours(album, 0, "E", 2)
     assert rows.tolist() == [1, 2] and cosine == pytest.approx([0.8, 0], abs=1e-6)
     pairs = own.near_duplicates(album, 0.5)
@@ -115,7 +136,10 @@ def test_similarity_is_the_mean_cosine_of_the_features_asked_for():
 
 def test_leave_one_out_is_scikit_learns_on_all_others():
     rng = np.random.default_rng(1)
-    x, y = evaluate.normalize(rng.normal(size=(40, 6)) + 2 * np.eye(6)[np.arange(40) % 3]), np.arange(40) % 3
+    x, y = (
+        evaluate.normalize(rng.normal(size=(40, 6)) + 2 * np.eye(6)[np.arange(40) % 3]),
+        np.arange(40) % 3,
+    )
     right = []
     for i in range(40):
         rest = np.arange(40) != i
@@ -144,13 +168,17 @@ def test_a_map_keeps_two_groups_apart_and_repeats(method):
 def test_what_is_saved_reads_back_with_names(tmp_path):
     pytest.importorskip("pyarrow")
     rng = np.random.default_rng(3)
-    album = made(rng.normal(size=(4, 5)), [0, 1, 0, 1], kl=rng.normal(size=(4, 5)).astype(np.float32))
+    album = made(
+        rng.normal(size=(4, 5)), [0, 1, 0, 1], kl=rng.normal(size=(4, 5)).astype(np.float32)
+    )
     files = own.save(album, tmp_path / "deep" / "features")
     arrays, table = np.load(files[0]), pd.read_parquet(files[1])
     assert arrays["name"].tolist() == table["name"].tolist() == album.images.names
     assert arrays["class"].tolist() == table["class"].tolist() == ["c0", "c1", "c0", "c1"]
     for name, width in {"embedding": 5, "kl": 5, "fungi": 10}.items():
-        assert arrays[name].shape == (4, width) and np.array_equal(np.stack(table[name]), arrays[name])
+        assert arrays[name].shape == (4, width) and np.array_equal(
+            np.stack(table[name]), arrays[name]
+        )
     assert np.linalg.norm(arrays["fungi"], axis=1) == pytest.approx(np.sqrt(2), abs=1e-6)
     before = [file.read_bytes() for file in files]
     assert [file.read_bytes() for file in own.save(album, tmp_path / "deep" / "features")] == before
@@ -159,7 +187,9 @@ def test_what_is_saved_reads_back_with_names(tmp_path):
 def test_without_pyarrow_one_line_names_the_extra(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     assert [file.name for file in own.save(made(np.eye(3)), tmp_path / "x")] == ["x.npz"]
-    assert "pyarrow" in (line := capsys.readouterr().out) and "extra" in line and line.count("\n") == 1
+    assert (
+        "pyarrow" in (line := capsys.readouterr().out) and "extra" in line and line.count("\n") == 1
+    )
 
 
 def test_an_album_extracts_once_and_writes_features_only(folder, tmp_path_factory, monkeypatch):
@@ -170,16 +200,26 @@ def test_an_album_extracts_once_and_writes_features_only(folder, tmp_path_factor
     here = {p for p in folder.rglob("*")}
     ask = lambda **more: own.album((), folder, backbone="random:test_vit", names=["kl"], **more)
     album = ask()
-    assert album.labelled and set(album.rows.blocks) == {"embedding", "kl"} and len(album.skipped) == 2
+    assert (
+        album.labelled and set(album.rows.blocks) == {"embedding", "kl"} and len(album.skipped) == 2
+    )
     shards = {p: p.stat().st_mtime_ns for p in paths.store_dir().rglob("*.npy")}
-    files = [(p.relative_to(folder).as_posix(), p.read_bytes()) for p in sorted(folder.rglob("*")) if p.is_file()]
+    files = [
+        (p.relative_to(folder).as_posix(), p.read_bytes())
+        for p in sorted(folder.rglob("*"))
+        if p.is_file()
+    ]
     again = own.album(files, backbone="random:test_vit", names=["kl"])
-    assert np.array_equal(again.rows.blocks["kl"], album.rows.blocks["kl"])  # uploaded: the same rows, from the store
+    assert np.array_equal(
+        again.rows.blocks["kl"], album.rows.blocks["kl"]
+    )  # uploaded: the same rows, from the store
     assert {p: p.stat().st_mtime_ns for p in paths.store_dir().rglob("*.npy")} == shards
     assert {p for p in folder.rglob("*")} == here and sorted(store.entries()[0]["meta"]["data"])
     assert len(ask(n=3).images) == 3 and os.listdir(paths.store_dir())
     os.remove(folder / "cat" / "a.jpg"), os.remove(folder / "cat" / "b.jpg")
-    with pytest.raises(ValueError, match="2 readable images; neighbours need 3 .*aa_cut.jpg, dog/notes.txt"):
+    with pytest.raises(
+        ValueError, match="2 readable images; neighbours need 3 .*aa_cut.jpg, dog/notes.txt"
+    ):
         ask()
 
 

@@ -1,4 +1,6 @@
-"""The stored numbers of the paper against what its pages print: counts, deltas, means, values typed by hand."""
+"""The stored numbers of the paper against what its pages print: counts, deltas, means, values typed
+by hand.
+"""
 
 import json
 import math
@@ -8,22 +10,80 @@ import pytest
 
 from fungi_core import paper
 
-# Numbers in the body of each printed table, counted on the page: rows x columns, "-" and "N/A" left out.
-COUNTS = {1: 8 * 12, 2: 8 * 7, 3: 4 * 3 + 1, 4: 5 * 4, 5: 6 * 10, 6: 4 + 4 + 3, 7: 4 * 3 + 1, 8: 8 * 6, 9: 4 * 8,
-          10: 8 * 10, 11: 4 * 4, 12: 2 + 6, 13: 8 * 7, 14: 8 * 6, 15: 2 + 2, 16: 4 + 4 * 2, 19: 2 + 7, 22: 4 * 3}
-# Printed arrows. Table 5 prints none in its 20 embedding cells, nor for T5 Small, E+K, TREC full (no change).
-DELTAS = {1: 4, 2: 56, 3: 13, 4: 20, 5: 60 - 20 - 1, 6: 0, 7: 13, 8: 48, 9: 0, 10: 80, 11: 16, 12: 0, 13: 56, 14: 48,
-          15: 0, 16: 4, 19: 0, 22: 4}
+# Numbers in the body of each printed table, counted on the page: rows x columns, "-" and "N/A" left
+# out.
+COUNTS = {
+    1: 8 * 12,
+    2: 8 * 7,
+    3: 4 * 3 + 1,
+    4: 5 * 4,
+    5: 6 * 10,
+    6: 4 + 4 + 3,
+    7: 4 * 3 + 1,
+    8: 8 * 6,
+    9: 4 * 8,
+    10: 8 * 10,
+    11: 4 * 4,
+    12: 2 + 6,
+    13: 8 * 7,
+    14: 8 * 6,
+    15: 2 + 2,
+    16: 4 + 4 * 2,
+    19: 2 + 7,
+    22: 4 * 3,
+}
+# Printed arrows. Table 5 prints none in its 20 embedding cells, nor for T5 Small, E+K, TREC full
+# (no change).
+DELTAS = {
+    1: 4,
+    2: 56,
+    3: 13,
+    4: 20,
+    5: 60 - 20 - 1,
+    6: 0,
+    7: 13,
+    8: 48,
+    9: 0,
+    10: 80,
+    11: 16,
+    12: 0,
+    13: 56,
+    14: 48,
+    15: 0,
+    16: 4,
+    19: 0,
+    22: 4,
+}
 KEY = ["row", "column", "setting", "metric"]
 # The paper's own slips: (table, row, column, setting) -> value, embeddings value, printed delta.
 DELTA_SLIPS = {(11, "E+S", "ESC 50", "full"): (45.2, 42.8, 2.5)}
 # One backbone, one feature set, one protocol, two accuracies: feature set -> (Table 2, Table 22).
 TABLE_22_SLIPS = {"Embeddings": (65.3, 67.3), "E+K": (66.3, 68.2)}
 MEAN_SLIPS: dict[tuple, tuple] = {}  # Table 1 has none
-NOTEBOOKS = {"00_start_here", "01_method", "02_complementarity", "03_image_classification", "04_data_efficiency",
-             "05_scene_understanding", "06_text", "07_projection_head", "08_source_layer", "09_seeds", "10_retrieval",
-             "11_audio", "12_linear_probe", "13_other_objectives", "14_dino_ablations", "15_pca", "16_simclr_views",
-             "17_throughput", "18_discrepancies", "19_scoreboard", "20_your_own_data", "22_clustering"}
+NOTEBOOKS = {
+    "00_start_here",
+    "01_method",
+    "02_complementarity",
+    "03_image_classification",
+    "04_data_efficiency",
+    "05_scene_understanding",
+    "06_text",
+    "07_projection_head",
+    "08_source_layer",
+    "09_seeds",
+    "10_retrieval",
+    "11_audio",
+    "12_linear_probe",
+    "13_other_objectives",
+    "14_dino_ablations",
+    "15_pca",
+    "16_simclr_views",
+    "17_throughput",
+    "18_discrepancies",
+    "19_scoreboard",
+    "20_your_own_data",
+    "22_clustering",
+}
 
 
 def key_of(frame: pd.DataFrame) -> list[str]:
@@ -39,7 +99,9 @@ def value(table: int, **where: str) -> float:
 
 
 def delta_slips(table: int) -> dict[tuple, tuple]:
-    """Printed deltas that are not the difference to the baseline cell within the rounding of one decimal."""
+    """Printed deltas that are not the difference to the baseline cell within the rounding of one
+    decimal.
+    """
     frame = paper.load(table)
     key = key_of(frame)
     cells = {tuple(cell[name] for name in key): cell for cell in frame.to_dict("records")}
@@ -48,10 +110,20 @@ def delta_slips(table: int) -> dict[tuple, tuple]:
         if math.isnan(cell["delta"]):
             continue
         # Table 16 compares with the column without PCA; fine-tuning in Table 4 is its own baseline.
-        baseline = {"column": "No PCA"} if table == 16 else {} if cell["row"] == "E2E FT" else {"row": "Embeddings"}
+        baseline = (
+            {"column": "No PCA"}
+            if table == 16
+            else {}
+            if cell["row"] == "E2E FT"
+            else {"row": "Embeddings"}
+        )
         reference = cells[tuple({**cell, **baseline}[name] for name in key)]["value"]
         if abs(cell["value"] - reference - cell["delta"]) > 0.051:
-            slips[table, cell["row"], cell["column"], cell["setting"]] = (cell["value"], reference, cell["delta"])
+            slips[table, cell["row"], cell["column"], cell["setting"]] = (
+                cell["value"],
+                reference,
+                cell["delta"],
+            )
     return slips
 
 
@@ -91,7 +163,10 @@ def test_mean_column_of_table_1():
 
 def test_tables_that_print_the_same_quantity_agree():
     many = pd.concat([paper.load(2), paper.load(8)])
-    many = {(cell["row"], cell["column"], cell["setting"]): cell["value"] for cell in many.to_dict("records")}
+    many = {
+        (cell["row"], cell["column"], cell["setting"]): cell["value"]
+        for cell in many.to_dict("records")
+    }
     means = paper.load(1).query("column == 'Mean'").to_dict("records")
     assert len(means) == 8
     for cell in means:
@@ -109,32 +184,66 @@ def test_tables_that_print_the_same_quantity_agree():
     assert slips == TABLE_22_SLIPS
 
 
-@pytest.mark.parametrize(("table", "expected", "where"), [
-    (1, 61.6, {"row": "FUNGI", "column": "Flowers", "setting": "full", "backbone": "AugReg IN1K ViT-B/16"}),
-    (1, 51.0, {"row": "FUNGI", "column": "Pets", "setting": "5-shot", "backbone": "AugReg IN21K ViT-B/16"}),
-    (2, 70.1, {"row": "E+K+D+S", "column": "DeiT ViT-B/16", "setting": "full"}),
-    (2, 33.5, {"row": "E+K", "column": "AugReg IN1K ViT-B/16", "setting": "5-shot"}),
-    (3, 62.1, {"row": "FUNGI", "column": "DINO ViT-B/16", "setting": "1024x10^2"}),
-    (3, 70.5, {"row": "Embeddings", "column": "HummingBird ViT-B/16‡", "setting": "1024x10^4"}),
-    (4, 46.8, {"row": "FUNGI", "column": "ViT-B/16", "setting": "Pascal VOC 1/64 (n=165)"}),
-    (5, 18.4, {"row": "E+K+S", "column": "SST (Fine Grained)", "setting": "5-shot", "backbone": "BERT Base"}),
-    (5, 40.6, {"row": "E+K", "column": "AG News", "setting": "10-shot", "backbone": "T5 Small"}),
-    (6, 90.1, {"row": "printed row 4 of 4 (default)", "column": "DINO"}),
-    (7, 22.3, {"row": "FUNGI", "column": "DINO ViT-S/16", "setting": "1024x10^4"}),
-    (8, 45.4, {"row": "E+K+D", "column": "MAE ViT-B/16", "setting": "full"}),
-    (9, 28.3, {"row": "E+K+D+S", "column": "FGVC"}),
-    (10, 52.8, {"row": "E+K", "column": "CLIP ViT-B/16", "setting": "Paris H"}),
-    (10, 12.7, {"row": "E+D", "column": "DeiT ViT-B/16", "setting": "Oxford H"}),
-    (11, 29.9, {"row": "E+K", "column": "SpeechCommands V2", "setting": "full"}),
-    (12, 0.07, {"row": "Temperature", "column": "SimCLR"}),
-    (13, 79.4, {"row": "E+K+D", "column": "MoCov3 ViT-B/32", "setting": "full"}),
-    (14, 32.3, {"row": "E+K+D+S", "column": "MAE ViT-B/16", "setting": "5-shot"}),
-    (15, 90.1, {"row": "Data Augmentation: Random Crops"}),
-    (16, 67.8, {"row": "E+K+D", "column": "No PCA"}),
-    (16, 384, {"row": "ViT-S/16", "metric": "dimensions"}),
-    (19, 0.1, {"row": "Word Deletion p", "column": "SimCLR"}),
-    (22, 344, {"row": "KL", "metric": "images/s"}),
-])
+@pytest.mark.parametrize(
+    ("table", "expected", "where"),
+    [
+        (
+            1,
+            61.6,
+            {
+                "row": "FUNGI",
+                "column": "Flowers",
+                "setting": "full",
+                "backbone": "AugReg IN1K ViT-B/16",
+            },
+        ),
+        (
+            1,
+            51.0,
+            {
+                "row": "FUNGI",
+                "column": "Pets",
+                "setting": "5-shot",
+                "backbone": "AugReg IN21K ViT-B/16",
+            },
+        ),
+        (2, 70.1, {"row": "E+K+D+S", "column": "DeiT ViT-B/16", "setting": "full"}),
+        (2, 33.5, {"row": "E+K", "column": "AugReg IN1K ViT-B/16", "setting": "5-shot"}),
+        (3, 62.1, {"row": "FUNGI", "column": "DINO ViT-B/16", "setting": "1024x10^2"}),
+        (3, 70.5, {"row": "Embeddings", "column": "HummingBird ViT-B/16‡", "setting": "1024x10^4"}),
+        (4, 46.8, {"row": "FUNGI", "column": "ViT-B/16", "setting": "Pascal VOC 1/64 (n=165)"}),
+        (
+            5,
+            18.4,
+            {
+                "row": "E+K+S",
+                "column": "SST (Fine Grained)",
+                "setting": "5-shot",
+                "backbone": "BERT Base",
+            },
+        ),
+        (
+            5,
+            40.6,
+            {"row": "E+K", "column": "AG News", "setting": "10-shot", "backbone": "T5 Small"},
+        ),
+        (6, 90.1, {"row": "printed row 4 of 4 (default)", "column": "DINO"}),
+        (7, 22.3, {"row": "FUNGI", "column": "DINO ViT-S/16", "setting": "1024x10^4"}),
+        (8, 45.4, {"row": "E+K+D", "column": "MAE ViT-B/16", "setting": "full"}),
+        (9, 28.3, {"row": "E+K+D+S", "column": "FGVC"}),
+        (10, 52.8, {"row": "E+K", "column": "CLIP ViT-B/16", "setting": "Paris H"}),
+        (10, 12.7, {"row": "E+D", "column": "DeiT ViT-B/16", "setting": "Oxford H"}),
+        (11, 29.9, {"row": "E+K", "column": "SpeechCommands V2", "setting": "full"}),
+        (12, 0.07, {"row": "Temperature", "column": "SimCLR"}),
+        (13, 79.4, {"row": "E+K+D", "column": "MoCov3 ViT-B/32", "setting": "full"}),
+        (14, 32.3, {"row": "E+K+D+S", "column": "MAE ViT-B/16", "setting": "5-shot"}),
+        (15, 90.1, {"row": "Data Augmentation: Random Crops"}),
+        (16, 67.8, {"row": "E+K+D", "column": "No PCA"}),
+        (16, 384, {"row": "ViT-S/16", "metric": "dimensions"}),
+        (19, 0.1, {"row": "Word Deletion p", "column": "SimCLR"}),
+        (22, 344, {"row": "KL", "metric": "images/s"}),
+    ],
+)
 def test_values_read_by_hand(table, expected, where):
     assert value(table, **where) == expected
 
@@ -153,20 +262,25 @@ def test_claims():
     assert set(frame["expected"]) <= {"+", "-", ""}
     assert (frame[["id", "item", "claim", "paper_number"]] != "").all(axis=None)
     figures, tabled = (2, 3, 5, 6, 8, 9, 10, 11, 12), (*range(1, 12), 13, 14, 15, 16, 22)
-    assert set(frame["item"]) == {f"Fig. {n}" for n in figures} | {f"Table {n}" for n in tabled} | {"Clustering"}
+    assert set(frame["item"]) == {f"Fig. {n}" for n in figures} | {f"Table {n}" for n in tabled} | {
+        "Clustering"
+    }
     numbers = frame[frame["paper_delta"].notna()]
     assert (numbers[numbers["expected"] == "+"]["paper_delta"] > 0).all()
     assert (numbers[numbers["expected"] == "-"]["paper_delta"] < 0).all()
 
 
-@pytest.mark.parametrize(("claim", "table", "where"), [
-    ("table2-all", 2, {"row": "E+K+D+S", "column": "DeiT ViT-B/16", "setting": "full"}),
-    ("table3-voc", 3, {"row": "FUNGI", "column": "DINO ViT-B/16", "setting": "1024x10^2"}),
-    ("table10-dinov2", 10, {"row": "E+K+D", "column": "DINOv2 ViT-B/14", "setting": "Paris H"}),
-    ("table11-kl", 11, {"row": "E+K", "column": "ESC 50", "setting": "full"}),
-    ("table13-selfsup", 13, {"row": "E+K+D+S", "column": "DINO ViT-B/16", "setting": "5-shot"}),
-    ("table16-pca", 16, {"row": "E+K+D+S", "column": "PCA"}),
-])
+@pytest.mark.parametrize(
+    ("claim", "table", "where"),
+    [
+        ("table2-all", 2, {"row": "E+K+D+S", "column": "DeiT ViT-B/16", "setting": "full"}),
+        ("table3-voc", 3, {"row": "FUNGI", "column": "DINO ViT-B/16", "setting": "1024x10^2"}),
+        ("table10-dinov2", 10, {"row": "E+K+D", "column": "DINOv2 ViT-B/14", "setting": "Paris H"}),
+        ("table11-kl", 11, {"row": "E+K", "column": "ESC 50", "setting": "full"}),
+        ("table13-selfsup", 13, {"row": "E+K+D+S", "column": "DINO ViT-B/16", "setting": "5-shot"}),
+        ("table16-pca", 16, {"row": "E+K+D+S", "column": "PCA"}),
+    ],
+)
 def test_claims_quote_the_tables(claim, table, where):
     frame = paper.load(table)
     for column, wanted in where.items():
@@ -177,7 +291,9 @@ def test_claims_quote_the_tables(claim, table, where):
 
 @pytest.mark.parametrize(("claim", "tables"), [("fig5-full", (2, 8)), ("fig9-linear", (13, 14))])
 def test_derived_claims_are_the_mean_best_gain(claim, tables):
-    gains = pd.concat([paper.load(table) for table in tables]).query("row != 'Embeddings' and setting == 'full'")
+    gains = pd.concat([paper.load(table) for table in tables]).query(
+        "row != 'Embeddings' and setting == 'full'"
+    )
     best = gains.groupby("column")["delta"].max()
     assert len(best) == 13 and (best > 0).all()
     assert paper.claims().set_index("id").loc[claim, "paper_delta"] == round(best.mean(), 1)
@@ -186,11 +302,20 @@ def test_derived_claims_are_the_mean_best_gain(claim, tables):
 def test_the_retrieval_claim_is_the_mean_over_all_backbones_but_dinov2():
     gains = paper.load(10).query("row == 'E+K+D' and column != 'DINOv2 ViT-B/14'")["delta"]
     assert len(gains) == 16
-    assert paper.claims().set_index("id").loc["table10-mean", "paper_delta"] == round(gains.mean(), 1)
+    assert paper.claims().set_index("id").loc["table10-mean", "paper_delta"] == round(
+        gains.mean(), 1
+    )
 
 
 def test_beside_keeps_both_sides():
-    ours = pd.DataFrame({"row": ["KL", "mine"], "metric": ["images/s"] * 2, "value": [50.0, 7.0], "low": [49.0, 6.0]})
+    ours = pd.DataFrame(
+        {
+            "row": ["KL", "mine"],
+            "metric": ["images/s"] * 2,
+            "value": [50.0, 7.0],
+            "low": [49.0, 6.0],
+        }
+    )
     both = paper.beside(ours, 22, on=["row", "metric"])
     assert list(both.columns) == ["row", "metric", "ours", "paper", "low"]
     assert len(both) == 12 + 1
@@ -212,7 +337,10 @@ def test_errors_say_what_exists(tmp_path, monkeypatch):
         paper.beside(ours, 2, on=["row", "column"])
     monkeypatch.setattr(paper, "paper_dir", lambda: tmp_path)
     (tmp_path / "table01.csv").write_text("table,row,value\n1,a,2\n")
-    with pytest.raises(ValueError, match="table01.csv has the columns table, row, value; expected table, row, column"):
+    with pytest.raises(
+        ValueError,
+        match="table01.csv has the columns table, row, value; expected table, row, column",
+    ):
         paper.load(1)
     with pytest.raises(FileNotFoundError, match="claims.csv"):
         paper.claims()
@@ -220,7 +348,11 @@ def test_errors_say_what_exists(tmp_path, monkeypatch):
 
 def test_every_figure_and_table_has_its_notebook():
     items = paper.items()
-    printed = {"Algorithm 1", *(f"Fig. {i}" for i in range(1, 13)), *(f"Table {i}" for i in range(1, 23))}
+    printed = {
+        "Algorithm 1",
+        *(f"Fig. {i}" for i in range(1, 13)),
+        *(f"Table {i}" for i in range(1, 23)),
+    }
     assert set(items["item"]) == printed and items["item"].is_unique
     assert set(items["notebook"]) <= NOTEBOOKS and (items["shows"].str.len() > 5).all()
     claims = paper.claims().merge(items, on="item", suffixes=("", "_of_item"))
@@ -249,12 +381,23 @@ def test_the_overview_says_what_was_run_where_and_how_it_went(tmp_path, monkeypa
         (tmp_path / profile / "b.json").write_text(json.dumps(record))
     ids = paper.claims().query("item == 'Table 2'")["id"].tolist()
     rows = [(ids[0], 0.5, -1.0, 2.0, "x"), *((other, 2.0, 1.0, 3.0, "x") for other in ids[1:])]
-    paper.save_measured(pd.DataFrame(rows, columns=paper.MEASURED), "03_image_classification", "lite")
+    paper.save_measured(
+        pd.DataFrame(rows, columns=paper.MEASURED), "03_image_classification", "lite"
+    )
     table = paper.overview("mini").set_index("item")
     row = table.loc["Table 2"]
     assert (row["run"], row["minutes"]) == ("mini, lite", "5")
-    assert row["ours"] == "+0.5 [−1.0, +2.0], paper +1.0: undecided (of 5: 4 agrees, 1 undecided), lite"
+    assert (
+        row["ours"]
+        == "+0.5 [−1.0, +2.0], paper +1.0: undecided (of 5: 4 agrees, 1 undecided), lite"
+    )
     assert table.loc["Table 5", "ours"] == "not run" and table.loc["Fig. 1", "ours"] == ""
-    untested = [("table1-pretraining", float("nan"), float("nan"), float("nan"), "needs two pretrainings")]
-    paper.save_measured(pd.DataFrame(untested, columns=paper.MEASURED), "03_image_classification", "mini")
-    assert paper.overview("mini").set_index("item").loc["Table 1", "ours"] == "not testable here, mini"
+    untested = [
+        ("table1-pretraining", float("nan"), float("nan"), float("nan"), "needs two pretrainings")
+    ]
+    paper.save_measured(
+        pd.DataFrame(untested, columns=paper.MEASURED), "03_image_classification", "mini"
+    )
+    assert (
+        paper.overview("mini").set_index("item").loc["Table 1", "ours"] == "not testable here, mini"
+    )

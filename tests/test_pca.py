@@ -29,7 +29,9 @@ def test_equals_scikit_learn_up_to_sign(data, offset):
 @pytest.mark.parametrize("sizes", [[300], [1] * 300, [7, 0, 293], [64, 64, 64, 64, 44]])
 def test_any_blocks_give_the_same(data, sizes):
     whole = fit_pca(data, 8)
-    streamed = fit_pca((block for block in np.split(data, np.cumsum(sizes)[:-1])), 8)  # a generator: one pass
+    streamed = fit_pca(
+        (block for block in np.split(data, np.cumsum(sizes)[:-1])), 8
+    )  # a generator: one pass
     np.testing.assert_allclose(streamed.mean, whole.mean, atol=1e-12)
     np.testing.assert_allclose(streamed.components, whole.components, atol=1e-9)
     np.testing.assert_allclose(streamed.explained_variance, whole.explained_variance, rtol=1e-10)
@@ -37,13 +39,19 @@ def test_any_blocks_give_the_same(data, sizes):
 
 def test_whole_chunked_and_torch_agree(data):
     whole = fit_pca(data.astype(np.float32), 5)
-    np.testing.assert_allclose(fit_pca(torch.tensor(data).float(), 5, chunk=17).components, whole.components, atol=1e-9)
-    np.testing.assert_array_equal(whole.transform(data, chunk=13), whole.transform(torch.tensor(data)))
+    np.testing.assert_allclose(
+        fit_pca(torch.tensor(data).float(), 5, chunk=17).components, whole.components, atol=1e-9
+    )
+    np.testing.assert_array_equal(
+        whole.transform(data, chunk=13), whole.transform(torch.tensor(data))
+    )
     np.testing.assert_array_equal(whole.transform(data[3:4])[0], whole.transform(data)[3])
 
 
 def test_hand_worked():
-    pca = fit_pca(np.array([[1.0, 1.0], [2.0, 2.0], [3.0, 3.0], [2.0, 2.0]]), 1)  # on the diagonal; variance 2/3 twice
+    pca = fit_pca(
+        np.array([[1.0, 1.0], [2.0, 2.0], [3.0, 3.0], [2.0, 2.0]]), 1
+    )  # on the diagonal; variance 2/3 twice
     np.testing.assert_allclose(pca.mean, [2, 2])
     np.testing.assert_allclose(pca.components, [[0.5**0.5, 0.5**0.5]])
     np.testing.assert_allclose(pca.explained_variance, [4 / 3])
@@ -76,7 +84,9 @@ def test_pca_size(d, rows, columns, size):
 
 
 def test_memory_does_not_grow_with_rows():
-    """100,000 rows in blocks: NumPy's peak stays near one block (tracemalloc sees NumPy's allocations)."""
+    """100,000 rows in blocks: NumPy's peak stays near one block (tracemalloc sees NumPy's
+    allocations).
+    """
     rng = np.random.default_rng(2)
     peaks = []
     for blocks in (2, 40):
@@ -89,7 +99,9 @@ def test_memory_does_not_grow_with_rows():
 
 def test_errors(data):
     for d in (0, 25):
-        with pytest.raises(ValueError, match=f"PCA to {d} dimensions is impossible for 300 rows of 24 columns"):
+        with pytest.raises(
+            ValueError, match=f"PCA to {d} dimensions is impossible for 300 rows of 24 columns"
+        ):
             fit_pca(data, d)
     with pytest.raises(ValueError, match="impossible for 5 rows"):
         fit_pca(data[:5], 6)

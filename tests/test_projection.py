@@ -10,11 +10,15 @@ from fungi_core.projection import Rademacher, draw, exact_kernel, sign_bits
 
 def factors(batch=3, n=4, d_in=5, d_out=6, bias=True, seed=0):
     g = torch.Generator().manual_seed(seed)
-    return Factors(torch.randn(batch, n, d_in, generator=g), torch.randn(batch, n, d_out, generator=g), bias)
+    return Factors(
+        torch.randn(batch, n, d_in, generator=g), torch.randn(batch, n, d_out, generator=g), bias
+    )
 
 
 def vec(f):
-    """The slow obvious vec([W-grad | b-grad]), row-major: output unit by output unit, its bias entry last."""
+    """The slow obvious vec([W-grad | b-grad]), row-major: output unit by output unit, its bias
+    entry last.
+    """
     out = []
     for a, d in zip(f.activations.double(), f.output_gradients.double(), strict=True):
         entries = []
@@ -45,7 +49,9 @@ def test_blocks_are_rows_of_the_whole(columns):
         assert torch.equal(projection.block(start, stop), whole[start:stop])
     again = Rademacher(9, columns, 3, "blocks.5.attn.proj").block(4, 6, dtype=torch.bfloat16)
     assert again.dtype == torch.bfloat16 and torch.equal(again.float(), whole[4:6])
-    bits = np.unpackbits(sign_bits(9, columns, 3, "blocks.5.attn.proj"), axis=1, bitorder="little")[:, :columns]
+    bits = np.unpackbits(sign_bits(9, columns, 3, "blocks.5.attn.proj"), axis=1, bitorder="little")[
+        :, :columns
+    ]
     np.testing.assert_array_equal(bits * 2.0 - 1, whole.numpy())
 
 
@@ -63,7 +69,9 @@ def test_a_seed_is_its_bits_for_ever():
     """Stored features rest on these constants: the same on every machine and in every version."""
     assert sign_bits(3, 100, 0, "blocks.8.attn.proj").tolist() == FROZEN
     first = Rademacher(3, 100, 0, "blocks.8.attn.proj").block(0, 1)[0, :8].tolist()
-    assert first == [2.0 * (FROZEN[0][0] >> bit & 1) - 1 for bit in range(8)]  # the lowest bit comes first
+    assert first == [
+        2.0 * (FROZEN[0][0] >> bit & 1) - 1 for bit in range(8)
+    ]  # the lowest bit comes first
 
 
 FROZEN = [
@@ -87,7 +95,9 @@ def test_entries_are_balanced_and_rows_and_columns_independent():
     assert r.mean(1).abs().max() < 5 / columns**0.5 and r.mean(0).abs().max() < 6 / rows**0.5
     gram = r @ r.T / columns - torch.eye(rows)
     assert gram.abs().max() < 5.5 / columns**0.5  # 2016 pairs of rows
-    assert abs(gram.pow(2).sum().item() / (rows * (rows - 1)) * columns - 1) < 0.2  # as spread as independent rows are
+    assert (
+        abs(gram.pow(2).sum().item() / (rows * (rows - 1)) * columns - 1) < 0.2
+    )  # as spread as independent rows are
     shifted = (r[:, 1:] * r[:, :-1]).mean().item()
     assert abs(shifted) < 4 / (rows * columns) ** 0.5
 
@@ -95,13 +105,20 @@ def test_entries_are_balanced_and_rows_and_columns_independent():
 def test_distances_and_norms_survive_as_johnson_and_lindenstrauss_say():
     d, m, batch = 256, 2000, 12
     g = torch.Generator().manual_seed(0)
-    f = Factors(torch.randn(batch, 3, 49, generator=g), torch.randn(batch, 3, 40, generator=g), True)  # 40 * 50 entries
+    f = Factors(
+        torch.randn(batch, 3, 49, generator=g), torch.randn(batch, 3, 40, generator=g), True
+    )  # 40 * 50 entries
     exact, projected = f.gradient().flatten(1), Rademacher(d, m, 1).apply(f) / d**0.5
     pairs = torch.triu_indices(batch, batch, 1)
     ratio = lambda x: (x[pairs[0]] - x[pairs[1]]).norm(dim=1)
     distortion = ratio(projected) / ratio(exact)
-    assert (distortion - 1).abs().max() < 4 / (2 * d) ** 0.5  # 66 pairs, relative deviation 1 / sqrt(2 d)
-    norms = [(Rademacher(d, m, seed).apply(f) / d**0.5).norm(dim=1) / exact.norm(dim=1) for seed in range(20)]
+    assert (distortion - 1).abs().max() < 4 / (
+        2 * d
+    ) ** 0.5  # 66 pairs, relative deviation 1 / sqrt(2 d)
+    norms = [
+        (Rademacher(d, m, seed).apply(f) / d**0.5).norm(dim=1) / exact.norm(dim=1)
+        for seed in range(20)
+    ]
     squared = torch.stack(norms).pow(2).mean()
     assert abs(squared.item() - 1) < 0.03  # E |R g|^2 = d |g|^2
 
@@ -110,7 +127,9 @@ def test_bf16_is_close_to_fp32_even_for_tiny_gradients():
     f = factors(batch=5, n=8, d_in=31, d_out=32)
     projection = Rademacher(64, 32 * 32, 0)
     exact = projection.apply(f)
-    tiny = Factors(f.activations, f.output_gradients * 1e-20, True)  # below what fp32 squares can hold
+    tiny = Factors(
+        f.activations, f.output_gradients * 1e-20, True
+    )  # below what fp32 squares can hold
     for given, scale in ((f, 1.0), (tiny, 1e-20)):
         got = projection.apply(given, torch.bfloat16) / scale
         assert got.dtype == torch.float32
@@ -138,7 +157,9 @@ def test_wrong_shapes_are_one_line():
 
 
 def dense(projection, d_out, d_in):
-    """The matrix that a structured projection stands for, from its action on every single entry of the gradient."""
+    """The matrix that a structured projection stands for, from its action on every single entry of
+    the gradient.
+    """
     eye = [
         Factors(torch.eye(d_in)[None, [i]], torch.eye(d_out)[None, [o]], False)
         for o in range(d_out)
@@ -153,7 +174,9 @@ def test_structured_projections_equal_their_dense_matrix(kind):
     f = Factors(torch.randn(3, 5, 6, generator=g), torch.randn(3, 5, 4, generator=g), True)
     projection = draw(kind, 16, 4, 7, 0)
     matrix = dense(projection, 4, 7)
-    torch.testing.assert_close(projection.apply(f), Rademacher(16, 28, matrix=matrix).apply(f), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        projection.apply(f), Rademacher(16, 28, matrix=matrix).apply(f), rtol=1e-4, atol=1e-4
+    )
     if kind == "khatri-rao":  # entries are products of two signs, rows have rank one
         assert torch.equal(matrix.abs(), torch.ones(16, 28))
         assert all(torch.linalg.matrix_rank(row.reshape(4, 7)) == 1 for row in matrix)
@@ -164,7 +187,10 @@ def test_structured_projections_equal_their_dense_matrix(kind):
 @pytest.mark.parametrize("bias", [True, False])
 def test_the_exact_kernel_is_the_inner_product_of_gradients(bias):
     g = torch.Generator().manual_seed(0)
-    x, y = (Factors(torch.randn(n, 3, 6, generator=g), torch.randn(n, 3, 4, generator=g), bias) for n in (4, 5))
+    x, y = (
+        Factors(torch.randn(n, 3, 6, generator=g), torch.randn(n, 3, 4, generator=g), bias)
+        for n in (4, 5)
+    )
     expected = x.gradient().flatten(1) @ y.gradient().flatten(1).T
     torch.testing.assert_close(exact_kernel(x, y), expected, rtol=1e-5, atol=1e-4)
 
@@ -174,7 +200,9 @@ def test_every_projection_estimates_the_exact_kernel_without_bias(kind, scale):
     g = torch.Generator().manual_seed(0)
     f = Factors(torch.randn(2, 3, 6, generator=g), torch.randn(2, 3, 4, generator=g), True)
     exact = exact_kernel(f, f)
-    draws = torch.stack([(p := draw(kind, 64, 4, 7, seed).apply(f)) @ p.T / scale for seed in range(400)])
+    draws = torch.stack(
+        [(p := draw(kind, 64, 4, 7, seed).apply(f)) @ p.T / scale for seed in range(400)]
+    )
     error = draws.std(0) / 400**0.5
     assert ((draws.mean(0) - exact).abs() < 5 * error).all()
 
@@ -199,10 +227,14 @@ def test_tokens_apart_are_each_token_alone_and_sum_to_the_sample(kind, bias):
 
 
 def test_tokens_of_another_layer_are_one_line():
-    with pytest.raises(ValueError, match="the gradients have 36 entries, the projection 30 columns"):
+    with pytest.raises(
+        ValueError, match="the gradients have 36 entries, the projection 30 columns"
+    ):
         Rademacher(7, 30, 0).apply_tokens(factors())
 
 
 def test_an_unknown_projection_lists_what_exists():
-    with pytest.raises(ValueError, match="'gauss'; there are 'rademacher', 'khatri-rao', 'sketch', 'exact'"):
+    with pytest.raises(
+        ValueError, match="'gauss'; there are 'rademacher', 'khatri-rao', 'sketch', 'exact'"
+    ):
         draw("gauss", 8, 4, 4)

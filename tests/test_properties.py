@@ -1,4 +1,5 @@
-"""Property-based tests: whatever the sizes, seeds and orders, what the other tests show on examples holds.
+"""Property-based tests: whatever the sizes, seeds and orders, what the other tests show on examples
+holds.
 
 Examples are drawn by a fixed seed (`conftest`), so that a run of the tests does not depend on luck.
 """
@@ -29,9 +30,16 @@ def test_crop_boxes_lie_in_the_image_and_are_those_of_their_seed(width, height, 
     scales = np.tile([[0.05, 1.0]], (count, 1))
     boxes = views.crop_boxes(width, height, scales, views.generator(seed))
     left, top, right, bottom = boxes.T
-    assert boxes.shape == (count, 4) and (0 <= left).all() and (left < right).all() and (right <= width).all()
+    assert (
+        boxes.shape == (count, 4)
+        and (0 <= left).all()
+        and (left < right).all()
+        and (right <= width).all()
+    )
     assert (0 <= top).all() and (top < bottom).all() and (bottom <= height).all()
-    np.testing.assert_array_equal(boxes, views.crop_boxes(width, height, scales, views.generator(seed)))
+    np.testing.assert_array_equal(
+        boxes, views.crop_boxes(width, height, scales, views.generator(seed))
+    )
 
 
 @given(st.integers(1, 60), st.integers(1, 60), st.sampled_from([O.KL(), O.DINO(), O.SimCLR()]), seeds,
@@ -41,12 +49,21 @@ def test_views_of_any_image_have_their_shape_and_depend_on_content_and_seed_alon
     pixels = views.generator("picture", seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     image = Image.fromarray(pixels)
     found = views.prepare(image, size, ratio, objective, seed)
-    assert found.dtype == np.uint8 and found.shape == (12 if objective.views == "crops" else 1, size, size, 3)
+    assert found.dtype == np.uint8 and found.shape == (
+        12 if objective.views == "crops" else 1,
+        size,
+        size,
+        3,
+    )
     again = views.prepare(views.to_image(pixels.copy()), size, ratio, objective, seed)
     np.testing.assert_array_equal(found, again)
 
 
-@given(hnp.arrays(np.uint8, hnp.array_shapes(min_dims=3, max_dims=3, max_side=12).map(lambda s: (*s[:2], 3))))
+@given(
+    hnp.arrays(
+        np.uint8, hnp.array_shapes(min_dims=3, max_dims=3, max_side=12).map(lambda s: (*s[:2], 3))
+    )
+)
 def test_one_colour_stays_one_colour(pixels):
     """No resize, crop or patch brings in a pixel from outside the image (padding would be black)."""
     pixels[:] = pixels[0, 0]
@@ -105,12 +122,16 @@ def test_the_exact_kernel_is_the_inner_product(x, y):
 # --- nearest neighbours
 
 
-grid = hnp.arrays(np.int64, st.tuples(st.integers(2, 40), st.integers(1, 3)), elements=st.integers(-2, 2))
+grid = hnp.arrays(
+    np.int64, st.tuples(st.integers(2, 40), st.integers(1, 3)), elements=st.integers(-2, 2)
+)
 
 
 @given(grid, st.data())
 def test_neighbours_at_equal_distance_come_in_the_training_sets_order(train, data):
-    """On a small grid nearly every distance is tied; the oracle is a stable sort of exact integer distances."""
+    """On a small grid nearly every distance is tied; the oracle is a stable sort of exact integer
+    distances.
+    """
     test = data.draw(hnp.arrays(np.int64, (5, train.shape[1]), elements=st.integers(-2, 2)))
     k = data.draw(st.integers(1, len(train)))
     exact = ((test[:, None] - train) ** 2).sum(2)
@@ -120,10 +141,17 @@ def test_neighbours_at_equal_distance_come_in_the_training_sets_order(train, dat
     np.testing.assert_allclose(distance**2, np.take_along_axis(exact, expected, 1), atol=1e-9)
 
 
-@given(hnp.arrays(np.int64, st.tuples(st.integers(1, 6), st.integers(1, 9)), elements=st.integers(0, 8)), seeds)
+@given(
+    hnp.arrays(
+        np.int64, st.tuples(st.integers(1, 6), st.integers(1, 9)), elements=st.integers(0, 8)
+    ),
+    seeds,
+)
 def test_a_tied_vote_goes_to_the_lowest_label(near, seed):
     labels = np.random.default_rng(seed).integers(-2, 3, 9)
-    expected = [min(set(row), key=lambda label: (-row.count(label), label)) for row in labels[near].tolist()]
+    expected = [
+        min(set(row), key=lambda label: (-row.count(label), label)) for row in labels[near].tolist()
+    ]
     assert evaluate.vote(near, labels).tolist() == expected
 
 
@@ -132,7 +160,9 @@ def test_neighbours_do_not_depend_on_how_the_queries_are_cut(train, seed):
     rng = np.random.default_rng(seed)
     test = rng.standard_normal((7, train.shape[1])).astype(np.float32)
     whole, _ = evaluate.nearest(train.astype(np.float32), test, min(3, len(train)), chunk=4096)
-    small, _ = evaluate.nearest(train.astype(np.float32), test, min(3, len(train)), chunk=int(rng.integers(1, 9)))
+    small, _ = evaluate.nearest(
+        train.astype(np.float32), test, min(3, len(train)), chunk=int(rng.integers(1, 9))
+    )
     np.testing.assert_array_equal(whole, small)
 
 
@@ -167,7 +197,9 @@ def test_cka_of_merged_shards_is_that_of_all_rows(n, p, q, unbiased, seed, data)
 
 @given(st.integers(1, 900), st.integers(1, 4), st.data())
 def test_a_store_filled_in_any_pieces_with_any_interruptions_is_the_same(n, width, data):
-    """Blocks of any size in any order, some lost with the lock, damaged shards in between: the same bytes at last."""
+    """Blocks of any size in any order, some lost with the lock, damaged shards in between: the same
+    bytes at last.
+    """
     values = np.random.default_rng(n).standard_normal((n, width)).astype(np.float32)
     with tempfile.TemporaryDirectory() as folder:
         undisturbed = store.open_rows({"n": n}, n, width, Path(folder, "undisturbed"))
@@ -183,11 +215,15 @@ def test_a_store_filled_in_any_pieces_with_any_interruptions_is_the_same(n, widt
             if there and data.draw(st.booleans()):
                 file = data.draw(st.sampled_from(there))
                 content = bytearray(file.read_bytes())
-                content[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(1, 255))
+                content[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(
+                    st.integers(1, 255)
+                )
                 file.write_bytes(content)
                 assert rows.drop_corrupt() == [file.name]
         gaps = rows.missing()
-        assert all(low < high for low, high in gaps) and all(a[1] < b[0] for a, b in zip(gaps, gaps[1:]))
+        assert all(low < high for low, high in gaps) and all(
+            a[1] < b[0] for a, b in zip(gaps, gaps[1:])
+        )
         with rows.lock():
             for low, high in gaps:  # what extraction does
                 rows.write(low, values[low:high])
@@ -198,7 +234,9 @@ def test_a_store_filled_in_any_pieces_with_any_interruptions_is_the_same(n, widt
 
 @given(st.integers(1, 2000), st.integers(1, 9))
 def test_ranges_of_separate_jobs_cover_every_row_once(n, jobs):
-    """Cut anywhere at whole files, empty parts included: together all rows, each missing before and not after."""
+    """Cut anywhere at whole files, empty parts included: together all rows, each missing before and
+    not after.
+    """
     files = -(-n // store.SHARD)
     edges = [min(n, round(i * files / jobs) * store.SHARD) for i in range(jobs + 1)]
     with tempfile.TemporaryDirectory() as folder:

@@ -11,7 +11,18 @@ from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 from sklearn.neighbors import KNeighborsClassifier
 
-from fungi_core import backbones, clustering, evaluate, extract, paper, probe, protocol, retrieval, studies, views
+from fungi_core import (
+    backbones,
+    clustering,
+    evaluate,
+    extract,
+    paper,
+    probe,
+    protocol,
+    retrieval,
+    studies,
+    views,
+)
 from fungi_core.images import Images
 
 
@@ -19,10 +30,15 @@ def rows(n, seed, informative="kl", metric="accuracy"):
     """Four classes; only the block ``informative`` knows the class, the others are noise."""
     g = np.random.default_rng(seed)
     labels = np.arange(n) % 4
-    blocks = {name: g.normal(size=(n, 12)).astype(np.float32) for name in ("embedding", "kl", "dino", "simclr")}
+    blocks = {
+        name: g.normal(size=(n, 12)).astype(np.float32)
+        for name in ("embedding", "kl", "dino", "simclr")
+    }
     blocks[informative][np.arange(n), labels] += 6
     names = [str(i) for i in range(n)]
-    data = Images("toy", "test", labels, list("abcd"), metric, names, [None] * n, np.arange(n), "", "")
+    data = Images(
+        "toy", "test", labels, list("abcd"), metric, names, [None] * n, np.arange(n), "", ""
+    )
     return extract.Rows(data, blocks, ("key",))
 
 
@@ -36,8 +52,12 @@ def test_accuracies_are_scikit_learns_with_the_papers_pipeline():
     pca = PCA(12, svd_solver="full").fit(joined["train"])
     model = KNeighborsClassifier(20).fit(pca.transform(joined["train"]), train.labels)
     expected = 100 * model.score(pca.transform(joined["test"]), test.labels)
-    assert table.loc["E+K+D+S", "value"] == pytest.approx(expected, abs=0.9)  # one test image at most
-    alone = KNeighborsClassifier(20).fit(evaluate.normalize(train.blocks["embedding"]), train.labels)
+    assert table.loc["E+K+D+S", "value"] == pytest.approx(
+        expected, abs=0.9
+    )  # one test image at most
+    alone = KNeighborsClassifier(20).fit(
+        evaluate.normalize(train.blocks["embedding"]), train.labels
+    )
     assert table.loc["E", "value"] == pytest.approx(
         100 * alone.score(evaluate.normalize(test.blocks["embedding"]), test.labels)
     )
@@ -81,16 +101,25 @@ def test_over_seeds_is_mean_and_population_deviation_of_each_seed(metric):
     pairs = []
     for seed in range(3):  # the embedding is the same for all seeds, the gradients are not
         train, test = rows(200, 0, metric=metric), rows(117, 1, metric=metric)
-        noise = np.random.default_rng(seed).normal(size=(200 + 117, 12)).astype(np.float32) * (1 + seed)
-        train.blocks["kl"][:], test.blocks["kl"][:] = train.blocks["kl"] + noise[:200], test.blocks["kl"] + noise[200:]
+        noise = np.random.default_rng(seed).normal(size=(200 + 117, 12)).astype(np.float32) * (
+            1 + seed
+        )
+        train.blocks["kl"][:], test.blocks["kl"][:] = (
+            train.blocks["kl"] + noise[:200],
+            test.blocks["kl"] + noise[200:],
+        )
         pairs.append((train, test))
     table = studies.over_seeds(pairs, ["E", "E+K"]).set_index("features")
     each = [protocol.knn(*pair, ["E", "E+K"]).set_index("features") for pair in pairs]
     for name in ("E", "E+K"):
         values, gains = ([t.loc[name, column] for t in each] for column in ("value", "gain"))
         row = table.loc[name]
-        assert row["value"] == pytest.approx(np.mean(values)) and row["spread"] == pytest.approx(np.std(values))
-        assert row["gain"] == pytest.approx(np.mean(gains)) and row["gain_spread"] == pytest.approx(np.std(gains))
+        assert row["value"] == pytest.approx(np.mean(values)) and row["spread"] == pytest.approx(
+            np.std(values)
+        )
+        assert row["gain"] == pytest.approx(np.mean(gains)) and row["gain_spread"] == pytest.approx(
+            np.std(gains)
+        )
         assert row["gain_low"] <= row["gain"] <= row["gain_high"]
     assert table.loc["E", "spread"] == 0 < table.loc["E+K", "spread"]
 
@@ -98,14 +127,25 @@ def test_over_seeds_is_mean_and_population_deviation_of_each_seed(metric):
 @pytest.mark.parametrize("shots", [None, 5])
 def test_linear_probe_is_split_choice_and_refit_on_the_joined_features(shots):
     train, test = rows(200, 0), rows(120, 1)
-    table = studies.linear(train, test, ["E", "E+K"], shots=shots, pca=12, seed=4).set_index("features")
+    table = studies.linear(train, test, ["E", "E+K"], shots=shots, pca=12, seed=4).set_index(
+        "features"
+    )
     used = train.take(np.arange(20)) if shots else train
-    joined = [np.hstack([evaluate.normalize(r.blocks[b]) for b in ("embedding", "kl")]) for r in (used, test)]
+    joined = [
+        np.hstack([evaluate.normalize(r.blocks[b]) for b in ("embedding", "kl")])
+        for r in (used, test)
+    ]
     pca = PCA(12, svd_solver="full").fit(joined[0])
-    expected = probe.predict(pca.transform(joined[0]), used.labels, pca.transform(joined[1]), seed=4)
-    assert table.loc["E+K", "value"] == pytest.approx(100 * np.mean(expected.labels == test.labels), abs=0.9)
+    expected = probe.predict(
+        pca.transform(joined[0]), used.labels, pca.transform(joined[1]), seed=4
+    )
+    assert table.loc["E+K", "value"] == pytest.approx(
+        100 * np.mean(expected.labels == test.labels), abs=0.9
+    )
     assert table.loc["E+K", "strength"] == expected.strength
-    assert table.loc["E+K", "gain"] == pytest.approx(table.loc["E+K", "value"] - table.loc["E", "value"])
+    assert table.loc["E+K", "gain"] == pytest.approx(
+        table.loc["E+K", "value"] - table.loc["E", "value"]
+    )
     assert table.loc["E+K", "gain_low"] > 10 and table.loc["E", "gain"] == 0
     assert set(table["setting"]) == {f"{shots}-shot" if shots else "full"}
 
@@ -115,12 +155,16 @@ def test_retrieval_among_classes_is_torchmetrics_at_the_right_side_of_each_posit
     table = studies.retrieve(train, test, ["E", "K", "E+K"]).set_index("features")
     a, b = (evaluate.normalize(r.blocks["kl"]) for r in (test, train))
     order = np.argsort(-(a @ b.T), 1)
-    hits = (train.labels[order] == test.labels[:, None]).astype(float)  # (queries, database), best first
+    hits = (train.labels[order] == test.labels[:, None]).astype(
+        float
+    )  # (queries, database), best first
     found, place = hits.cumsum(1), np.arange(1, 81)
     before = np.where(place > 1, (found - hits) / np.maximum(place - 1, 1), 1)
     by_hand = (hits * (found / place + before) / 2).sum(1) / hits.sum(1)
     assert table.loc["K", "value"] == pytest.approx(100 * by_hand.mean(), abs=1e-3)
-    assert table.loc["K", "gain"] == pytest.approx(table.loc["K", "value"] - table.loc["E", "value"])
+    assert table.loc["K", "gain"] == pytest.approx(
+        table.loc["K", "value"] - table.loc["E", "value"]
+    )
     assert table.loc["E+K", "gain_low"] > 10 and set(table["setting"]) == {"same class"}
     assert table.loc["E", "low"] <= table.loc["E", "value"] <= table.loc["E", "high"]
 
@@ -129,14 +173,26 @@ def test_retrieval_of_landmarks_takes_their_ground_truth(monkeypatch, tmp_path):
     monkeypatch.setenv("FUNGI_DATA", str(tmp_path))
     train, test = rows(9, 0, metric="mAP"), rows(3, 1, metric="mAP")
     own = {"easy": [4], "hard": [2, 7], "junk": [0, 1]}
-    truth = {"imlist": list("abcdefghi"), "qimlist": list("xyz"), "gnd": [own, own, own | {"hard": []}]}
+    truth = {
+        "imlist": list("abcdefghi"),
+        "qimlist": list("xyz"),
+        "gnd": [own, own, own | {"hard": []}],
+    }
     (tmp_path / "toy").mkdir()
     (tmp_path / "toy" / "gnd_toy.pkl").write_bytes(pickle.dumps(truth))
     table = studies.retrieve(train, test, ["E", "E+K"]).set_index(["setting", "features"])
-    order = retrieval.rank(evaluate.normalize(test.blocks["embedding"]), evaluate.normalize(train.blocks["embedding"]))
+    order = retrieval.rank(
+        evaluate.normalize(test.blocks["embedding"]), evaluate.normalize(train.blocks["embedding"])
+    )
     for name in ("medium", "hard"):
-        scores = retrieval.scores(order, retrieval.ground_truth(tmp_path / "toy" / "gnd_toy.pkl")["gnd"], name)
-        assert np.isnan(scores).tolist() == [False, False, name == "hard"]  # a query without positives is left out
+        scores = retrieval.scores(
+            order, retrieval.ground_truth(tmp_path / "toy" / "gnd_toy.pkl")["gnd"], name
+        )
+        assert np.isnan(scores).tolist() == [
+            False,
+            False,
+            name == "hard",
+        ]  # a query without positives is left out
         assert table.loc[(name, "E"), "value"] == pytest.approx(100 * np.nanmean(scores))
     with pytest.raises(ValueError, match="toy is scored whole: set n_train and n_test to 0"):
         studies.retrieve(train.take(np.arange(5)), test, ["E"])
@@ -145,16 +201,24 @@ def test_retrieval_of_landmarks_takes_their_ground_truth(monkeypatch, tmp_path):
 def test_clustering_of_the_block_that_knows_the_class_is_right_and_the_same_every_time():
     train, test = rows(60, 0), rows(80, 1)
     table = studies.cluster(train, test, ["E", "K", "E+K"], runs=3, seed=2).set_index("features")
-    assert table.loc["K", "value"] > 95 and table.loc["K", "nmi"] > 85 and table.loc["E", "nmi"] < 30
-    assert table.loc["K", "gain"] == pytest.approx(table.loc["K", "value"] - table.loc["E", "value"])
+    assert (
+        table.loc["K", "value"] > 95 and table.loc["K", "nmi"] > 85 and table.loc["E", "nmi"] < 30
+    )
+    assert table.loc["K", "gain"] == pytest.approx(
+        table.loc["K", "value"] - table.loc["E", "value"]
+    )
     assert table.loc["K", "gain_low"] > 20 and 25 <= table.loc["E", "value"] < 60
     seeds = views.generator("kmeans", 2).integers(2**31, size=3).tolist()
     x = evaluate.normalize(test.blocks["embedding"])
     scores = []
     for s in seeds:
-        named = clustering.match(KMeans(4, n_init=10, random_state=s).fit_predict(x.astype(float)), test.labels)
+        named = clustering.match(
+            KMeans(4, n_init=10, random_state=s).fit_predict(x.astype(float)), test.labels
+        )
         scores.append(100 * np.mean(named == test.labels))
-    assert table.loc["E", ["value", "spread"]].tolist() == pytest.approx([np.mean(scores), np.std(scores)])
+    assert table.loc["E", ["value", "spread"]].tolist() == pytest.approx(
+        [np.mean(scores), np.std(scores)]
+    )
     pd.testing.assert_frame_equal(
         table, studies.cluster(train, test, table.index, runs=3, seed=2).set_index("features")
     )
@@ -164,9 +228,15 @@ def test_few_shot_uses_the_first_images_of_each_class_only():
     train, test = rows(200, 0), rows(120, 1)
     few = protocol.knn(train, test, ["K"], k=3, shots=5)
     by_hand = evaluate.knn_predict(
-        evaluate.normalize(train.blocks["kl"][:20]), train.labels[:20], evaluate.normalize(test.blocks["kl"]), k=3
+        evaluate.normalize(train.blocks["kl"][:20]),
+        train.labels[:20],
+        evaluate.normalize(test.blocks["kl"]),
+        k=3,
     )
-    assert few["value"][0] == pytest.approx(100 * np.mean(by_hand == test.labels)) and few["setting"][0] == "5-shot"
+    assert (
+        few["value"][0] == pytest.approx(100 * np.mean(by_hand == test.labels))
+        and few["setting"][0] == "5-shot"
+    )
 
 
 def test_adding_a_feature_set_does_not_move_another_ones_interval():
@@ -181,11 +251,18 @@ def test_pairs_and_square():
     frame = studies.pairs(train, test, k=5, pca=12)
     assert len(frame) == 10 and (frame.query("a == b")["cka"] == 1).all()
     names, matrix = studies.square(frame, "value")
-    assert names == ["E", "K", "D", "S"] and np.array_equal(matrix, matrix.T) and np.isfinite(matrix).all()
+    assert (
+        names == ["E", "K", "D", "S"]
+        and np.array_equal(matrix, matrix.T)
+        and np.isfinite(matrix).all()
+    )
     alone = frame.query("a == b").set_index("a")["value"]
     row = frame.query("a == 'E' and b == 'K'").iloc[0]
     assert row["gain"] == pytest.approx(row["value"] - max(alone["E"], alone["K"]))
-    for letters, value in [*alone.items(), ("E+K", row["value"])]:  # one PCA size for features alone and joined
+    for letters, value in [
+        *alone.items(),
+        ("E+K", row["value"]),
+    ]:  # one PCA size for features alone and joined
         assert value == 100 * protocol.right_or_wrong(train, test, letters, 5, 12).mean()
 
 
@@ -198,7 +275,11 @@ def test_class_gains_sum_to_the_gain_on_a_balanced_set():
 
 def test_means_add_independent_errors_in_squares_and_shared_ones_as_they_are():
     quantities = {q: [0.0, 2.0] for q in protocol.QUANTITIES}
-    quantities |= {"value": [10.0, 20.0], "low": [7.0, 16.0], "high": [13.0, 24.0]}  # half-widths 3 and 4
+    quantities |= {
+        "value": [10.0, 20.0],
+        "low": [7.0, 16.0],
+        "high": [13.0, 24.0],
+    }  # half-widths 3 and 4
     frame = pd.DataFrame({"backbone": "b", "setting": "full", "features": "E", **quantities})
     apart = protocol.mean_over(frame).iloc[0]
     assert (apart["value"], apart["high"] - apart["value"]) == (15, 2.5)  # sqrt(9 + 16) / 2
@@ -208,7 +289,12 @@ def test_means_add_independent_errors_in_squares_and_shared_ones_as_they_are():
 
 def test_missing_lists_what_is_absent_and_unknown_names_raise(monkeypatch, tmp_path):
     monkeypatch.setenv("FUNGI_DATA", str(tmp_path))
-    encoders = ["vit_base_patch16_224.dino", "random:test_vit", "vit_b_16.moco_v3", "vit_base_patch16_224.dino"]
+    encoders = [
+        "vit_base_patch16_224.dino",
+        "random:test_vit",
+        "vit_b_16.moco_v3",
+        "vit_base_patch16_224.dino",
+    ]
     monkeypatch.setattr(backbones, "try_to_load_from_cache", lambda *_: None)
     lacking = protocol.missing(encoders, ["digits", "flowers102", "roxford5k"]).set_index("name")
     assert lacking.columns.tolist() == ["size", "licence", "how to get it"]
@@ -218,8 +304,15 @@ def test_missing_lists_what_is_absent_and_unknown_names_raise(monkeypatch, tmp_p
     assert lacking.loc["vit_base_patch16_224.dino"].tolist() == [
         "0.34 GB", "Apache 2.0", "hf download timm/vit_base_patch16_224.dino",
     ]  # fmt: skip
-    assert lacking.loc["vit_b_16.moco_v3", "how to get it"].startswith("into checkpoints: https://dl.fbaipublicfiles")
-    assert lacking.index.tolist() == ["flowers102", "roxford5k", "vit_base_patch16_224.dino", "vit_b_16.moco_v3"]
+    assert lacking.loc["vit_b_16.moco_v3", "how to get it"].startswith(
+        "into checkpoints: https://dl.fbaipublicfiles"
+    )
+    assert lacking.index.tolist() == [
+        "flowers102",
+        "roxford5k",
+        "vit_base_patch16_224.dino",
+        "vit_b_16.moco_v3",
+    ]
     assert "gnd_roxford5k.pkl" in lacking.loc["roxford5k", "how to get it"]
     with pytest.raises(ValueError, match="unknown data set 'flowers'.*digits"):
         protocol.missing([], ["flowers"])
@@ -227,14 +320,21 @@ def test_missing_lists_what_is_absent_and_unknown_names_raise(monkeypatch, tmp_p
         protocol.missing(["vit_huge_lala"], [])
 
 
-def test_here_is_what_can_be_run_and_ends_the_notebook_where_nothing_can(monkeypatch, tmp_path, capsys):
+def test_here_is_what_can_be_run_and_ends_the_notebook_where_nothing_can(
+    monkeypatch, tmp_path, capsys
+):
     monkeypatch.setenv("FUNGI_DATA", str(tmp_path))
     monkeypatch.setattr(backbones, "try_to_load_from_cache", lambda *_: None)
     dino, ours = "vit_base_patch16_224.dino", "vit_micro.sup_tin100"
-    assert protocol.here([ours], ["digits"]) == ([ours], ["digits"]) and capsys.readouterr().out == ""
+    assert (
+        protocol.here([ours], ["digits"]) == ([ours], ["digits"]) and capsys.readouterr().out == ""
+    )
     assert protocol.here([dino, ours], ["flowers102", "digits"]) == ([ours], ["digits"])
     shown = capsys.readouterr().out
-    assert "hf download timm/vit_base_patch16_224.dino" in shown and "its archive, or datasets.load('flow" in shown
+    assert (
+        "hf download timm/vit_base_patch16_224.dino" in shown
+        and "its archive, or datasets.load('flow" in shown
+    )
     assert protocol.here([ours]) == ([ours], [])
     for encoders, sets in (([dino], ["digits"]), ([ours], ["flowers102"]), ([dino], None)):
         with pytest.raises(SystemExit) as ended:
@@ -266,7 +366,9 @@ def test_the_scoreboard_reads_what_notebooks_wrote(monkeypatch, tmp_path):
     measured = pd.DataFrame([("table2-k", 1.0, 0.5, 1.5, "digits; b")], columns=paper.MEASURED)
     paper.save_measured(measured, "03_image_classification", "mini")
     board = paper.scoreboard("mini").set_index("id")
-    assert board.loc["table2-k", "verdict"] == "agrees" and (board["verdict"] != "not run").sum() == 1
+    assert (
+        board.loc["table2-k", "verdict"] == "agrees" and (board["verdict"] != "not run").sum() == 1
+    )
     with pytest.raises(ValueError, match="02_complementarity has no claim 'table2-k'"):
         paper.save_measured(measured, "02_complementarity", "mini")
 
@@ -289,9 +391,13 @@ def test_projections_of_factors_approach_the_exact_similarity():
     for n, seed in ((120, 0), (60, 1)):
         plain = rows(n, seed)
         a, d = torch.randn(n, 1, 8, generator=g), torch.randn(n, 1, 12, generator=g) * 0.3
-        d[torch.arange(n), 0, torch.from_numpy(plain.labels)] += 2  # the output gradient knows the class
+        d[torch.arange(n), 0, torch.from_numpy(plain.labels)] += (
+            2  # the output gradient knows the class
+        )
         splits.append(extract.Rows(plain.data, plain.blocks | {"kl": Factors(a, d, True)}, ()))
-    table = studies.projections(*splits, "K", draws=3, multiples=(1, 16), k=5, seed=0).set_index(["kind", "size"])
+    table = studies.projections(*splits, "K", draws=3, multiples=(1, 16), k=5, seed=0).set_index(
+        ["kind", "size"]
+    )
     assert len(table) == 1 + 3 * 2
     exact = table.loc[("exact", "")]
     similar = extract.similarity(splits[1], splits[0], "K")
@@ -314,19 +420,31 @@ def test_folds_are_pooled_by_clip():
     for name in letters:
         hits = [protocol.right_or_wrong(*fold, name, 5, None) for fold in folds]
         assert table.loc[name, "value"] == pytest.approx(100 * np.concatenate(hits).mean())
-    assert table.loc["E+K+S", "step"] == pytest.approx(table.loc["E+K+S", "value"] - table.loc["E+K", "value"])
+    assert table.loc["E+K+S", "step"] == pytest.approx(
+        table.loc["E+K+S", "value"] - table.loc["E+K", "value"]
+    )
     for shots in (None, 2):
         alone = studies.over_folds(folds[:1], letters, k=5, shots=shots, pca=6)
-        pd.testing.assert_frame_equal(alone, protocol.knn(*folds[0], letters, k=5, shots=shots, pca=6))
+        pd.testing.assert_frame_equal(
+            alone, protocol.knn(*folds[0], letters, k=5, shots=shots, pca=6)
+        )
     gains = studies.class_gains_over_folds(folds, ["E+K"], k=5)
     labels = np.concatenate([test.labels for _, test in folds])
-    right = {n: np.concatenate([protocol.right_or_wrong(*f, n, 5, None) for f in folds]) for n in ("E", "E+K")}
-    by_hand = [100 * (right["E+K"][labels == c].mean() - right["E"][labels == c].mean()) for c in range(4)]
+    right = {
+        n: np.concatenate([protocol.right_or_wrong(*f, n, 5, None) for f in folds])
+        for n in ("E", "E+K")
+    }
+    by_hand = [
+        100 * (right["E+K"][labels == c].mean() - right["E"][labels == c].mean()) for c in range(4)
+    ]
     np.testing.assert_allclose(gains["value"], by_hand)
 
 
 def test_folds_are_found_by_name():
-    runs = [("net", name, name, name) for name in ("esc10_fold1", "esc10_fold2", "fsdd", "esc50_fold4_part1")]
+    runs = [
+        ("net", name, name, name)
+        for name in ("esc10_fold1", "esc10_fold2", "fsdd", "esc50_fold4_part1")
+    ]
     gathered = studies.by_set(runs)
     assert list(gathered) == [("net", "esc10"), ("net", "fsdd"), ("net", "esc50_fold4")]
     assert gathered["net", "esc10"] == [("esc10_fold1",) * 2, ("esc10_fold2",) * 2]
@@ -334,7 +452,10 @@ def test_folds_are_found_by_name():
 
 def test_other_modalities_are_left_out_and_named(capsys):
     mixed = ["vit_micro.sup_tin100", "vit_micro.on_spectrograms"], ["digits", "synthetic_sounds"]
-    assert protocol.of_modality("audio", *mixed) == (["vit_micro.on_spectrograms"], ["synthetic_sounds"])
+    assert protocol.of_modality("audio", *mixed) == (
+        ["vit_micro.on_spectrograms"],
+        ["synthetic_sounds"],
+    )
     assert "no audio: vit_micro.sup_tin100, digits" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         protocol.of_modality("audio", mixed[0][:1], mixed[1])

@@ -1,4 +1,6 @@
-"""README and what stands around it: examples run, files and links exist, numbers are those of the scoreboard."""
+"""README and what stands around it: examples run, files and links exist, numbers are those of the
+scoreboard.
+"""
 
 import re
 import tomllib
@@ -13,9 +15,18 @@ from fungi_core import backbones, datasets, paper, run
 from fungi_core.paths import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")}
+PAGES = {
+    name: (ROOT / name).read_text(encoding="utf-8")
+    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
+}
 CITATION = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
-MADE = ("build/", "runs/", "figures/mini", "figures/paper", ".venv/")  # written by a run or an installation
+MADE = (
+    "build/",
+    "runs/",
+    "figures/mini",
+    "figures/paper",
+    ".venv/",
+)  # written by a run or an installation
 
 
 def blocks(language: str) -> list[str]:
@@ -25,7 +36,9 @@ def blocks(language: str) -> list[str]:
 def test_the_examples_run(tmp_path, monkeypatch):
     """Every Python block of the README, in order, in one namespace, on a few small images."""
     monkeypatch.setenv("FUNGI_STORE", str(tmp_path))
-    monkeypatch.setattr(datasets, "DATASETS", dict(datasets.DATASETS))  # the examples add rows to both tables
+    monkeypatch.setattr(
+        datasets, "DATASETS", dict(datasets.DATASETS)
+    )  # the examples add rows to both tables
     monkeypatch.setattr(backbones, "BACKBONES", dict(backbones.BACKBONES))
     pixels = np.random.default_rng(0).integers(0, 256, (12, 40, 40, 3), dtype=np.uint8)
     space = {"train_images": list(pixels[:8]), "test_images": list(pixels[8:])}
@@ -33,24 +46,41 @@ def test_the_examples_run(tmp_path, monkeypatch):
         exec(compile(code, "README.md", "exec"), space)
         if "neighbours" in code:
             assert space["neighbours"].shape == (4, 8)
-            assert space["train"].shape == (8, 4 * space["fungi"].backbone_.width)  # too few images for a PCA
+            assert space["train"].shape == (
+                8,
+                4 * space["fungi"].backbone_.width,
+            )  # too few images for a PCA
         if "class Entropy" in code:
             assert space["features"].shape == (8, 2 * space["fungi"].backbone_.width)
         if "create_model" in code:
             assert space["features"].shape == (8, 2 * space["model"].num_features)
-            row = space["row"].name  # nothing is downloaded: what its weights need is said, its shape can be had
-            assert row in backbones.BACKBONES and backbones.load(f"random:{row}", device="cpu").width == 192
+            row = space[
+                "row"
+            ].name  # nothing is downloaded: what its weights need is said, its shape can be had
+            assert (
+                row in backbones.BACKBONES
+                and backbones.load(f"random:{row}", device="cpu").width == 192
+            )
         if "squares" in code:
             rows = space["train"], space["test"]
-            assert [len(r.labels) for r in rows] == [40, 20] and set(rows[0].blocks) == {"embedding", "entropy"}
-            assert np.isfinite(rows[0].blocks["entropy"]).all() and rows[0].blocks["entropy"].std() > 0
+            assert [len(r.labels) for r in rows] == [40, 20] and set(rows[0].blocks) == {
+                "embedding",
+                "entropy",
+            }
+            assert (
+                np.isfinite(rows[0].blocks["entropy"]).all() and rows[0].blocks["entropy"].std() > 0
+            )
 
 
 def test_there_are_examples_for_all_three_and_they_are_short():
     code = blocks("python")
     assert len(code) == 4 and len(code[0].splitlines()) == 5
     for block, word in zip(code[1:], ("objective", "backbone", "Split")):
-        lines = [line for line in block.splitlines() if line.strip() and not line.startswith(("import", "from"))]
+        lines = [
+            line
+            for line in block.splitlines()
+            if line.strip() and not line.startswith(("import", "from"))
+        ]
         assert word in block and len(lines) <= 14
 
 
@@ -60,8 +90,14 @@ def test_every_link_and_every_file_named_exists(page):
     wanted = [url.split("#")[0] for url in re.findall(r"\]\(([^)\s]+)\)", text)]
     quoted = re.findall(r"`([^`\s]+)`", text)
     tops = "|".join(p.name for p in ROOT.iterdir() if p.is_dir() and not p.name.startswith("."))
-    wanted += [name for name in quoted if re.match(rf"({tops})/|[A-Z][\w.]+\.(md|cff|yml)$|\.ci/", name)]
-    wanted = [w for w in wanted if w and not w.startswith(("http", *MADE)) and "NN" not in w and "NAME" not in w]
+    wanted += [
+        name for name in quoted if re.match(rf"({tops})/|[A-Z][\w.]+\.(md|cff|yml)$|\.ci/", name)
+    ]
+    wanted = [
+        w
+        for w in wanted
+        if w and not w.startswith(("http", *MADE)) and "NN" not in w and "NAME" not in w
+    ]
     assert page == "CHANGELOG.md" or wanted
     assert [w for w in wanted if not (ROOT / w).exists()] == []
     slugs = re.findall(r"\b(\d\d_[a-z]\w+)", text)
@@ -74,14 +110,21 @@ def test_modules_and_targets_named_exist():
     assert set(re.findall(r"`(\w+)`", floors)) == modules
     targets = set(re.findall(r"^([a-z]+):.*##", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for text in PAGES.values():
-        assert set(re.findall(r"`make ([a-z]+)[ `]", text)) | set(re.findall(r"^make (\w+)", text, re.M)) <= targets
+        assert (
+            set(re.findall(r"`make ([a-z]+)[ `]", text))
+            | set(re.findall(r"^make (\w+)", text, re.M))
+            <= targets
+        )
     for folder in re.findall(r"^\| `(\w+/(?:\w+/)?)` \|", README, re.MULTILINE):
         assert (ROOT / folder).is_dir()
 
 
 def test_every_requirement_has_its_job():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    rows = [*project["dependencies"], *(r for extra in project["optional-dependencies"].values() for r in extra)]
+    rows = [
+        *project["dependencies"],
+        *(r for extra in project["optional-dependencies"].values() for r in extra),
+    ]
     table = README.split("## Dependencies")[1].split("\n## ")[0]
     named = {canonicalize_name(word) for word in re.findall(r"[A-Za-z][\w.-]+", table)}
     assert {canonicalize_name(Requirement(row).name) for row in rows} - named == set()
@@ -93,7 +136,10 @@ def test_the_claims_are_those_of_the_scoreboard(monkeypatch):
     board = paper.scoreboard("lite")
     table = paper.as_markdown(board)
     assert table in README and len(table.splitlines()) > 30
-    said = re.search(r"Of (\d+) claims (\d+) agree, (\d+) are undecided, (\d+) disagree;\s+(\d+) .*?, (\d+) ", README)
+    said = re.search(
+        r"Of (\d+) claims (\d+) agree, (\d+) are undecided, (\d+) disagree;\s+(\d+) .*?, (\d+) ",
+        README,
+    )
     count = lambda verdict: int((board["verdict"] == verdict).sum())
     verdicts = ("agrees", "undecided", "disagrees", "not testable here", "not run")
     assert [int(n) for n in said.groups()] == [len(board), *map(count, verdicts)]
@@ -109,6 +155,9 @@ def test_citation_has_the_fields_of_cff_1_2():
     assert all({"family-names", "given-names"} <= set(author) for author in cited["authors"])
     [bibtex] = blocks("bibtex")
     field = lambda name: re.search(rf"{name}\s*= \{{(.*?)\}}", bibtex)[1]
-    assert field("title") == cited["title"] and field("url") == cited["url"] == project["urls"]["Paper"]
+    assert (
+        field("title") == cited["title"]
+        and field("url") == cited["url"] == project["urls"]["Paper"]
+    )
     names = [f"{a['family-names']}, {a['given-names']}" for a in cited["authors"]]
     assert field("author") == " and ".join(names) and int(field("year")) == cited["year"]

@@ -1,4 +1,6 @@
-"""The revisited Oxford/Paris protocol: numbers worked by hand, a naive loop, torchmetrics, and hostile pickles."""
+"""The revisited Oxford/Paris protocol: numbers worked by hand, a naive loop, torchmetrics, and
+hostile pickles.
+"""
 
 import os
 import pickle
@@ -13,13 +15,18 @@ from fungi_core import retrieval
 NONE = np.empty(0, np.int64)
 # ranks            0  1  2  3  4  5  6  7
 RANKING = np.array([4, 0, 6, 1, 7, 2, 5, 3])
-TRUTH = {"easy": np.array([0, 2]), "hard": np.array([1, 5]), "junk": np.array([4])}  # 3, 6, 7: other landmarks
+TRUTH = {
+    "easy": np.array([0, 2]),
+    "hard": np.array([1, 5]),
+    "junk": np.array([4]),
+}  # 3, 6, 7: other landmarks
 
 
 @pytest.mark.parametrize(
     ("protocol", "by_hand"),
     [
-        # junk 4 out: 0 6 1 7 2 5 3, positives 0 1 2 5 at ranks 0 2 4 5; precision before and at each:
+        # junk 4 out: 0 6 1 7 2 5 3, positives 0 1 2 5 at ranks 0 2 4 5; precision before and at
+        # each:
         # (1, 1) (1/2, 2/3) (2/4, 3/5) (3/5, 4/6)
         ("medium", ((1 + 1) + (1 / 2 + 2 / 3) + (1 / 2 + 3 / 5) + (3 / 5 + 2 / 3)) / 2 / 4),
         # 4, and the hard 1, 5 out: 0 6 7 2 3, positives 0 2 at ranks 0 3: (1, 1) (1/3, 2/4)
@@ -37,14 +44,20 @@ def test_the_ends_of_the_scale():
     best, worst = retrieval.scores([[0, 1, 2, 3], [2, 3, 0, 1]], [truth, truth])
     assert best == 1
     assert worst == pytest.approx(((0 + 1 / 3) + (1 / 3 + 2 / 4)) / 2 / 2)
-    assert np.isnan(retrieval.scores([[0, 1]], [{"easy": NONE, "hard": NONE, "junk": np.array([0])}])[0])
-    assert np.isnan(retrieval.scores([[0, 1]], [{"easy": np.array([0]), "hard": NONE, "junk": NONE}], "hard")[0])
+    assert np.isnan(
+        retrieval.scores([[0, 1]], [{"easy": NONE, "hard": NONE, "junk": np.array([0])}])[0]
+    )
+    assert np.isnan(
+        retrieval.scores([[0, 1]], [{"easy": np.array([0]), "hard": NONE, "junk": NONE}], "hard")[0]
+    )
     assert retrieval.average_precision([0], 2) == 0.5  # a shortlist that misses one positive
 
 
 def naive(ranking, truth, protocol):
     """The same, one database image after the other."""
-    positive, ignored = (sum((list(truth[k]) for k in keys), []) for keys in retrieval.PROTOCOLS[protocol])
+    positive, ignored = (
+        sum((list(truth[k]) for k in keys), []) for keys in retrieval.PROTOCOLS[protocol]
+    )
     seen = found = area = 0
     for row in ranking:
         if row in ignored:
@@ -64,20 +77,31 @@ def random_truth(g, n):
 
 @pytest.mark.parametrize("protocol", retrieval.PROTOCOLS)
 def test_random_rankings_against_a_naive_loop_and_torchmetrics(protocol):
-    """torchmetrics reads precision at each positive only, without the trapezoid's left side, and knows no junk: on the
-    ranking without junk it is the right side of ours, and ours is the mean of both sides.
+    """torchmetrics reads precision at each positive only, without the trapezoid's left side, and
+    knows no junk: on the ranking without junk it is the right side of ours, and ours is the mean of
+    both sides.
     """
     g = np.random.default_rng(0)
     truths = [random_truth(g, 80) for _ in range(12)]
     rankings = np.stack([g.permutation(80) for _ in truths])
     ours = retrieval.scores(rankings, truths, protocol)
-    np.testing.assert_allclose(ours, [naive(r, t, protocol) for r, t in zip(rankings, truths)], atol=1e-12)
+    np.testing.assert_allclose(
+        ours, [naive(r, t, protocol) for r, t in zip(rankings, truths)], atol=1e-12
+    )
     right, left = [], []
     for ranking, truth in zip(rankings, truths):
-        positive, ignored = (np.concatenate([truth[k] for k in keys]) for keys in retrieval.PROTOCOLS[protocol])
+        positive, ignored = (
+            np.concatenate([truth[k] for k in keys]) for keys in retrieval.PROTOCOLS[protocol]
+        )
         relevant = torch.tensor(np.isin(ranking[~np.isin(ranking, ignored)], positive))
         falling = torch.linspace(1, 0.1, len(relevant))
-        right.append(float(RetrievalMAP()(falling, relevant, indexes=torch.zeros(len(relevant), dtype=torch.long))))
+        right.append(
+            float(
+                RetrievalMAP()(
+                    falling, relevant, indexes=torch.zeros(len(relevant), dtype=torch.long)
+                )
+            )
+        )
         hits = np.cumsum(relevant.numpy()) - 1
         left.append(np.mean([hits[i] / i if i else 1 for i in np.flatnonzero(relevant.numpy())]))
     np.testing.assert_allclose(ours, (np.array(right) + left) / 2, atol=1e-6)
@@ -97,7 +121,9 @@ def test_junk_is_as_if_it_were_not_in_the_database():
     truth, ranking = random_truth(g, 60), g.permutation(60)
     without = ranking[~np.isin(ranking, truth["junk"])]
     a, b = retrieval.scores([ranking, ranking], [truth, truth | {"junk": NONE}])
-    assert a == retrieval.scores([without], [truth])[0] and a > b  # junk that counted as wrong would cost
+    assert (
+        a == retrieval.scores([without], [truth])[0] and a > b
+    )  # junk that counted as wrong would cost
 
 
 def test_rank_is_by_cosine_and_ties_keep_the_databases_order():
@@ -124,7 +150,10 @@ def test_labels_as_ground_truth():
 
 
 def content():
-    lists = [{"easy": [0], "hard": [1, 2], "junk": [], "bbx": [1.5, 2.0, 3.0, 4.0]}, {k: [3] for k in TRUTH}]
+    lists = [
+        {"easy": [0], "hard": [1, 2], "junk": [], "bbx": [1.5, 2.0, 3.0, 4.0]},
+        {k: [3] for k in TRUTH},
+    ]
     return {"imlist": ["a", "b", "c", "d"], "qimlist": ["q", "r"], "gnd": lists}
 
 
@@ -153,11 +182,15 @@ class Hostile:
         return self.call
 
 
-@pytest.mark.parametrize("call", [(os.system, "touch hit"), (eval, "open('hit', 'w')"), (getattr, "x", "upper")])
+@pytest.mark.parametrize(
+    "call", [(os.system, "touch hit"), (eval, "open('hit', 'w')"), (getattr, "x", "upper")]
+)
 def test_a_pickle_that_calls_something_is_refused_in_one_line(tmp_path, monkeypatch, call):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "gnd.pkl").write_bytes(pickle.dumps(content() | {"imlist": Hostile(*call)}))
-    with pytest.raises(ValueError, match=r"gnd.pkl is no ground truth.*it names .*only plain lists") as caught:
+    with pytest.raises(
+        ValueError, match=r"gnd.pkl is no ground truth.*it names .*only plain lists"
+    ) as caught:
         retrieval.ground_truth(tmp_path / "gnd.pkl")
     assert "\n" not in str(caught.value) and not (tmp_path / "hit").exists()
 

@@ -1,4 +1,6 @@
-"""The notebook runner: parameters checked before a kernel starts, output whole or absent, failure one line."""
+"""The notebook runner: parameters checked before a kernel starts, output whole or absent, failure
+one line.
+"""
 
 import ast
 import hashlib
@@ -32,24 +34,43 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "NOTEBOOKS", here)
     (here / "profiles" / "mini.yaml").write_text("profile: mini\n")
     (here / "profiles" / "big.yaml").write_text(
-        "profile: big\nn_train: 500\nnotebooks:\n  01_fine:\n    backbones: [b, c]\n")
-    write(here / "01_fine.ipynb", PARAMETERS, "import os; print(profile, seed, n_train, backbones, os.getcwd())")
-    write(here / "02_broken.ipynb", 'profile: str = "mini"  # which profile\nseed: int = 0  # base seed',
-          "print('before')", "raise KeyError(f'no such thing\\nseed {seed}')", "print('never')")
+        "profile: big\nn_train: 500\nnotebooks:\n  01_fine:\n    backbones: [b, c]\n"
+    )
+    write(
+        here / "01_fine.ipynb",
+        PARAMETERS,
+        "import os; print(profile, seed, n_train, backbones, os.getcwd())",
+    )
+    write(
+        here / "02_broken.ipynb",
+        'profile: str = "mini"  # which profile\nseed: int = 0  # base seed',
+        "print('before')",
+        "raise KeyError(f'no such thing\\nseed {seed}')",
+        "print('never')",
+    )
     return here
 
 
 def write(path: Path, parameters: str, *code: str) -> None:
-    nb = new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"},
-                                "language_info": {"name": "python"}})
-    nb.cells = [new_markdown_cell("# Title"), new_code_cell(parameters, metadata={"tags": ["parameters"]}),
-                *map(new_code_cell, code)]
+    nb = new_notebook(
+        metadata={
+            "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"},
+            "language_info": {"name": "python"},
+        }
+    )
+    nb.cells = [
+        new_markdown_cell("# Title"),
+        new_code_cell(parameters, metadata={"tags": ["parameters"]}),
+        *map(new_code_cell, code),
+    ]
     nbformat.write(nb, path)
 
 
 def printed(path: Path) -> str:
     nb = nbformat.read(path, as_version=4)
-    return "".join(out.text for cell in nb.cells if cell.cell_type == "code" for out in cell.outputs)
+    return "".join(
+        out.text for cell in nb.cells if cell.cell_type == "code" for out in cell.outputs
+    )
 
 
 def test_parameters_are_defaults_then_profile_then_overrides(folder):
@@ -57,7 +78,10 @@ def test_parameters_are_defaults_then_profile_then_overrides(folder):
     big = run.parameters("01_fine", "big", {"seed": 3})
     expected = {"profile": "big", "n_train": 500, "backbones": ["b", "c"], "seed": 3, "ratio": 0.5}
     assert {name: big[name] for name in expected} == expected
-    assert run.parameters("02_broken", "big") == {"profile": "big", "seed": 0}  # n_train is not its own
+    assert run.parameters("02_broken", "big") == {
+        "profile": "big",
+        "seed": 0,
+    }  # n_train is not its own
 
 
 @pytest.mark.parametrize("value, annotation, expected", [
@@ -92,8 +116,12 @@ def test_an_unknown_annotation_is_an_error():
     (["01_fine", "-p", "datasets", "[x"], ["expected ',' or ']'"]),
     (["01_fine", "-p", "profile", "big"], ["choose the profile with --profile"]),
 ])  # fmt: skip
-def test_a_wrong_request_is_one_line_before_any_kernel(folder, tmp_path, capsys, monkeypatch, arguments, words):
-    monkeypatch.setattr(papermill, "execute_notebook", lambda *a, **k: pytest.fail("a kernel was started"))
+def test_a_wrong_request_is_one_line_before_any_kernel(
+    folder, tmp_path, capsys, monkeypatch, arguments, words
+):
+    monkeypatch.setattr(
+        papermill, "execute_notebook", lambda *a, **k: pytest.fail("a kernel was started")
+    )
     out = tmp_path / "out.ipynb"
     assert run.main([*arguments, "--out", str(out)]) == 2
     error = capsys.readouterr().err
@@ -104,7 +132,9 @@ def test_a_wrong_request_is_one_line_before_any_kernel(folder, tmp_path, capsys,
 @pytest.mark.parametrize("name", sorted(run.COUNTS))
 def test_counts_begin_at_one(name):
     exist = {name: {"type": "int | list", "default": 3, "help": ""}}
-    assert run._checked("01_fine", name, 1, exist) == 1 and run._checked("01_fine", name, [1, 2], exist) == [1, 2]
+    assert run._checked("01_fine", name, 1, exist) == 1 and run._checked(
+        "01_fine", name, [1, 2], exist
+    ) == [1, 2]
     for wrong in (0, -1, [1, 0]):
         with pytest.raises(ValueError, match=f"'{name}' takes numbers from 1 on, not "):
             run._checked("01_fine", name, wrong, exist)
@@ -117,7 +147,9 @@ def test_every_notebook_is_in_range_under_every_profile_and_every_count_is_someb
         found |= exist.keys()
         for profile in run.profiles():
             values = run.parameters(slug, profile)
-            assert {name: run._checked(slug, name, value, exist) for name, value in values.items()} == values
+            assert {
+                name: run._checked(slug, name, value, exist) for name, value in values.items()
+            } == values
     assert found >= run.COUNTS
 
 
@@ -142,7 +174,12 @@ def test_runs_from_another_folder_and_repeats_byte_for_byte(folder, tmp_path, mo
     monkeypatch.chdir(elsewhere)
     digests = []
     for name in ("one", "two"):
-        assert run.main(["01_fine", "--profile", "big", "-p", "seed", "7", "--out", f"{name}/out.ipynb"]) == 0
+        assert (
+            run.main(
+                ["01_fine", "--profile", "big", "-p", "seed", "7", "--out", f"{name}/out.ipynb"]
+            )
+            == 0
+        )
         digests.append(hashlib.sha256((elsewhere / name / "out.ipynb").read_bytes()).hexdigest())
         assert printed(elsewhere / name / "out.ipynb") == f"big 7 500 ['b', 'c'] {folder}\n"
         assert os.listdir(elsewhere / name) == ["out.ipynb"]
@@ -154,15 +191,24 @@ def test_a_broken_cell_leaves_the_partial_notebook_and_one_line(folder, tmp_path
     out = tmp_path / "runs" / "02_broken.ipynb"
     assert run.main(["02_broken", "-p", "seed", "5", "--out", str(out)]) == 1
     error = capsys.readouterr().err
-    assert error.startswith("02_broken, cell 4: KeyError: 'no such thing\\nseed 5'") and error.count("\n") == 1, error
+    assert (
+        error.startswith("02_broken, cell 4: KeyError: 'no such thing\\nseed 5'")
+        and error.count("\n") == 1
+    ), error
     assert not out.exists()
     assert out.with_suffix(".failed.ipynb").name in error
     assert "before" in out.with_suffix(".failed.ipynb").read_text()
 
 
-def test_a_kernel_that_dies_is_named_too_and_a_later_success_removes_the_partial(folder, tmp_path, capsys):
+def test_a_kernel_that_dies_is_named_too_and_a_later_success_removes_the_partial(
+    folder, tmp_path, capsys
+):
     out = tmp_path / "out.ipynb"
-    write(folder / "02_broken.ipynb", PARAMETERS, "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    write(
+        folder / "02_broken.ipynb",
+        PARAMETERS,
+        "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
+    )
     assert run.main(["02_broken", "--out", str(out)]) == 1
     assert capsys.readouterr().err.startswith("02_broken, cell 3: DeadKernelError: ")
     write(folder / "02_broken.ipynb", PARAMETERS, "print('fixed')")
@@ -178,8 +224,14 @@ def test_the_list_shows_names_types_defaults_and_help(folder, capsys):
 
 
 def test_plain_papermill_reads_a_profile(folder, tmp_path):
-    profile = {"profile": "big", "n_train": 500, "notebooks": {"01_fine": {"backbones": ["b", "c"]}}}
-    papermill.execute_notebook(folder / "01_fine.ipynb", tmp_path / "out.ipynb", profile, progress_bar=False)
+    profile = {
+        "profile": "big",
+        "n_train": 500,
+        "notebooks": {"01_fine": {"backbones": ["b", "c"]}},
+    }
+    papermill.execute_notebook(
+        folder / "01_fine.ipynb", tmp_path / "out.ipynb", profile, progress_bar=False
+    )
     assert printed(tmp_path / "out.ipynb").startswith("big 0 500 ['a']")
 
 
@@ -190,10 +242,16 @@ def test_normalize_strips_runs_and_keeps_results(folder):
     cell.metadata.update(execution={"iopub.execute_input": "noon"}, papermill={"duration": 1.0})
     stream = [nbformat.v4.new_output("stream", name=name, text=text) for name, text in
               (("stdout", "a"), ("stdout", "b"), ("stderr", "c"))]  # fmt: skip
-    cell.outputs, cell.execution_count = [*stream, nbformat.v4.new_output("execute_result", execution_count=9)], 9
+    cell.outputs, cell.execution_count = (
+        [*stream, nbformat.v4.new_output("execute_result", execution_count=9)],
+        9,
+    )
     clean = run.normalize(nb)
     nbformat.validate(clean)
-    assert clean.metadata.language_info == {"name": "python"} and set(clean.metadata) == {"kernelspec", "language_info"}
+    assert clean.metadata.language_info == {"name": "python"} and set(clean.metadata) == {
+        "kernelspec",
+        "language_info",
+    }
     assert clean.cells[2].metadata == {} and clean.cells[1].metadata == {"tags": ["parameters"]}
     assert clean.cells[2].execution_count == clean.cells[2].outputs[-1].execution_count == 1
     assert [out.get("text") for out in clean.cells[2].outputs] == ["ab", "c", None]
@@ -202,51 +260,80 @@ def test_normalize_strips_runs_and_keeps_results(folder):
 
 # ---- the real notebooks: slow ones with --slow; nbval runs every one of them in any case
 
+
 def written_names(slug: str) -> set[str]:
     """Names that a notebook hands to save_figure and save_table, as literals."""
     nb = nbformat.read(run.NOTEBOOKS / f"{slug}.ipynb", as_version=4)
     trees = [ast.parse(cell.source) for cell in nb.cells if cell.cell_type == "code"]
     calls = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    saves = [c for c in calls if getattr(c.func, "attr", getattr(c.func, "id", "")) in ("save_figure", "save_table")]
+    saves = [
+        c
+        for c in calls
+        if getattr(c.func, "attr", getattr(c.func, "id", "")) in ("save_figure", "save_table")
+    ]
     return {arg.value for call in saves for arg in call.args[1:2] if isinstance(arg, ast.Constant)}
 
 
 def contents(folder: Path, *suffixes: str) -> dict[str, str]:
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and (not suffixes or p.suffix in suffixes))
+    files = sorted(
+        p for p in folder.rglob("*") if p.is_file() and (not suffixes or p.suffix in suffixes)
+    )
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
 def stored() -> dict[str, int]:
     """Feature files and when they were written; locks come and go."""
-    return {str(p): p.stat().st_mtime_ns for p in paths.store_dir().rglob("*") if p.is_file() and "lock" not in p.name}
+    return {
+        str(p): p.stat().st_mtime_ns
+        for p in paths.store_dir().rglob("*")
+        if p.is_file() and "lock" not in p.name
+    }
 
 
-QUICK = {"02_complementarity"}  # reads all features of the mini profile: the whole path once, in every test run
+QUICK = {
+    "02_complementarity"
+}  # reads all features of the mini profile: the whole path once, in every test run
 
 
 @pytest.mark.contract
 @pytest.mark.parametrize(
-    "slug", [s if s in QUICK else pytest.param(s, marks=pytest.mark.slow) for s in run.notebooks()])
+    "slug", [s if s in QUICK else pytest.param(s, marks=pytest.mark.slow) for s in run.notebooks()]
+)
 def test_contract(slug, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     figures = paths.figures_dir() / "mini"
     run.execute(slug, "mini", out=tmp_path / "first.ipynb")
     names = written_names(slug)
-    missing = [f"{n}.{s}" for n in names for s in ("png", "pdf", "csv", "json") if not (figures / f"{n}.{s}").is_file()]
+    missing = [
+        f"{n}.{s}"
+        for n in names
+        for s in ("png", "pdf", "csv", "json")
+        if not (figures / f"{n}.{s}").is_file()
+    ]
     assert not missing
     before, drawn = stored(), contents(figures, ".png", ".pdf", ".csv")
     run.execute(slug, "mini", out=tmp_path / "second.ipynb")
     assert stored() == before, "the second run wrote features"
     if slug != "17_throughput":  # measures time
-        assert contents(figures, ".png", ".pdf", ".csv") == drawn, "the second run drew other figures"
-    assert sorted(os.listdir(tmp_path)) == ["first.ipynb", "second.ipynb"], "a notebook wrote into the caller's folder"
+        assert contents(figures, ".png", ".pdf", ".csv") == drawn, (
+            "the second run drew other figures"
+        )
+    assert sorted(os.listdir(tmp_path)) == ["first.ipynb", "second.ipynb"], (
+        "a notebook wrote into the caller's folder"
+    )
 
 
 @pytest.mark.contract
 @pytest.mark.parametrize(
-    "slug", [s if s == "01_method" else pytest.param(s, marks=pytest.mark.slow) for s in run.notebooks()])
-def test_without_data_or_network_the_papers_profile_ends_with_one_table(slug, tmp_path, monkeypatch):
-    """Plain papermill, as a reader has it: a success, no traceback, no word of IPython's on how to quit."""
+    "slug",
+    [s if s == "01_method" else pytest.param(s, marks=pytest.mark.slow) for s in run.notebooks()],
+)
+def test_without_data_or_network_the_papers_profile_ends_with_one_table(
+    slug, tmp_path, monkeypatch
+):
+    """Plain papermill, as a reader has it: a success, no traceback, no word of IPython's on how to
+    quit.
+    """
     monkeypatch.setenv("FUNGI_DATA", str(tmp_path))
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))  # no weights there
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # and none to be had
@@ -263,5 +350,11 @@ def test_without_data_or_network_the_papers_profile_ends_with_one_table(slug, tm
     assert end["traceback"][0].startswith("Nothing can be run here")
     tables = [out for out in outputs if out.output_type == "display_data"]
     assert tables == [table]
-    for part in ("size", "licence", "how to get it", "0.35 GB", "hf download timm/vit_base_patch14_dinov2.lvd142m"):
+    for part in (
+        "size",
+        "licence",
+        "how to get it",
+        "0.35 GB",
+        "hf download timm/vit_base_patch14_dinov2.lvd142m",
+    ):
         assert part in table["data"]["text/html"]

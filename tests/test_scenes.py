@@ -1,4 +1,6 @@
-"""In-context segmentation: per-token gradients, retrieval, label transfer and mIoU against oracles; loaders."""
+"""In-context segmentation: per-token gradients, retrieval, label transfer and mIoU against oracles;
+loaders.
+"""
 
 import itertools
 
@@ -54,14 +56,22 @@ def extractor(encoder, support, *kinds, **loss):
 
 
 def oracle(encoder, image, negatives, heads, loss):
-    """Autograd with a weight of its own for every token: gradients (T, D_out, D_in + 1), nothing of the tap."""
+    """Autograd with a weight of its own for every token: gradients (T, D_out, D_in + 1), nothing of
+    the tap.
+    """
     layer = encoder.model.get_submodule(encoder.layer)
     count = encoder.model.patch_embed.num_patches + encoder.model.num_prefix_tokens
     weight = layer.weight.detach().expand(count, -1, -1).clone().requires_grad_()
     bias = layer.bias.detach().expand(count, -1).clone().requires_grad_()
-    hook = layer.register_forward_hook(lambda _, x, y: torch.einsum("toi,bti->bto", weight, x[0]) + bias)
+    hook = layer.register_forward_hook(
+        lambda _, x, y: torch.einsum("toi,bti->bto", weight, x[0]) + bias
+    )
     try:
-        z = F.linear(encoder.model.forward_features(tokens.pixels(encoder, [image]))[0], heads["weight"], heads["bias"])
+        z = F.linear(
+            encoder.model.forward_features(tokens.pixels(encoder, [image]))[0],
+            heads["weight"],
+            heads["bias"],
+        )
     finally:
         hook.remove()
     z, n = F.normalize(z, dim=1), F.normalize(negatives, dim=1)
@@ -80,12 +90,18 @@ def test_gradients_equal_autograd_token_by_token(encoder, denominator):
     loss = tokens.Loss(dim=16, denominator=denominator)
     heads = fungi.draw_parts(encoder, objectives.SimCLR(dim=16), 0).heads
     negatives = torch.randn(17, 16, generator=torch.Generator().manual_seed(4))
-    found, parts = tokens.factors(encoder, tokens.pixels(encoder, pictures()), lambda i, z: negatives, heads, loss)
+    found, parts = tokens.factors(
+        encoder, tokens.pixels(encoder, pictures()), lambda i, z: negatives, heads, loss
+    )
     assert found.shape == (2, 17, encoder.width)
-    torch.testing.assert_close(found, tokens.embeddings(encoder, tokens.pixels(encoder, pictures())))
+    torch.testing.assert_close(
+        found, tokens.embeddings(encoder, tokens.pixels(encoder, pictures()))
+    )
     for i, image in enumerate(pictures()):
         expected = oracle(encoder, image, negatives, heads, loss)
-        each = Factors(parts.activations[i][:, None], parts.output_gradients[i][:, None], True).gradient()
+        each = Factors(
+            parts.activations[i][:, None], parts.output_gradients[i][:, None], True
+        ).gradient()
         assert (expected.flatten(1).norm(dim=1) > 0).all()
         for t in range(17):
             assert helpers.relative(each[t], expected[t]) < 1e-5
@@ -102,16 +118,25 @@ def test_features_are_those_of_eq_8(encoder, support):
     for kind in kinds[1:4]:  # half of the squared length each
         torch.testing.assert_close(found[kind][..., :d] * 2**0.5, e)
     batch = tokens.pixels(encoder, pictures())
-    _, parts = tokens.factors(encoder, batch, lambda i, z: one._negatives(z, "ab"[i]), one.heads, one.loss)
+    _, parts = tokens.factors(
+        encoder, batch, lambda i, z: one._negatives(z, "ab"[i]), one.heads, one.loss
+    )
     a, g = (x[:, 1:].flatten(0, 1)[:, None] for x in (parts.activations, parts.output_gradients))
-    full = F.normalize(Factors(a, g, True).gradient().flatten(1), dim=1)  # (2 * T, columns), as no product code does it
+    full = F.normalize(
+        Factors(a, g, True).gradient().flatten(1), dim=1
+    )  # (2 * T, columns), as no product code does it
     r = one.projections["rademacher"].block(0, d)
     torch.testing.assert_close(
-        found["rademacher"][..., d:].flatten(0, 1) * 2**0.5, F.normalize(full @ r.T, dim=1), atol=1e-5, rtol=1e-4
+        found["rademacher"][..., d:].flatten(0, 1) * 2**0.5,
+        F.normalize(full @ r.T, dim=1),
+        atol=1e-5,
+        rtol=1e-4,
     )
     flat = found["exact"].flatten(0, 1)
     expected = (e.flatten(0, 1) @ e.flatten(0, 1).T + full @ full.T) / 2
-    torch.testing.assert_close(neighbours.similarities(flat, flat, (d, d)), expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        neighbours.similarities(flat, flat, (d, d)), expected, atol=1e-5, rtol=1e-4
+    )
 
 
 def test_an_images_features_do_not_depend_on_its_batch(encoder, support):
@@ -119,11 +144,15 @@ def test_an_images_features_do_not_depend_on_its_batch(encoder, support):
     both = one(pictures(), ["a", "b"])["rademacher"]
     alone = one(pictures()[1:], ["b"])["rademacher"]
     torch.testing.assert_close(both[1:], alone, atol=1e-5, rtol=1e-5)
-    assert not torch.allclose(one(pictures()[1:], ["another"])["rademacher"], alone, atol=1e-3)  # other negatives
+    assert not torch.allclose(
+        one(pictures()[1:], ["another"])["rademacher"], alone, atol=1e-3
+    )  # other negatives
 
 
 def test_an_images_gradients_never_exist_at_once(encoder, support, monkeypatch):
-    monkeypatch.setattr(Factors, "gradient", lambda self: pytest.fail("gradients of all tokens were formed"))
+    monkeypatch.setattr(
+        Factors, "gradient", lambda self: pytest.fail("gradients of all tokens were formed")
+    )
     extractor(encoder, support, "rademacher", "khatri-rao", "sketch", "exact")(pictures(1), ["a"])
 
 
@@ -134,9 +163,14 @@ def test_negatives_half_of_the_neighbours():
     rows = found.reshape(6, 4).tolist()
     assert kept.shape == (3, 4) and all(row in rows for row in kept.tolist())
     mixed = tokens.draw_negatives(found, tokens.Loss(neighbours="published"), rng())
-    dealt = [[0, 2, 4, 6], [1, 3, 5, 7]]  # of the first token: every other number of its two vectors
+    dealt = [
+        [0, 2, 4, 6],
+        [1, 3, 5, 7],
+    ]  # of the first token: every other number of its two vectors
     dealt += [[x + 8 * t for x in row] for t in (1, 2) for row in dealt]
-    assert all(row in dealt for row in mixed.tolist()) and not any(row in rows for row in mixed.tolist())
+    assert all(row in dealt for row in mixed.tolist()) and not any(
+        row in rows for row in mixed.tolist()
+    )
     with pytest.raises(ValueError, match="'fixed' or 'published'"):
         tokens.draw_negatives(found, tokens.Loss(neighbours="all"), rng())
 
@@ -178,13 +212,18 @@ def test_transfer_on_a_hand_made_memory():
     assert index.tolist() == [[0, 2]]
     weight = 1 / (1 + np.exp((0.6 - 1.0) / 0.5))  # softmax of 1 and 0.6 at temperature 0.5
     mixed = scenes.transfer(value, labels[index], 0.5)
-    np.testing.assert_allclose(mixed, [[weight + 0.5 * (1 - weight), 0.5 * (1 - weight)]], rtol=1e-6)
+    np.testing.assert_allclose(
+        mixed, [[weight + 0.5 * (1 - weight), 0.5 * (1 - weight)]], rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize("name", ["scann", "faiss"])
 def test_approximate_search_finds_most_of_the_exact(name):
     pytest.importorskip(name)
-    keys, queries = (F.normalize(torch.randn(n, 16, generator=torch.Generator().manual_seed(n))) for n in (2000, 50))
+    keys, queries = (
+        F.normalize(torch.randn(n, 16, generator=torch.Generator().manual_seed(n)))
+        for n in (2000, 50)
+    )
     value, index = scenes.INDICES[name](keys, 10)(queries)
     exact = neighbours.nearest(queries, keys, 10)
     assert index.shape == (50, 10) and neighbours.recall(index, exact[1]) > 0.8
@@ -199,7 +238,9 @@ def test_recall_by_hand():
 
 
 def test_patch_labels_by_hand():
-    mask = np.array([[0, 0, 1, 255], [0, 1, 255, 255], [2, 2, 255, 255], [2, 2, 255, 255]], np.uint8)
+    mask = np.array(
+        [[0, 0, 1, 255], [0, 1, 255, 255], [2, 2, 255, 255], [2, 2, 255, 255]], np.uint8
+    )
     shares = [[0.75, 0.25, 0], [0, 0.25, 0], [0, 0, 1], [0, 0, 0]]
     assert scenes.patch_labels(mask, 2, 3).tolist() == shares
     shares = [[0.75, 0.25, 0], [0.75, 0.25, 0], [0, 0, 1], [1, 0, 0]]
@@ -212,14 +253,19 @@ def test_rare_classes_survive_the_choice():
     labels[96:99, 1] = 1  # rare; patch 99 is void
     picks = [scenes.choose(labels, 10, np.random.default_rng(s)) for s in range(20)]
     assert all(len(set(p)) == 10 and (np.diff(p) > 0).all() and 99 not in p for p in picks)
-    assert np.mean([np.isin([96, 97, 98], p).mean() for p in picks]) > 0.85  # a tenth by a uniform choice
+    assert (
+        np.mean([np.isin([96, 97, 98], p).mean() for p in picks]) > 0.85
+    )  # a tenth by a uniform choice
     assert scenes.choose(labels, 500, np.random.default_rng(0)).tolist() == list(range(100))
 
 
 def toy(count=3, split="train", classes=3, size=SIZE):
     rng = np.random.default_rng([count, split == "train"])
     images = [rng.integers(0, 256, (size, size, 3), np.uint8) for _ in range(count)]
-    parts = [np.kron(rng.integers(0, classes, (8, 8)), np.ones((size // 8, size // 8))) for _ in range(count)]
+    parts = [
+        np.kron(rng.integers(0, classes, (8, 8)), np.ones((size // 8, size // 8)))
+        for _ in range(count)
+    ]
     labels = [part.astype(np.uint8) for part in parts]
     for mask in labels:
         mask[:3] = masks.VOID
@@ -242,11 +288,15 @@ def test_the_store_answers_the_second_time(encoder, tmp_path, monkeypatch):
     monkeypatch.setenv("FUNGI_STORE", str(tmp_path))
     data, other = toy(), toy(2, "test")
     setup = scenes.Setup(size=SIZE, k=3, memory=24, loss=tokens.Loss(dim=16))
-    first, keys = scenes.soft_labels(data, other, encoder, setup, ["embedding", "rademacher", "exact"])
+    first, keys = scenes.soft_labels(
+        data, other, encoder, setup, ["embedding", "rademacher", "exact"]
+    )
     assert {entry["key"] for entry in store.entries()} == set(keys)
     assert first["exact"].shape == (2, 16, 3)
     monkeypatch.setattr(scenes, "predictions", lambda *_: pytest.fail("computed again"))
-    second, _ = scenes.soft_labels(data, other, encoder, setup, ["embedding", "rademacher", "exact"])
+    second, _ = scenes.soft_labels(
+        data, other, encoder, setup, ["embedding", "rademacher", "exact"]
+    )
     for kind in first:
         assert np.array_equal(first[kind], second[kind])
 
@@ -256,7 +306,10 @@ def test_a_killed_run_goes_on_where_its_shards_end(encoder, tmp_path, monkeypatc
     monkeypatch.setattr(store, "SHARD", 2)
     data, other = toy(), toy(5, "test")
     setup = scenes.Setup(size=SIZE, k=3, memory=24)
-    whole, full = dict(scenes.predictions(data, other, encoder, setup, ["embedding"])), scenes.predictions
+    whole, full = (
+        dict(scenes.predictions(data, other, encoder, setup, ["embedding"])),
+        scenes.predictions,
+    )
 
     def killed(*args):
         for start, block in full(*args):
@@ -268,7 +321,9 @@ def test_a_killed_run_goes_on_where_its_shards_end(encoder, tmp_path, monkeypatc
         patch.setattr(scenes, "predictions", killed)
         scenes.soft_labels(data, other, encoder, setup, ["embedding"])
     seen = []
-    monkeypatch.setattr(scenes, "predictions", lambda *args: (seen.append(p[0]) or p for p in full(*args)))
+    monkeypatch.setattr(
+        scenes, "predictions", lambda *args: (seen.append(p[0]) or p for p in full(*args))
+    )
     found, _ = scenes.soft_labels(data, other, encoder, setup, ["embedding"])
     assert seen == [2, 3, 4]
     for start, block in whole.items():
@@ -279,11 +334,19 @@ def test_memory_size_origin_and_augmentation(encoder):
     data, setup = toy(), scenes.Setup(size=SIZE, memory=4 * 3 * 2 + 3, epochs=2)
     plain = tokens.Extractor(encoder, ["embedding"])
     memory = scenes.build(data, encoder, setup, plain)
-    assert memory.features["embedding"].shape == (24, encoder.width) and memory.labels.shape == (24, 3)
-    assert np.bincount(memory.origin[:, 0]).tolist() == [8, 8, 8] and set(memory.origin[:, 1]) == {0, 1}
+    assert memory.features["embedding"].shape == (24, encoder.width) and memory.labels.shape == (
+        24,
+        3,
+    )
+    assert np.bincount(memory.origin[:, 0]).tolist() == [8, 8, 8] and set(memory.origin[:, 1]) == {
+        0,
+        1,
+    }
     i, turn, patch = memory.origin[13]
     pixels, mask = scenes.training_view(data, i, turn, setup, "memory")
-    torch.testing.assert_close(memory.features["embedding"][13], plain([pixels], [""])["embedding"][0, patch])
+    torch.testing.assert_close(
+        memory.features["embedding"][13], plain([pixels], [""])["embedding"][0, patch]
+    )
     assert memory.labels[13].tolist() == scenes.patch_labels(mask, 16, 3)[patch].tolist()
     again = scenes.build(data, encoder, setup, plain)
     assert torch.equal(memory.features["embedding"], again.features["embedding"])
@@ -294,13 +357,22 @@ def test_memory_size_origin_and_augmentation(encoder):
 
 
 def test_augmentation_keeps_image_and_mask_together():
-    ramp = np.repeat(np.arange(0, 250, 5, np.uint8)[None], 40, 0)  # (40, 50): the class is the grey value
+    ramp = np.repeat(
+        np.arange(0, 250, 5, np.uint8)[None], 40, 0
+    )  # (40, 50): the class is the grey value
     image = Image.fromarray(ramp).convert("RGB")
     for s in range(10):
         pixels, mask = scenes.augment(image, ramp, 32, np.random.default_rng(s))
-        assert pixels.shape == (32, 32, 3) and mask.shape == (32, 32) and set(np.unique(mask)) <= set(np.unique(ramp))
+        assert (
+            pixels.shape == (32, 32, 3)
+            and mask.shape == (32, 32)
+            and set(np.unique(mask)) <= set(np.unique(ramp))
+        )
         shift = pixels.mean(2)[4:-4, 4:-4] - mask[4:-4, 4:-4]
-        assert np.corrcoef(pixels.mean(2).ravel(), mask.ravel())[0, 1] > 0.99 and np.abs(shift).max() < 60
+        assert (
+            np.corrcoef(pixels.mean(2).ravel(), mask.ravel())[0, 1] > 0.99
+            and np.abs(shift).max() < 60
+        )
 
 
 # ---- scores
@@ -338,7 +410,9 @@ def test_intervals_are_paired():
     gain, alone = (iou.bootstrap(b, o, generator=np.random.default_rng(1)) for o in (a, None))
     assert gain.low < gain.mean < gain.high and gain.low > 0
     assert gain.high - gain.low < alone.high - alone.low
-    assert alone.mean == iou.miou(b.sum(0)) and gain.mean == pytest.approx(alone.mean - iou.miou(a.sum(0)))
+    assert alone.mean == iou.miou(b.sum(0)) and gain.mean == pytest.approx(
+        alone.mean - iou.miou(a.sum(0))
+    )
     less = iou.contrast([(1, b), (-1, a), (-1, b), (1, a)], generator=np.random.default_rng(1))
     assert less == pytest.approx((0, 0, 0), abs=1e-9)  # a difference of two equal gains
     with pytest.raises(ValueError, match="same images"):
@@ -361,7 +435,10 @@ def test_tables_and_figures_of_a_toy_case(encoder):
     assert (case.patches, case.memory(0.25), case.memory(0.001)) == (16, 24, 6)
     assert (case.memory(32), case.memory(10**6)) == (30, 96)  # above 1: patches, as in the paper
     table, found, soft = segmentation.by_memory(case, [0.1, 0.9])
-    assert table["memory"].tolist() == [12, 12, 84, 84] and table["features"].tolist() == ["E", "FUNGI"] * 2
+    assert (
+        table["memory"].tolist() == [12, 12, 84, 84]
+        and table["features"].tolist() == ["E", "FUNGI"] * 2
+    )
     base = table[table["features"] == "E"]
     assert (base[segmentation.GAIN] == 0).all(axis=None) and (table["low"] <= table["high"]).all()
     change = segmentation.memory_contrast(case, found[0.1], found[0.9])
@@ -370,11 +447,20 @@ def test_tables_and_figures_of_a_toy_case(encoder):
     rows, each = segmentation.examples(case, soft[0.9], found[0.9])
     gain = each["rademacher"] - each["embedding"]
     shown = [float(row["title"].split()[1].replace("−", "-")) for row in rows]
-    assert shown[0] == round(gain.max()) and shown[2] == round(gain.min()) and shown[0] >= shown[1] >= shown[2]
+    assert (
+        shown[0] == round(gain.max())
+        and shown[2] == round(gain.min())
+        and shown[0] >= shown[1] >= shown[2]
+    )
     few = segmentation.few_shot(case, [2, 0.5])
-    assert few["setting"].tolist() == ["2 images"] * 2 + ["3 images"] * 2 and few["images"][0].count(",") == 1
+    assert (
+        few["setting"].tolist() == ["2 images"] * 2 + ["3 images"] * 2
+        and few["images"][0].count(",") == 1
+    )
     choices = segmentation.choices(case, 0.1)
-    assert {"exact", "sketch", "published denominator", "published neighbours"} < set(choices["name"])
+    assert {"exact", "sketch", "published denominator", "published neighbours"} < set(
+        choices["name"]
+    )
     assert len(choices["value"].round(6).unique()) > 4  # each of them changes something
     classes = segmentation.by_class(case, found[0.1])
     assert classes.groupby("features")["share"].sum().tolist() == pytest.approx([100, 100])
@@ -389,7 +475,9 @@ def test_tables_and_figures_of_a_toy_case(encoder):
 def test_approximate_indices_say_what_they_need(encoder):
     case = segmentation.Case("toy", "tiny", encoder, toy(6), toy(4, "test"))
     lines = segmentation.approximate(case, 0.9)
-    assert len(lines) == 2 and all("% of the exact" in line or "fungi_core[scenes]" in line for line in lines)
+    assert len(lines) == 2 and all(
+        "% of the exact" in line or "fungi_core[scenes]" in line for line in lines
+    )
 
 
 def test_class_colours_are_distinct():
@@ -418,7 +506,10 @@ def picture(path, array, palette=False):
 def test_voc_in_its_official_layout(root):
     base = root / "VOCdevkit" / "VOC2012"
     mask = np.array([[0, 15, 255], [20, 0, 0]], np.uint8)
-    for name, folder, palette in (("2007_1", "SegmentationClassAug", False), ("2007_2", "SegmentationClass", True)):
+    for name, folder, palette in (
+        ("2007_1", "SegmentationClassAug", False),
+        ("2007_2", "SegmentationClass", True),
+    ):
         picture(base / "JPEGImages" / f"{name}.jpg", np.zeros((2, 3, 3), np.uint8))
         picture(base / folder / f"{name}.png", mask, palette)
     lists = base / "ImageSets" / "Segmentation"
@@ -441,7 +532,9 @@ def test_ade_in_its_official_layout(root):
     for part, name in (("training", "ADE_train_1"), ("validation", "ADE_val_1")):
         picture(base / "images" / part / f"{name}.jpg", np.zeros((2, 2, 3), np.uint8))
         picture(base / "annotations" / part / f"{name}.png", mask)
-    lines = ["Idx\tRatio\tTrain\tVal\tName"] + [f"{i}\t0.1\t1\t1\tthing{i}, other" for i in range(1, 151)]
+    lines = ["Idx\tRatio\tTrain\tVal\tName"] + [
+        f"{i}\t0.1\t1\t1\tthing{i}, other" for i in range(1, 151)
+    ]
     (base / "objectInfo150.txt").write_text("\n".join(lines))
     data = masks.load("ade20k", "test")
     assert data.names == ["ADE_val_1"] and data.classes[0] == "thing1" and len(data.classes) == 150
@@ -472,10 +565,19 @@ def test_packed_sets_and_subsets_by_seed(root):
     assert data.classes == ["a", "b", "c"] and data.names[:2] == ["n0", "n2"]
     values = {int(np.unique(data[i][1])[0]) for i in range(4)}
     assert values == {0, 2}
-    assert np.unique(masks.load("streets", "test")[1][1]).tolist() == [masks.VOID]  # the last class is void
+    assert np.unique(masks.load("streets", "test")[1][1]).tolist() == [
+        masks.VOID
+    ]  # the last class is void
     few, again, other = (masks.load("streets", "train", 5, seed) for seed in (0, 0, 1))
-    assert few.names == again.names != other.names and few.fingerprint == again.fingerprint != other.fingerprint
-    assert len(few) == 5 and "5 of 20 images, drawn by seed 0" in few.note and set(few.names) <= set(data.names)
+    assert (
+        few.names == again.names != other.names
+        and few.fingerprint == again.fingerprint != other.fingerprint
+    )
+    assert (
+        len(few) == 5
+        and "5 of 20 images, drawn by seed 0" in few.note
+        and set(few.names) <= set(data.names)
+    )
     with pytest.raises(ValueError, match="30 were asked"):
         data.draw(30)
 
@@ -483,7 +585,9 @@ def test_packed_sets_and_subsets_by_seed(root):
 def test_what_is_missing_is_one_line(root):
     lines = masks.missing(["composed", "voc2012", "ade20k", "camvid"])
     assert lines["name"].tolist() == ["voc2012", "ade20k", "camvid"]
-    assert all("licence" in line and "GB" in line and "\n" not in line for line in lines["not run: needs"])
+    assert all(
+        "licence" in line and "GB" in line and "\n" not in line for line in lines["not run: needs"]
+    )
     with pytest.raises(datasets.DatasetUnavailable, match="voc2012"):
         masks.load("voc2012", "train")
     with pytest.raises(ValueError, match="unknown segmentation set 'coco'"):
@@ -493,7 +597,9 @@ def test_what_is_missing_is_one_line(root):
 
 
 def test_masks_that_do_not_fit_name_their_image():
-    bad = masks.Scenes("toy", "train", ["a"], ["n0"], [np.zeros((4, 4, 3), np.uint8)], [np.zeros((4, 5), np.uint8)])
+    bad = masks.Scenes(
+        "toy", "train", ["a"], ["n0"], [np.zeros((4, 4, 3), np.uint8)], [np.zeros((4, 5), np.uint8)]
+    )
     with pytest.raises(ValueError, match=r"toy train\[0\] \(n0\): the mask has shape \(4, 5\)"):
         bad[0]
     broken = masks.Scenes("toy", "train", ["a"], ["n0"], [b"no image"], [b""])
@@ -503,7 +609,11 @@ def test_masks_that_do_not_fit_name_their_image():
 
 def test_composed_scenes_say_what_they_are():
     train, test = (masks.load("composed", split) for split in ("train", "test"))
-    assert (len(train), len(test)) == (64, 48) and "composed" in train.note and "not a benchmark" in train.note
+    assert (
+        (len(train), len(test)) == (64, 48)
+        and "composed" in train.note
+        and "not a benchmark" in train.note
+    )
     assert train.fingerprint == masks.load("composed", "train").fingerprint != test.fingerprint
     seen = set()
     for data in (train, test):

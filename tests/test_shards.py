@@ -12,10 +12,15 @@ import pytest
 from fungi_core import extract, paths, store
 from fungi_core.store import SHARD
 
-NAME, ROWS = "random:test_vit", ["--n-train", "1000", "--n-test", "8"]  # four files of the store, the last one ragged
+NAME, ROWS = (
+    "random:test_vit",
+    ["--n-train", "1000", "--n-test", "8"],
+)  # four files of the store, the last one ragged
 FEATURES = ["embedding", "kl", "simclr"]
-# Imports once, then forks for every job: reads a list of [store, kill, arguments ...], runs them at the same time, each
-# the command with the small network, and answers with [status, output] of each. A job may be killed at the n-th file
+# Imports once, then forks for every job: reads a list of [store, kill, arguments ...], runs them at
+# the same time, each
+# the command with the small network, and answers with [status, output] of each. A job may be killed
+# at the n-th file
 # that it renames.
 JOBS = """
 import json, os, signal, sys
@@ -65,12 +70,24 @@ for line in sys.stdin:
 
 @pytest.fixture(scope="module")
 def ended():
-    """jobs at the same time, as (store, killed at which file, arguments ...) -> [status, output] of each."""
+    """jobs at the same time, as (store, killed at which file, arguments ...) -> [status, output] of
+    each.
+    """
     env = os.environ | {"PYTHONPATH": str(paths.ROOT), "OMP_NUM_THREADS": "1"}
     with subprocess.Popen([sys.executable, "-c", JOBS], cwd=paths.ROOT, env=env, text=True, stdin=subprocess.PIPE,
                           stdout=subprocess.PIPE) as server:  # fmt: skip
+
         def ask(*jobs):
-            command = lambda root, kill, *rest: [str(root), kill, NAME, "digits", "train", *FEATURES, *ROWS, *rest]
+            command = lambda root, kill, *rest: [
+                str(root),
+                kill,
+                NAME,
+                "digits",
+                "train",
+                *FEATURES,
+                *ROWS,
+                *rest,
+            ]
             print(json.dumps([command(*job) for job in jobs]), file=server.stdin, flush=True)
             return json.loads(server.stdout.readline())
 
@@ -79,7 +96,11 @@ def ended():
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*.*")) if p.suffix != ".lock"}
+    return {
+        str(p.relative_to(folder)): p.read_bytes()
+        for p in sorted(folder.rglob("*.*"))
+        if p.suffix != ".lock"
+    }
 
 
 def test_shards_are_whole_files_even_and_nothing_is_left_out():
@@ -87,10 +108,17 @@ def test_shards_are_whole_files_even_and_nothing_is_left_out():
         for count in (1, 2, 3, 4, 7, 26):
             parts = [extract.shard_rows(n, i, count) for i in range(1, count + 1)]
             assert [start for start, _ in parts[1:]] == [stop for _, stop in parts[:-1]]
-            assert (parts[0][0], parts[-1][1]) == (0, n) and all(start % SHARD == 0 or start == n for start, _ in parts)
+            assert (parts[0][0], parts[-1][1]) == (0, n) and all(
+                start % SHARD == 0 or start == n for start, _ in parts
+            )
             sizes = [-(-(stop - start) // SHARD) for start, stop in parts]
             assert max(sizes) - min(sizes) <= 1
-    assert [extract.shard_rows(1000, i, 4) for i in (1, 2, 3, 4)] == [(0, 256), (256, 512), (512, 768), (768, 1000)]
+    assert [extract.shard_rows(1000, i, 4) for i in (1, 2, 3, 4)] == [
+        (0, 256),
+        (256, 512),
+        (512, 768),
+        (768, 1000),
+    ]
     for i, count in ((0, 4), (5, 4)):
         with pytest.raises(ValueError, match=f"shard {i}/4: shards are counted from 1/4 to 4/4"):
             extract.shard_rows(1000, i, count)
@@ -111,9 +139,13 @@ def test_four_shards_in_any_order_two_at_once_one_killed_are_the_bytes_of_one_ru
     root, shard = tmp_path / "four", lambda i: f"--shard={i}/4"
     ((status, text),) = ended((root, 0, shard(4)))
     assert status == 0
-    assert text.endswith(": 232 rows (768 to 1000 of 1000, shard 4/4) of embedding, kl, simclr in the store\n")
+    assert text.endswith(
+        ": 232 rows (768 to 1000 of 1000, shard 4/4) of embedding, kl, simclr in the store\n"
+    )
     assert [status for status, _ in ended((root, 0, shard(3)), (root, 0, shard(1)))] == [0, 0]
-    ((status, _),) = ended((root, 3, shard(2)))  # embedding and KL are stored, SimCLR is about to be
+    ((status, _),) = ended(
+        (root, 3, shard(2))
+    )  # embedding and KL are stored, SimCLR is about to be
     assert status == -signal.SIGKILL and len(list(root.glob("*/*.tmp"))) == 1
     assert sorted(e["n"] - e["done"] for e in store.entries(root)) == [0, 0, 0, SHARD]
     assert ended((root, 0, shard(2)))[0][0] == 0

@@ -42,12 +42,16 @@ def pair():
 @pytest.mark.parametrize("unbiased", [True, False])
 @pytest.mark.parametrize("sizes", [[], [7] * 17, [1] * 119, [100, 3]])
 def test_any_batches_give_the_full_formula(pair, sizes, unbiased):
-    assert float(stream(*pair, sizes, unbiased).compute()) == pytest.approx(gram_cka(*pair, unbiased), abs=1e-10)
+    assert float(stream(*pair, sizes, unbiased).compute()) == pytest.approx(
+        gram_cka(*pair, unbiased), abs=1e-10
+    )
 
 
 def test_hand_worked():
     x, y = np.array([[0.0], [0], [1], [1]]), np.array([[0.0], [1], [1], [1]])
-    assert float(stream(x, y, unbiased=False).compute()) == pytest.approx(1 / 3)  # r^2 = (1/2)^2 / (1 * 3/4)
+    assert float(stream(x, y, unbiased=False).compute()) == pytest.approx(
+        1 / 3
+    )  # r^2 = (1/2)^2 / (1 * 3/4)
     y = np.array([[0.0], [1], [0], [1]])  # uncorrelated with x
     assert float(stream(x, y, unbiased=False).compute()) == pytest.approx(0, abs=1e-12)
     # off the diagonal K has the one pair (2, 3), L the pair (1, 3):
@@ -64,7 +68,9 @@ def test_self_rotation_scale_shift(pair, unbiased):
     value = float(stream(x, y, unbiased=unbiased).compute())
     assert 0.1 < value < 0.9
     for moved in (3 * x @ rotation, x + 10):
-        assert float(stream(moved, y, unbiased=unbiased).compute()) == pytest.approx(value, abs=1e-9)
+        assert float(stream(moved, y, unbiased=unbiased).compute()) == pytest.approx(
+            value, abs=1e-9
+        )
     assert float(stream(y, x, unbiased=unbiased).compute()) == pytest.approx(value, abs=1e-12)
 
 
@@ -78,7 +84,9 @@ def test_independent_data(n, biased):
 
 def test_shards_merge_to_the_whole(pair):
     whole = float(stream(*pair).compute())
-    shards = [stream(x, y, [5]) for x, y in zip(*(np.split(z, [50, 52]) for z in pair), strict=True)]
+    shards = [
+        stream(x, y, [5]) for x, y in zip(*(np.split(z, [50, 52]) for z in pair), strict=True)
+    ]
     summed = LinearCKA()  # what a process group's sum of the states does
     for name in STATES:
         setattr(summed, name, sum(getattr(shard, name) for shard in shards))
@@ -98,7 +106,10 @@ def test_shards_merge_to_the_whole(pair):
                                   lambda m: pickle.loads(pickle.dumps(m)), copy.deepcopy])  # fmt: skip
 def test_states_stay_float64(pair, cast):
     x, y = pair
-    for metric in (cast(stream(x[:60], y[:60])), cast(LinearCKA())):  # mid-way, and before the first update
+    for metric in (
+        cast(stream(x[:60], y[:60])),
+        cast(LinearCKA()),
+    ):  # mid-way, and before the first update
         first = 60 if metric.n else 0
         metric.update(x[first:], y[first:])
         assert {getattr(metric, name).dtype for name in STATES} == {torch.float64}
@@ -111,7 +122,9 @@ def test_half_precision_input_is_summed_in_float64(pair):
     x, y = (torch.tensor(z).bfloat16() for z in pair)
     metric = LinearCKA()
     metric.update(x, y)
-    assert float(metric.compute()) == pytest.approx(gram_cka(x.double().numpy(), y.double().numpy()), abs=1e-10)
+    assert float(metric.compute()) == pytest.approx(
+        gram_cka(x.double().numpy(), y.double().numpy()), abs=1e-10
+    )
 
 
 def test_read_only_rows(pair, recwarn):

@@ -1,4 +1,6 @@
-"""The static site: built from executed notebooks, nothing loaded from elsewhere, every link and image in order."""
+"""The static site: built from executed notebooks, nothing loaded from elsewhere, every link and
+image in order.
+"""
 
 import re
 from pathlib import Path
@@ -13,7 +15,9 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from fungi_core import figures, paper, site
 from fungi_core.paths import ROOT
 
-PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNk+A8AAQUBAScY42YAAAAASUVORK5CYII="
+PIXEL = (
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNk+A8AAQUBAScY42YAAAAASUVORK5CYII="
+)
 
 
 def notebook(*cells) -> nbformat.NotebookNode:
@@ -21,7 +25,9 @@ def notebook(*cells) -> nbformat.NotebookNode:
 
 
 def picture(source: str = "fig") -> nbformat.NotebookNode:
-    shown = new_output("execute_result", data={"image/png": PIXEL, "text/plain": "<Figure>"}, execution_count=1)
+    shown = new_output(
+        "execute_result", data={"image/png": PIXEL, "text/plain": "<Figure>"}, execution_count=1
+    )
     return new_code_cell(source, outputs=[shown], execution_count=1)
 
 
@@ -34,7 +40,9 @@ def made(tmp_path, monkeypatch) -> Path:
     text = ("# 02 · Formulas\nSee `15_pca` and [the other](15_pca.ipynb): $\\frac{a}{b}$ and\n"
             "$$\\sum_{i=1}^N x_i < \\mathcal{L}$$")  # fmt: skip
     read = "**How to read it.** Higher is *better*.\nNot this line."
-    table = new_output("display_data", data={"text/html": "<table><tr><td>1</td></tr></table>", "text/plain": "1"})
+    table = new_output(
+        "display_data", data={"text/html": "<table><tr><td>1</td></tr></table>", "text/plain": "1"}
+    )
     noise = new_output("stream", name="stderr", text="a warning with a path")
     first = notebook(new_markdown_cell(text), picture(), new_markdown_cell(read),
                      new_code_cell("table", outputs=[table, noise], execution_count=2))  # fmt: skip
@@ -51,19 +59,34 @@ def made(tmp_path, monkeypatch) -> Path:
 
 
 def pages(folder: Path) -> dict[str, BeautifulSoup]:
-    return {p.name: BeautifulSoup(p.read_text(encoding="utf-8"), "html.parser") for p in folder.glob("*.html")}
+    return {
+        p.name: BeautifulSoup(p.read_text(encoding="utf-8"), "html.parser")
+        for p in folder.glob("*.html")
+    }
 
 
 def faults(folder: Path) -> list[str]:
-    """Whatever is wrong with a site: loads from elsewhere, dead links, images without a text, too large."""
+    """Whatever is wrong with a site: loads from elsewhere, dead links, images without a text, too
+    large.
+    """
     found, soups = [], pages(folder)
     for name, soup in soups.items():
         found += [f"{name}: script" for _ in soup.select("script, iframe, object, embed")]
-        loads = [e.get("src") for e in soup.select("[src]")] + [e.get("href") for e in soup.select("link[href]")]
-        styles = " ".join(e.text for e in soup.select("style")) + " ".join(e["style"] for e in soup.select("[style]"))
+        loads = [e.get("src") for e in soup.select("[src]")] + [
+            e.get("href") for e in soup.select("link[href]")
+        ]
+        styles = " ".join(e.text for e in soup.select("style")) + " ".join(
+            e["style"] for e in soup.select("[style]")
+        )
         loads += re.findall(r"url\(['\"]?([^)'\"]+)", styles)
-        found += [f"{name}: loads {u}" for u in loads if urlsplit(u).scheme not in ("", "data") or u.startswith("//")]
-        for url in [u for u in loads if not u.startswith("data:")] + [a["href"] for a in soup.select("a[href]")]:
+        found += [
+            f"{name}: loads {u}"
+            for u in loads
+            if urlsplit(u).scheme not in ("", "data") or u.startswith("//")
+        ]
+        for url in [u for u in loads if not u.startswith("data:")] + [
+            a["href"] for a in soup.select("a[href]")
+        ]:
             parts = urlsplit(url)
             if parts.scheme in ("http", "https"):
                 continue
@@ -72,7 +95,9 @@ def faults(folder: Path) -> list[str]:
                 found.append(f"{name}: no {url}")
             elif parts.fragment and not soups[target.name].find(id=unquote(parts.fragment)):
                 found.append(f"{name}: no place {url}")
-        found += [f"{name}: image without a text" for i in soup.select("img") if len(i.get("alt", "")) < 8]
+        found += [
+            f"{name}: image without a text" for i in soup.select("img") if len(i.get("alt", "")) < 8
+        ]
         found += [f"{name}: formula left" for _ in re.findall(r"\\(frac|sum|mathcal)", soup.text)]
     css = (folder / "style.css").read_text()
     found += ["style.css loads"] * ("url(" in css or "@import" in css)
@@ -95,8 +120,15 @@ def test_the_check_of_a_site_finds_faults(made):
 
 def test_formulas_links_code_and_texts_of_a_page(made):
     page = pages(made)["02_complementarity.html"]
-    assert len(page.select("math")) == 2 and page.select("math mfrac") and page.select('math[display="block"]')
-    assert page.select('a[href="15_pca.html"] > code') and len(page.select('article a[href="15_pca.html"]')) == 2
+    assert (
+        len(page.select("math")) == 2
+        and page.select("math mfrac")
+        and page.select('math[display="block"]')
+    )
+    assert (
+        page.select('a[href="15_pca.html"] > code')
+        and len(page.select('article a[href="15_pca.html"]')) == 2
+    )
     assert page.select_one("article img")["alt"] == "02 · Formulas. Higher is better."
     assert page.select("details pre") and not page.select("pre:not(details pre)")
     assert "a warning" not in page.text and page.select(".scroll > table")
@@ -104,13 +136,22 @@ def test_formulas_links_code_and_texts_of_a_page(made):
 
 def test_index_and_scoreboard_hold_every_item_and_every_claim(made):
     index, board = pages(made)["index.html"], pages(made)["scoreboard.html"]
-    assert [row.find("th").text for row in index.select("#items + div tbody tr")] == list(paper.items()["item"])
+    assert [row.find("th").text for row in index.select("#items + div tbody tr")] == list(
+        paper.items()["item"]
+    )
     row = index.find(id="table-16")
-    assert "disagrees 1" in row.text and row.find("a", href="figures/table16_pca.webp") and "15_pca" in row.text
+    assert (
+        "disagrees 1" in row.text
+        and row.find("a", href="figures/table16_pca.webp")
+        and "15_pca" in row.text
+    )
     alt = index.select_one('img[src="thumbnails/table16_pca.webp"]')["alt"]
     assert alt == "Plot of 1 panel. Vertical: accuracy (%). Horizontal: components."
     assert {tr["id"] for tr in board.select("tbody tr")} == set(paper.claims()["id"])
-    assert [h.text.split()[0] for h in board.select("h2")] == ["disagrees", "not"]  # the disagreements first
+    assert [h.text.split()[0] for h in board.select("h2")] == [
+        "disagrees",
+        "not",
+    ]  # the disagreements first
     assert "−0.50 [−0.90, −0.10]" in board.find(id="table16-pca").text
 
 
@@ -124,7 +165,9 @@ def test_a_run_of_other_code_is_not_shown(tmp_path, capsys):
     assert profile == "lite" and len(nb.cells) == 3
     nbformat.write(notebook(new_markdown_cell("# a"), new_code_cell("2")), ran)
     nb, profile = site.executed(source, ran)
-    assert profile == "mini" and nb.cells[1].source == "1" and "other code" in capsys.readouterr().out
+    assert (
+        profile == "mini" and nb.cells[1].source == "1" and "other code" in capsys.readouterr().out
+    )
 
 
 def test_no_notebooks_is_one_line(tmp_path):

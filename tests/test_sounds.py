@@ -1,4 +1,6 @@
-"""Sounds: filter banks against transformers' and a loop, eq. 7 by hand, decoding of formats, rates and broken files."""
+"""Sounds: filter banks against transformers' and a loop, eq. 7 by hand, decoding of formats, rates
+and broken files.
+"""
 
 import io
 import subprocess
@@ -24,17 +26,25 @@ def test_whisper_bank_is_transformers():
     transformers = pytest.importorskip("transformers")
     for seconds in (1.0, 0.73, 5.0):
         x = clip(seconds)
-        theirs = transformers.WhisperFeatureExtractor(feature_size=80)._np_extract_fbank_features(x[None], "cpu")[0].T
+        theirs = (
+            transformers.WhisperFeatureExtractor(feature_size=80)
+            ._np_extract_fbank_features(x[None], "cpu")[0]
+            .T
+        )
         ours = sounds.scaled(sounds.whisper_bank(x), sounds.FRONTS["whisper"])
         assert ours.shape == theirs.shape == (len(x) // 160, 80)
         np.testing.assert_allclose(ours, theirs, atol=2e-4)
 
 
 def test_whisper_bank_of_the_padded_clip_agrees_inside():
-    """Whisper itself hears 30 s; inside the clip its own length changes nothing but the last window."""
+    """Whisper itself hears 30 s; inside the clip its own length changes nothing but the last
+    window.
+    """
     x = clip(1.0)
     long = np.pad(x, (0, 2 * sounds.RATE))
-    np.testing.assert_allclose(sounds.whisper_bank(long)[:98], sounds.whisper_bank(x)[:98], atol=1e-4)
+    np.testing.assert_allclose(
+        sounds.whisper_bank(long)[:98], sounds.whisper_bank(x)[:98], atol=1e-4
+    )
 
 
 def test_kaldi_bank_is_transformers_ast():
@@ -44,9 +54,13 @@ def test_kaldi_bank_is_transformers_ast():
     )
 
     if ast.is_speech_available():
-        pytest.skip("torchaudio is installed: transformers takes it, and the test wants its numpy version")
+        pytest.skip(
+            "torchaudio is installed: transformers takes it, and the test wants its numpy version"
+        )
     x = clip(1.0)
-    theirs = transformers.ASTFeatureExtractor(do_normalize=False, max_length=128)(x - x.mean(), sampling_rate=16000)
+    theirs = transformers.ASTFeatureExtractor(do_normalize=False, max_length=128)(
+        x - x.mean(), sampling_rate=16000
+    )
     ours = sounds.kaldi_bank(x)
     assert ours.shape == (128, 128) and (ours[98:] == 0).all()
     np.testing.assert_allclose(ours[:98], np.asarray(theirs["input_values"][0])[:98], atol=2e-3)
@@ -69,7 +83,9 @@ def slow_kaldi(x, bins=128):
             total = 0.0
             for k in range(256):
                 m = mel(k * 16000 / 512)
-                total += power[k] * max(0.0, min((m - left) / width, (left + 2 * width - m) / width))
+                total += power[k] * max(
+                    0.0, min((m - left) / width, (left + 2 * width - m) / width)
+                )
             row.append(np.log(max(total, np.finfo(np.float32).eps)))
         out.append(row)
     return np.array(out)
@@ -117,7 +133,9 @@ def test_equation_7_by_hand():
 
 
 def test_noise_views_follow_their_distribution():
-    bank = np.arange(60, dtype=np.float32)[:, None].repeat(4, 1) * 10  # frames 10 apart: noise cannot hide the shift
+    bank = (
+        np.arange(60, dtype=np.float32)[:, None].repeat(4, 1) * 10
+    )  # frames 10 apart: noise cannot hide the shift
     got = sounds.noisy(bank, 4000, views.generator("noise", 0))
     start = np.rint(got[:, 0, 0] / 10)  # the frame that came first
     shift = np.where(start > 30, 60 - start, -start)
@@ -140,7 +158,9 @@ def test_views_are_seeded_by_content(whisper):
     made = lambda x, objective, seed=0: sounds.item_views(whisper, objective, x, seed, "clip 0")
     a, once = clip(), made(clip(), SIMCLR)
     assert once.shape == (16, 100, 80) and once.dtype == np.float32
-    np.testing.assert_array_equal(once, made(encoded(a, 16000, format="WAV", subtype="FLOAT"), SIMCLR))
+    np.testing.assert_array_equal(
+        once, made(encoded(a, 16000, format="WAV", subtype="FLOAT"), SIMCLR)
+    )
     assert not np.array_equal(once, made(a, SIMCLR, 1))
     whole = made(a, objectives.KL())
     assert whole.shape == (1, 100, 80)
@@ -153,7 +173,12 @@ def test_views_are_seeded_by_content(whisper):
 def test_settings_of_table_12():
     kl = objectives.by_name("kl", "audio")
     assert (kl.temperature, kl.dim, kl.normalize) == (15, 768, True)
-    assert (SIMCLR.positives, SIMCLR.negatives, SIMCLR.negative_views, SIMCLR.dim) == (16, 64, 2, 768)
+    assert (SIMCLR.positives, SIMCLR.negatives, SIMCLR.negative_views, SIMCLR.dim) == (
+        16,
+        64,
+        2,
+        768,
+    )
     assert (SIMCLR.temperature, SIMCLR.normalize) == (0.07, False)
 
 
@@ -161,7 +186,9 @@ def test_features_do_not_depend_on_the_batch(whisper):
     """Alone, in company, reordered; negatives are two views each of the training clips."""
     pair = [objectives.KL(dim=24), replace(SIMCLR, positives=3, negatives=4, dim=24)]
     x = [clip(seed=i) for i in range(5)]
-    fitted = fungi.Fungi("random:whisper-tiny.en", pair, pca=None, device="cpu", dtype="float32").fit(x)
+    fitted = fungi.Fungi(
+        "random:whisper-tiny.en", pair, pca=None, device="cpu", dtype="float32"
+    ).fit(x)
     assert fitted.parts_["simclr"].negatives.shape == (8, 24)
     together = fitted.transform(x)
     np.testing.assert_allclose(fitted.transform(x[3:4])[0], together[3], atol=1e-5)
@@ -173,7 +200,9 @@ def test_a_clip_that_is_none_is_named(whisper):
     with pytest.raises(ValueError, match="audio 1 is a list"):
         fungi.Fungi("random:whisper-tiny.en", [objectives.KL()], device="cpu").fit([clip(), [1.0]])
     with pytest.raises(ValueError, match="different lengths; .* sounds.fit_length"):
-        fungi.Fungi("random:whisper-tiny.en", [objectives.KL()], device="cpu").fit([clip(), clip(0.5)])
+        fungi.Fungi("random:whisper-tiny.en", [objectives.KL()], device="cpu").fit(
+            [clip(), clip(0.5)]
+        )
     with pytest.raises(ValueError, match="dino with these settings has no views of a sound"):
         sounds.view_count(whisper, objectives.DINO())
 

@@ -1,4 +1,6 @@
-"""Audio encoders: whisper's and SSAST's against transformers, checkpoints in the published layouts, gradients."""
+"""Audio encoders: whisper's and SSAST's against transformers, checkpoints in the published layouts,
+gradients.
+"""
 
 from dataclasses import replace
 
@@ -23,7 +25,12 @@ def whisper_pair(width=WIDTH, depth=DEPTH):
     from transformers import WhisperConfig
     from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-    settings = dict(d_model=width, encoder_layers=depth, encoder_attention_heads=width // 64, encoder_ffn_dim=4 * width)
+    settings = dict(
+        d_model=width,
+        encoder_layers=depth,
+        encoder_attention_heads=width // 64,
+        encoder_ffn_dim=4 * width,
+    )
     with torch.random.fork_rng():
         torch.manual_seed(0)
         theirs = WhisperEncoder(WhisperConfig(**settings)).eval()
@@ -72,18 +79,28 @@ def published(grid=(8, 64), width=WIDTH, depth=DEPTH):
     layers = {"attn.qkv": (3 * width, width), "attn.proj": (width, width), "mlp.fc1": (4 * width, width),
               "mlp.fc2": (width, 4 * width)}  # fmt: skip
     linear = {f"blocks.{i}.{name}": shape for i in range(depth) for name, shape in layers.items()}
-    linear |= {"patch_embed.proj": (width, 1, 16, 16), "head": (1000, width), "head_dist": (1000, width)}
+    linear |= {
+        "patch_embed.proj": (width, 1, 16, 16),
+        "head": (1000, width),
+        "head_dist": (1000, width),
+    }
     norms = [f"blocks.{i}.norm{j}" for i in range(depth) for j in (1, 2)] + ["norm"]
     for name, shape in linear.items():
         state |= {f"{name}.weight": new(*shape), f"{name}.bias": new(shape[0])}
     for name in norms:
         state |= {f"{name}.weight": 1 + new(width), f"{name}.bias": new(width)}
     out = {f"module.v.{key}": x for key, x in state.items()}
-    out |= {"module.p_input_fdim": torch.tensor(grid[0] * 16), "module.p_input_tdim": torch.tensor(grid[1] * 16)}
+    out |= {
+        "module.p_input_fdim": torch.tensor(grid[0] * 16),
+        "module.p_input_tdim": torch.tensor(grid[1] * 16),
+    }
     out["module.mask_embed"] = new(1, 1, width)
     for name in ("cpredlayer", "gpredlayer"):
         for i, units in ((0, width), (2, 256)):
-            out |= {f"module.{name}.{i}.weight": new(units, width), f"module.{name}.{i}.bias": new(units)}
+            out |= {
+                f"module.{name}.{i}.weight": new(units, width),
+                f"module.{name}.{i}.bias": new(units),
+            }
     return out
 
 
@@ -100,8 +117,9 @@ def ssast(tmp_path_factory):
 
 @pytest.mark.parametrize(("frames", "across"), [(512, 50), (128, 12)])
 def test_ssast_is_transformers_ast(ssast, frames, across):
-    """The published layout, by hand into transformers' AST: positions cut in time, stretched in frequency, mean of the
-    class and distillation tokens."""
+    """The published layout, by hand into transformers' AST: positions cut in time, stretched in
+    frequency, mean of the class and distillation tokens.
+    """
     pytest.importorskip("transformers")
     from transformers import ASTConfig, ASTModel
 
@@ -111,7 +129,10 @@ def test_ssast_is_transformers_ast(ssast, frames, across):
     positions = file["pos_embed"][:, 2:].transpose(1, 2).reshape(1, WIDTH, 8, 64)
     first = 32 - across // 2
     positions = F.interpolate(positions[..., first : first + across], (12, across), mode="bilinear")
-    state = {"embeddings.cls_token": file["cls_token"], "embeddings.distillation_token": file["dist_token"]}
+    state = {
+        "embeddings.cls_token": file["cls_token"],
+        "embeddings.distillation_token": file["dist_token"],
+    }
     state["embeddings.position_embeddings"] = torch.cat(
         [file["pos_embed"][:, :2], positions.reshape(1, WIDTH, -1).transpose(1, 2)], 1
     )
@@ -120,16 +141,31 @@ def test_ssast_is_transformers_ast(ssast, frames, across):
     for i in range(DEPTH):
         layer, block = f"encoder.layer.{i}.", f"blocks.{i}."
         layer = layer if any(key.startswith(layer) for key in own) else f"layers.{i}."
-        find = lambda end, layer=layer: next(key for key in own if key.startswith(layer) and key.endswith(end))
-        attention = [find(end) for end in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj"))]
+        find = lambda end, layer=layer: next(
+            key for key in own if key.startswith(layer) and key.endswith(end)
+        )
+        attention = [
+            find(end) for end in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj"))
+        ]
         for kind in ("weight", "bias"):
             parts = file[f"{block}attn.qkv.{kind}"].chunk(3)
             state |= {f"{name}.{kind}": part for name, part in zip(attention, parts)}
-        out = [key for key in own if key.startswith(layer) and key.endswith(("attention.output.dense", "o_proj"))]
+        out = [
+            key
+            for key in own
+            if key.startswith(layer) and key.endswith(("attention.output.dense", "o_proj"))
+        ]
         names[out[0]] = f"{block}attn.proj"
-        names |= {find("layernorm_before"): f"{block}norm1", find("layernorm_after"): f"{block}norm2"}
+        names |= {
+            find("layernorm_before"): f"{block}norm1",
+            find("layernorm_after"): f"{block}norm2",
+        }
         names[find(("intermediate.dense", "fc1"))] = f"{block}mlp.fc1"
-        last = [key for key in own if key.startswith(layer) and key.endswith(("output.dense", "fc2")) and key != out[0]]
+        last = [
+            key
+            for key in own
+            if key.startswith(layer) and key.endswith(("output.dense", "fc2")) and key != out[0]
+        ]
         names[last[0]] = f"{block}mlp.fc2"
     for name, old in names.items():
         state |= {f"{name}.{kind}": file[f"{old}.{kind}"] for kind in ("weight", "bias")}
@@ -143,11 +179,15 @@ def test_ssast_is_transformers_ast(ssast, frames, across):
 
 
 def test_ssast_base_has_the_published_shapes():
-    """Every tensor of the real file's layout has its place in the base model (no weights are needed to know)."""
+    """Every tensor of the real file's layout has its place in the base model (no weights are needed
+    to know).
+    """
     with torch.device("meta"):
         model = spectrograms.ssast()
     state = spectrograms.ssast_weights(published(width=768, depth=12))
-    assert {key: x.shape for key, x in state.items()} == {key: x.shape for key, x in model.state_dict().items()}
+    assert {key: x.shape for key, x in state.items()} == {
+        key: x.shape for key, x in model.state_dict().items()
+    }
     assert isinstance(gradients.linear_layer(model, "blocks.11.attn.proj"), torch.nn.Linear)
 
 
@@ -155,7 +195,9 @@ def test_a_wrong_ssast_file_gives_one_line(tmp_path):
     other = published(depth=1)
     for content in (other, {"weight": torch.zeros(3)}, {}, [1, 2]):
         torch.save(content, tmp_path / "other.pth")
-        with pytest.raises(ValueError, match="other.pth does not hold the weights it should") as caught:
+        with pytest.raises(
+            ValueError, match="other.pth does not hold the weights it should"
+        ) as caught:
             checkpoints.load_into(small_ssast(), tmp_path / "other.pth", spectrograms.ssast_weights)
         assert "\n" not in str(caught.value)
     (tmp_path / "broken.pth").write_bytes(b"no checkpoint")
@@ -170,7 +212,9 @@ def loss_of(objective, width):
 
 
 @pytest.mark.parametrize("kind", ["whisper", "ssast class token", "ssast both tokens"])
-@pytest.mark.parametrize("objective", [objectives.KL(dim=24), objectives.SimCLR(dim=24)], ids=lambda o: o.name)
+@pytest.mark.parametrize(
+    "objective", [objectives.KL(dim=24), objectives.SimCLR(dim=24)], ids=lambda o: o.name
+)
 def test_gradients_are_autograd(kind, objective):
     """Each clip alone, its loss differentiated by the weight and bias of the target layer."""
     if kind == "whisper":
@@ -186,21 +230,29 @@ def test_gradients_are_autograd(kind, objective):
     layer = model.get_submodule(path)
     layer.requires_grad_(True)
     for i, clip in enumerate(x):
-        weight, bias = torch.autograd.grad(loss(embed(clip)[None]).sum(), [layer.weight, layer.bias])
+        weight, bias = torch.autograd.grad(
+            loss(embed(clip)[None]).sum(), [layer.weight, layer.bias]
+        )
         want = torch.cat([weight, bias[:, None]], 1)
         got = factors[i : i + 1].gradient()[0]
         assert (got - want).norm() / want.norm() < 1e-4
 
 
 def test_one_token_of_two():
-    """The published code keeps the class token's row of the gradient: it is the same, the others are zero."""
+    """The published code keeps the class token's row of the gradient: it is the same, the others
+    are zero.
+    """
     x, loss = noise(2, 1, 64, 128), loss_of(objectives.KL(dim=24), WIDTH)
     rows = {}
     for both in (False, True):
         model = small_ssast(both=both).eval().requires_grad_(False)
         model.load_state_dict(spectrograms.ssast_weights(published()))
-        embed = lambda v, model=model: model.forward_head(model.forward_features(v), pre_logits=True)
-        embeddings, (factors,) = gradients.tapped_factors(model, embed, x, loss, ["blocks.1.attn.proj"])
+        embed = lambda v, model=model: model.forward_head(
+            model.forward_features(v), pre_logits=True
+        )
+        embeddings, (factors,) = gradients.tapped_factors(
+            model, embed, x, loss, ["blocks.1.attn.proj"]
+        )
         rows[both] = factors.output_gradients, embeddings
     torch.testing.assert_close(rows[False][1], rows[True][1])
     torch.testing.assert_close(rows[False][0][:, 0], rows[True][0][:, 0])
@@ -211,7 +263,9 @@ def test_one_token_of_two():
 def test_clips_do_not_touch_each_other(ssast):
     whisper = whisper_pair()[1]
     for model, x in ((whisper, noise(3, 60, 80)), (ssast, noise(3, 64, 128))):
-        embed = lambda v, model=model: model.forward_head(model.forward_features(v), pre_logits=True)
+        embed = lambda v, model=model: model.forward_head(
+            model.forward_features(v), pre_logits=True
+        )
         with torch.no_grad():
             torch.testing.assert_close(embed(x)[1:2], embed(x[1:2]), atol=1e-5, rtol=1e-4)
 
@@ -219,7 +273,9 @@ def test_clips_do_not_touch_each_other(ssast):
 def test_image_network_sees_the_spectrogram():
     from timm.models.vision_transformer import VisionTransformer
 
-    plain = VisionTransformer(img_size=16, patch_size=8, embed_dim=32, depth=1, num_heads=1, num_classes=0).eval()
+    plain = VisionTransformer(
+        img_size=16, patch_size=8, embed_dim=32, depth=1, num_heads=1, num_classes=0
+    ).eval()
     bank = torch.zeros(1, 16, 16)
     bank[0, 3, 2] = 1.0  # frame 3, band 2
     picture = torch.zeros(1, 3, 16, 16)
@@ -236,41 +292,66 @@ def test_ssast_by_name_from_its_file(tmp_path, monkeypatch):
     monkeypatch.setenv("FUNGI_DATA", str(tmp_path))
     model = small_ssast()
     monkeypatch.setattr(spectrograms, "ssast", lambda: model)
-    spec = replace(backbones.BACKBONES["ssast-base-patch-400"], layer=f"blocks.{DEPTH - 1}.attn.proj")
+    spec = replace(
+        backbones.BACKBONES["ssast-base-patch-400"], layer=f"blocks.{DEPTH - 1}.attn.proj"
+    )
     monkeypatch.setitem(backbones.BACKBONES, spec.name, spec)
-    assert backbones.how_to_get(spec.name).startswith("into checkpoints, as SSAST-Base-Patch-400.pth: https://")
+    assert backbones.how_to_get(spec.name).startswith(
+        "into checkpoints, as SSAST-Base-Patch-400.pth: https://"
+    )
     with pytest.raises(FileNotFoundError, match="ssast-base-patch-400 are not on this machine"):
         backbones.load(spec.name)
     (tmp_path / "checkpoints").mkdir()
     torch.save(published(), tmp_path / "checkpoints" / "SSAST-Base-Patch-400.pth")
     assert backbones.how_to_get(spec.name) is None
     encoder = backbones.load(spec.name, device="cpu", dtype="float32")
-    assert (encoder.modality, encoder.pca, encoder.width, encoder.front.name) == ("audio", 512, WIDTH, "ssast")
+    assert (encoder.modality, encoder.pca, encoder.width, encoder.front.name) == (
+        "audio",
+        512,
+        WIDTH,
+        "ssast",
+    )
     clip = np.sin(np.arange(16000) * np.linspace(0.1, 0.4, 16000)).astype(np.float32)
-    pair = [objectives.KL(dim=16), replace(objectives.by_name("simclr", "audio"), positives=2, negatives=2, dim=16)]
-    features = fungi.Fungi(spec.name, pair, pca=None, device="cpu").fit_transform([clip, clip[::-1].copy()])
+    pair = [
+        objectives.KL(dim=16),
+        replace(objectives.by_name("simclr", "audio"), positives=2, negatives=2, dim=16),
+    ]
+    features = fungi.Fungi(spec.name, pair, pca=None, device="cpu").fit_transform(
+        [clip, clip[::-1].copy()]
+    )
     assert features.shape == (2, 3 * WIDTH) and np.isfinite(features).all()
 
 
 def test_whisper_by_name(tmp_path, monkeypatch):
     monkeypatch.setenv("FUNGI_DATA", str(tmp_path))
     monkeypatch.setattr(spectrograms, "try_to_load_from_cache", lambda *names: None)
-    assert backbones.how_to_get("whisper-tiny.en") == "hf download openai/whisper-tiny.en model.safetensors"
+    assert (
+        backbones.how_to_get("whisper-tiny.en")
+        == "hf download openai/whisper-tiny.en model.safetensors"
+    )
     with pytest.raises(FileNotFoundError, match="whisper-tiny.en .* hf download"):
         backbones.load("whisper-tiny.en")
     theirs, ours = whisper_pair()
     small_whisper = spectrograms.whisper(WIDTH, DEPTH)
     state = {f"model.encoder.{key}": x.half() for key, x in theirs.state_dict().items()}
-    state["model.decoder.layer_norm.weight"] = torch.zeros(3)  # the hub's file holds the decoder too
+    state["model.decoder.layer_norm.weight"] = torch.zeros(
+        3
+    )  # the hub's file holds the decoder too
     save_file({key: x.contiguous() for key, x in state.items()}, tmp_path / "model.safetensors")
-    monkeypatch.setattr(spectrograms, "try_to_load_from_cache", lambda *names: str(tmp_path / "model.safetensors"))
+    monkeypatch.setattr(
+        spectrograms, "try_to_load_from_cache", lambda *names: str(tmp_path / "model.safetensors")
+    )
     monkeypatch.setattr(spectrograms, "whisper", lambda: small_whisper)
     spec = replace(backbones.BACKBONES["whisper-tiny.en"], layer="blocks.1.attn.proj")
     monkeypatch.setitem(backbones.BACKBONES, spec.name, spec)
     encoder = backbones.load(spec.name, device="cpu", dtype="float32")
     x = noise(1, 100, 80)
-    torch.testing.assert_close(encoder.embed(x), ours.forward_head(ours.forward_features(x)), atol=0.02, rtol=0.02)
+    torch.testing.assert_close(
+        encoder.embed(x), ours.forward_head(ours.forward_features(x)), atol=0.02, rtol=0.02
+    )
     (tmp_path / "whisper_tiny_en_encoder.fp16.safetensors").write_bytes(b"torn")
-    with pytest.raises(ValueError, match="fp16.safetensors does not hold the weights it should") as caught:
+    with pytest.raises(
+        ValueError, match="fp16.safetensors does not hold the weights it should"
+    ) as caught:
         backbones.load(spec.name)
     assert "\n" not in str(caught.value)

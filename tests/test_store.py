@@ -23,9 +23,12 @@ from fungi_core.store import SHARD, StoreCorrupt, StoreMismatch, entries, key, o
 META = {"backbone": "vit_micro", "objective": "kl", "seed": 0, "views": [2, 10]}
 N, WIDTH = 5 * SHARD + 17, 6  # the last shard is ragged
 
-# A process that fills the store in small blocks, logs each row it computes, and may kill itself with SIGKILL at the
+# A process that fills the store in small blocks, logs each row it computes, and may kill itself
+# with SIGKILL at the
 # n-th call of a function: `python -c WORKER root log pause [module.function nth]`.
-WORKER = f"n, width, meta = {N}, {WIDTH}, {META!r}" + """
+WORKER = (
+    f"n, width, meta = {N}, {WIDTH}, {META!r}"
+    + """
 import os, signal, sys, time
 from pathlib import Path
 import numpy as np
@@ -51,6 +54,7 @@ with rows.lock(), open(log, "a", buffering=1) as computed:
             computed.write(f"{first} {last}\\n")
             rows.write(first, np.sin(np.arange(first * width, last * width)).reshape(-1, width))
 """
+)
 
 
 def features() -> np.ndarray:
@@ -83,7 +87,8 @@ def computed(log: Path) -> np.ndarray:
     return times
 
 
-# --- key ---------------------------------------------------------------------------------------------------------
+# --- key ------------------------------------------------------------------------------------------
+# ---------------
 
 
 def test_key_is_canonical():
@@ -94,14 +99,17 @@ def test_key_is_canonical():
     assert len({key(META | {"seed": seed}) for seed in range(100)}) == 100
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), {1}, np.int64(3), Path("x"), b"x", [1, {"y": object()}]])
+@pytest.mark.parametrize(
+    "value", [float("nan"), float("inf"), {1}, np.int64(3), Path("x"), b"x", [1, {"y": object()}]]
+)
 def test_key_names_the_field_json_cannot_hold(value):
     with pytest.raises(ValueError, match="'temperature'") as info:
         key({"seed": 0, "temperature": value})
     assert "\n" not in str(info.value)
 
 
-# --- write, read, resume -----------------------------------------------------------------------------------------
+# --- write, read, resume
+# -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n", [1, SHARD - 1, SHARD, SHARD + 1, 3 * SHARD, 3 * SHARD + 40])
@@ -111,7 +119,7 @@ def test_round_trip_for_any_block_size(tmp_path, n, size):
     rows = open_rows(META, n, 3, tmp_path)
     with rows.lock():
         for start in range(0, n, size):
-            rows.write(start, values[start:start + size])
+            rows.write(start, values[start : start + size])
     assert rows.complete and rows.missing() == []
     again = open_rows(META, n, 3, tmp_path).read()
     assert again.dtype == np.float32 and again.shape == (n, 3) and np.array_equal(again, values)
@@ -124,7 +132,7 @@ def test_bytes_do_not_depend_on_order_or_block_size(tmp_path):
     random.Random(0).shuffle(starts)
     with rows.lock():
         for start in starts:
-            rows.write(start, features()[start:start + 23])
+            rows.write(start, features()[start : start + 23])
     assert contents(rows.path) == contents(tmp_path / "whole" / rows.key)
 
 
@@ -132,19 +140,23 @@ def test_nothing_on_disk_before_the_first_full_shard(tmp_path):
     rows = open_rows(META, N, WIDTH, tmp_path / "store")
     assert not (tmp_path / "store").exists() and rows.missing() == [(0, N)] and not rows.complete
     with pytest.raises(ZeroDivisionError), rows.lock():
-        rows.write(0, features()[:SHARD - 1])
+        rows.write(0, features()[: SHARD - 1])
         raise ZeroDivisionError("the extraction failed")
     assert not rows.path.exists() and entries(tmp_path / "store") == []
     with rows.lock():
-        rows.write(SHARD - 1, features()[SHARD - 1:SHARD])  # completes nothing: the rows above were dropped
+        rows.write(
+            SHARD - 1, features()[SHARD - 1 : SHARD]
+        )  # completes nothing: the rows above were dropped
     assert not rows.path.exists() and rows.missing() == [(0, N)]
 
 
 def test_missing_is_merged_and_aligned(tmp_path):
     rows = open_rows(META, N, WIDTH, tmp_path)
     with rows.lock():
-        rows.write(SHARD - 5, features()[SHARD - 5:2 * SHARD + 5])  # completes shard 1, touches 0 and 2
-        rows.write(4 * SHARD, features()[4 * SHARD:5 * SHARD])
+        rows.write(
+            SHARD - 5, features()[SHARD - 5 : 2 * SHARD + 5]
+        )  # completes shard 1, touches 0 and 2
+        rows.write(4 * SHARD, features()[4 * SHARD : 5 * SHARD])
         assert rows.missing() == [(0, SHARD), (2 * SHARD, 4 * SHARD), (5 * SHARD, N)]
     assert rows.missing() == open_rows(META, N, WIDTH, tmp_path).missing()
     assert not rows.complete
@@ -171,7 +183,7 @@ def test_entries(tmp_path):
     full = filled(tmp_path)
     part = open_rows(META | {"seed": 1}, N, WIDTH, tmp_path)
     with part.lock():
-        part.write(0, features()[:SHARD + 3])
+        part.write(0, features()[: SHARD + 3])
     found = {entry["key"]: entry for entry in entries(tmp_path)}
     assert found.keys() == {full.key, part.key}
     assert found[full.key]["done"] == found[full.key]["n"] == N and found[part.key]["done"] == SHARD
@@ -179,10 +191,13 @@ def test_entries(tmp_path):
     assert found[full.key]["bytes"] == sum(map(len, contents(full.path).values()))
 
 
-# --- refusals ----------------------------------------------------------------------------------------------------
+# --- refusals -------------------------------------------------------------------------------------
+# ---------------
 
 
-@pytest.mark.parametrize("n, width, field, other", [(N + 1, WIDTH, "n", "width"), (N, WIDTH + 1, "width", "n")])
+@pytest.mark.parametrize(
+    "n, width, field, other", [(N + 1, WIDTH, "n", "width"), (N, WIDTH + 1, "width", "n")]
+)
 def test_mismatch_names_the_field(tmp_path, n, width, field, other):
     filled(tmp_path)
     with pytest.raises(StoreMismatch, match=rf" {field} \(") as info:
@@ -217,7 +232,9 @@ def test_non_finite_rows_are_refused_and_nothing_is_written(tmp_path, bad):
         assert not rows.path.exists()
 
 
-@pytest.mark.parametrize("start, shape", [(-1, (3, WIDTH)), (N - 2, (3, WIDTH)), (0, (3, WIDTH + 1)), (0, (WIDTH,))])
+@pytest.mark.parametrize(
+    "start, shape", [(-1, (3, WIDTH)), (N - 2, (3, WIDTH)), (0, (3, WIDTH + 1)), (0, (WIDTH,))]
+)
 def test_blocks_that_do_not_fit_are_refused(tmp_path, start, shape):
     rows = open_rows(META, N, WIDTH, tmp_path)
     with rows.lock(), pytest.raises(ValueError, match=f"does not fit in .{N}, {WIDTH}."):
@@ -234,7 +251,8 @@ def test_writing_needs_the_lock_and_locking_twice_is_refused(tmp_path):
         rows.write(0, features())
 
 
-# --- damaged shards ----------------------------------------------------------------------------------------------
+# --- damaged shards
+# ----------------------------------------------------------------------------------------------
 
 
 def truncate(file: Path, rows: store.Rows, tmp: Path) -> None:
@@ -285,8 +303,21 @@ def other_store(file: Path, rows: store.Rows, tmp: Path) -> None:
     shutil.copy(next(other.path.glob(f"{SHARD:09d}-*")), rows.path)
 
 
-@pytest.mark.parametrize("damage", [truncate, empty, flip_data, flip_header, append, foreign_text, foreign_array,
-                                    pickled, other_place, other_store])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        truncate,
+        empty,
+        flip_data,
+        flip_header,
+        append,
+        foreign_text,
+        foreign_array,
+        pickled,
+        other_place,
+        other_store,
+    ],
+)
 def test_damaged_shards_are_named_dropped_and_recomputed(tmp_path, damage):
     rows = filled(tmp_path / "store")
     before = contents(rows.path)
@@ -298,14 +329,20 @@ def test_damaged_shards_are_named_dropped_and_recomputed(tmp_path, damage):
     assert rows.drop_corrupt() == [name] and rows.drop_corrupt() == []
     assert rows.missing() == [(SHARD, 2 * SHARD)]
     with rows.lock():
-        rows.write(SHARD, features()[SHARD:2 * SHARD])
+        rows.write(SHARD, features()[SHARD : 2 * SHARD])
     assert contents(rows.path) == before and np.array_equal(rows.read(), features())
 
 
 def test_files_that_are_no_shards_are_never_used_and_temporary_ones_cleared_by_the_lock(tmp_path):
     rows = filled(tmp_path)
     before = contents(rows.path).keys()
-    for name in (".DS_Store", "notes.txt", "000000000.npy", "features.npy", f"{SHARD:09d}-{'0' * 16}.npy.tmp"):
+    for name in (
+        ".DS_Store",
+        "notes.txt",
+        "000000000.npy",
+        "features.npy",
+        f"{SHARD:09d}-{'0' * 16}.npy.tmp",
+    ):
         (rows.path / name).write_text("x")
     assert np.array_equal(rows.read(), features()) and rows.drop_corrupt() == []
     left = {".DS_Store", "notes.txt", "000000000.npy", "features.npy"}
@@ -318,7 +355,9 @@ def test_check_names_what_repair_removes_and_extraction_makes_anew(tmp_path, cap
     assert store.check(tmp_path) == (2, [])
     shard, meta = next(rows.path.glob(f"{SHARD:09d}-*")), other.path / "meta.json"
     flip_data(shard, rows, tmp_path)
-    meta.write_text(meta.read_text().replace('"seed": 1', '"seed": 2'))  # valid JSON that describes other rows
+    meta.write_text(
+        meta.read_text().replace('"seed": 1', '"seed": 2')
+    )  # valid JSON that describes other rows
     for line in ("list", "check"):
         with pytest.raises(SystemExit) if line == "check" else nullcontext() as info:
             store.main([line, "--root", str(tmp_path)])
@@ -330,17 +369,25 @@ def test_check_names_what_repair_removes_and_extraction_makes_anew(tmp_path, cap
     store.main(["repair", "--root", str(tmp_path)])
     assert f"{shard} is truncated, altered or foreign; removed" in capsys.readouterr().out
     store.main(["check", "--root", str(tmp_path)])
-    assert capsys.readouterr().out == "1 entries, 0 bad files\n"  # the other entry says no more what it holds
+    assert (
+        capsys.readouterr().out == "1 entries, 0 bad files\n"
+    )  # the other entry says no more what it holds
     assert open_rows(META, N, WIDTH, tmp_path).missing() == [(SHARD, 2 * SHARD)]
-    for again, files in ((filled(tmp_path), before[0]), (filled(tmp_path, META | {"seed": 1}), before[1])):
+    for again, files in (
+        (filled(tmp_path), before[0]),
+        (filled(tmp_path, META | {"seed": 1}), before[1]),
+    ):
         assert contents(again.path) == files and np.array_equal(again.read(), features())
 
 
-# --- ranges of one key -------------------------------------------------------------------------------------------
+# --- ranges of one key
+# -------------------------------------------------------------------------------------------
 
 
 def test_ranges_are_written_beside_each_other_and_by_two_processes(tmp_path):
-    """What separate jobs of one extraction do: each locks and fills its own rows, and nothing is left to be merged."""
+    """What separate jobs of one extraction do: each locks and fills its own rows, and nothing is
+    left to be merged.
+    """
     first, second = (open_rows(META, N, WIDTH, tmp_path) for _ in range(2))
     cut = 2 * SHARD
     with first.lock(0, cut), second.lock(cut, N):
@@ -379,7 +426,10 @@ def test_a_range_waits_for_the_same_range_and_the_whole_for_all(tmp_path):
 @pytest.mark.parametrize("part", [(1, SHARD), (0, 5), (SHARD, 0), (0, N + SHARD), (-SHARD, SHARD)])
 def test_ranges_are_whole_files(tmp_path, part):
     rows = open_rows(META, N, WIDTH, tmp_path)
-    with pytest.raises(ValueError, match=f"no whole files of {SHARD} rows in 0 to {N}"), rows.lock(*part):
+    with (
+        pytest.raises(ValueError, match=f"no whole files of {SHARD} rows in 0 to {N}"),
+        rows.lock(*part),
+    ):
         pass
     with pytest.raises(ValueError, match="no whole files"):
         rows.missing(*part)
@@ -387,16 +437,22 @@ def test_ranges_are_whole_files(tmp_path, part):
 
 def test_rows_outside_the_locked_range_are_refused(tmp_path):
     rows = open_rows(META, N, WIDTH, tmp_path)
-    with rows.lock(SHARD, 2 * SHARD), pytest.raises(ValueError, match=f"locked {SHARD} to {2 * SHARD}"):
+    with (
+        rows.lock(SHARD, 2 * SHARD),
+        pytest.raises(ValueError, match=f"locked {SHARD} to {2 * SHARD}"),
+    ):
         rows.write(0, features())
     assert not rows.path.exists()
 
 
-# --- kills and races ---------------------------------------------------------------------------------------------
+# --- kills and races
+# ---------------------------------------------------------------------------------------------
 
 
 def check_after_kill(rows: store.Rows, undisturbed: dict[str, bytes]) -> None:
-    """What a killed writer leaves: temporary files and whole shards, byte for byte those of an undisturbed run."""
+    """What a killed writer leaves: temporary files and whole shards, byte for byte those of an
+    undisturbed run.
+    """
     for name, data in (contents(rows.path) if rows.path.is_dir() else {}).items():
         assert name.endswith(".tmp") or data == undisturbed[name]
 
@@ -414,10 +470,22 @@ def resume(tmp_path: Path, log: Path, undisturbed: dict[str, bytes]) -> None:
     assert np.array_equal(rows.read(), features())
 
 
-@pytest.mark.parametrize("function, nth", [("fsync", 1), ("fsync", 2), ("replace", 1), ("replace", 2), ("replace", 4),
-                                           ("fsync", 7), ("replace", 7)])
+@pytest.mark.parametrize(
+    "function, nth",
+    [
+        ("fsync", 1),
+        ("fsync", 2),
+        ("replace", 1),
+        ("replace", 2),
+        ("replace", 4),
+        ("fsync", 7),
+        ("replace", 7),
+    ],
+)
 def test_kill_at_every_stage_of_a_write(tmp_path, function, nth):
-    """Before the temporary file is safe, and before its rename: of meta.json (1), a shard, the ragged last one (7)."""
+    """Before the temporary file is safe, and before its rename: of meta.json (1), a shard, the
+    ragged last one (7).
+    """
     undisturbed = contents(filled(tmp_path / "undisturbed").path)
     worker = start_worker(tmp_path / "store", tmp_path / "log", 0, function, nth)
     assert worker.wait(60) == -signal.SIGKILL
@@ -468,9 +536,11 @@ def test_second_takes_over_when_the_first_is_killed(tmp_path, caplog):
         assert worker.poll() is None
         time.sleep(0.01)
     with ThreadPoolExecutor(1) as pool:
+
         def take_over() -> list[tuple[int, int]]:
             with rows.lock():
                 return rows.missing()
+
         waiting = pool.submit(take_over)
         time.sleep(0.1)
         assert not waiting.done()
@@ -488,7 +558,9 @@ def test_readers_beside_a_writer(tmp_path):
         refused = 0
         while True:
             try:
-                assert np.array_equal(open_rows(META, N, WIDTH, tmp_path / "store").read(), features())
+                assert np.array_equal(
+                    open_rows(META, N, WIDTH, tmp_path / "store").read(), features()
+                )
                 return refused
             except LookupError:
                 refused += 1
@@ -500,7 +572,8 @@ def test_readers_beside_a_writer(tmp_path):
     assert worker.wait(60) == 0 and max(refused) > 0
 
 
-# --- disks -------------------------------------------------------------------------------------------------------
+# --- disks ----------------------------------------------------------------------------------------
+# ---------------
 
 
 @pytest.mark.parametrize("function", ["fsync", "replace"])
@@ -516,19 +589,26 @@ def test_full_disk_keeps_finished_shards(tmp_path, monkeypatch, function):
         return real(*args)
 
     monkeypatch.setattr(os, function, full)
-    with pytest.raises(OSError, match=f"cannot write features into {rows.path}: No space left") as info, rows.lock():
+    with (
+        pytest.raises(
+            OSError, match=f"cannot write features into {rows.path}: No space left"
+        ) as info,
+        rows.lock(),
+    ):
         rows.write(0, features())
     assert info.value.errno == errno.ENOSPC and "\n" not in str(info.value)
     monkeypatch.undo()
     assert rows.missing() == [(2 * SHARD, N)] and not list(rows.path.glob("*.tmp"))
     with rows.lock():
-        rows.write(2 * SHARD, features()[2 * SHARD:])
+        rows.write(2 * SHARD, features()[2 * SHARD :])
     assert np.array_equal(rows.read(), features())
 
 
 @pytest.mark.parametrize("room", [0, 100, 30_000])
 def test_a_limit_on_file_sizes_fails_as_a_full_disk_does(tmp_path, room):
-    """What needs no mount: the kernel refuses to write past RLIMIT_FSIZE, in meta.json already or in a shard."""
+    """What needs no mount: the kernel refuses to write past RLIMIT_FSIZE, in meta.json already or
+    in a shard.
+    """
     script = f"""
 import errno, json, resource, signal, sys
 import numpy as np
@@ -555,7 +635,9 @@ with rows.lock():
 assert np.array_equal(rows.read(), values)
 print("passed")
 """
-    done = subprocess.run([sys.executable, "-c", script], cwd=paths.ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=paths.ROOT, capture_output=True, text=True, timeout=120
+    )
     assert done.stdout == "passed\n", done.stderr
 
 
@@ -594,8 +676,18 @@ except OSError as err:
     assert err.errno == errno.EROFS and str(disk) in str(err), err
 print("passed")
 """
-    mounted = f"mount -t tmpfs -o size=600k tmpfs {tmp_path / 'disk'} || exit 77; exec \"$0\" -c \"$1\""
-    command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mounted, sys.executable, script]
+    mounted = f'mount -t tmpfs -o size=600k tmpfs {tmp_path / "disk"} || exit 77; exec "$0" -c "$1"'
+    command = [
+        "unshare",
+        "--user",
+        "--map-root-user",
+        "--mount",
+        "sh",
+        "-c",
+        mounted,
+        sys.executable,
+        script,
+    ]
     if not shutil.which("unshare"):
         pytest.skip("needs unshare (util-linux)")
     done = subprocess.run(command, cwd=paths.ROOT, capture_output=True, text=True, timeout=120)
@@ -618,12 +710,17 @@ def test_read_only_store_can_be_read(tmp_path, monkeypatch):
     for name in ("mkdir", "replace", "rename", "unlink", "truncate"):
         monkeypatch.setattr(os, name, refuse)
     again = open_rows(META, N, WIDTH, tmp_path)
-    assert again.complete and np.array_equal(again.read(), features()) and entries(tmp_path)[0]["done"] == N
+    assert (
+        again.complete
+        and np.array_equal(again.read(), features())
+        and entries(tmp_path)[0]["done"] == N
+    )
     with pytest.raises(OSError, match=f"Read-only file system.*{rows.key}"), rows.lock():
         pass
 
 
-# --- scale -------------------------------------------------------------------------------------------------------
+# --- scale ----------------------------------------------------------------------------------------
+# ---------------
 
 
 def test_a_million_rows_open_in_under_a_second(tmp_path):

@@ -1,4 +1,6 @@
-"""The training script of the mini backbones, for one step on noise: the files it writes are what `backbones` loads."""
+"""The training script of the mini backbones, for one step on noise: the files it writes are what
+`backbones` loads.
+"""
 
 import json
 import os
@@ -23,10 +25,17 @@ def test_one_step_writes_a_checkpoint_that_loads_and_a_card(tmp_path):
     name = "vit_micro.sup_tin100"
     script = paths.backbones_dir() / "train.py"
     command = [sys.executable, str(script), name, "--epochs", "1", "--out", str(tmp_path)]
-    subprocess.run(command, env=os.environ | {"FUNGI_DATA": str(tmp_path)}, check=True, capture_output=True)
+    subprocess.run(
+        command, env=os.environ | {"FUNGI_DATA": str(tmp_path)}, check=True, capture_output=True
+    )
     card = json.loads((tmp_path / f"{name}.json").read_text())
-    assert card["curve"][-1].keys() >= {"epoch", "loss", "minutes", "val_top1", "val_knn20"} and card["seed"] == 0
-    made, committed = (load_file(folder / f"{name}.safetensors") for folder in (tmp_path, paths.backbones_dir()))
+    assert (
+        card["curve"][-1].keys() >= {"epoch", "loss", "minutes", "val_top1", "val_knn20"}
+        and card["seed"] == 0
+    )
+    made, committed = (
+        load_file(folder / f"{name}.safetensors") for folder in (tmp_path, paths.backbones_dir())
+    )
     assert {k: v.shape for k, v in made.items()} == {k: v.shape for k, v in committed.items()}
     assert backbones.load(name).width == made["norm.weight"].shape[0]
 

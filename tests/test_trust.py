@@ -1,5 +1,5 @@
-"""Whom the code trusts: no pickle, checked downloads, archives that stay in their folder, no network in `mini`, nothing
-written but the store, figures/ and runs/.
+"""Whom the code trusts: no pickle, checked downloads, archives that stay in their folder, no
+network in `mini`, nothing written but the store, figures/ and runs/.
 """
 
 import ast
@@ -23,7 +23,11 @@ import torch
 
 from fungi_core import checkpoints, datasets, downloads, paths, samples
 
-PYTHON = [*paths.ROOT.glob("fungi_core/*.py"), *paths.ROOT.glob("benchmarks/*.py"), *paths.ROOT.glob("data/*/*.py")]
+PYTHON = [
+    *paths.ROOT.glob("fungi_core/*.py"),
+    *paths.ROOT.glob("benchmarks/*.py"),
+    *paths.ROOT.glob("data/*/*.py"),
+]
 
 
 # --- code that loads code
@@ -39,20 +43,32 @@ def calls(tree: ast.AST):
 def wrongs(source: str) -> list[str]:
     """What in a module could run code that a file brings along."""
     tree, out = ast.parse(source), []
-    keyword = lambda call, name: next((ast.unparse(k.value) for k in call.keywords if k.arg == name), None)
+    keyword = lambda call, name: next(
+        (ast.unparse(k.value) for k in call.keywords if k.arg == name), None
+    )
     for name, call in calls(tree):
         last = name.rpartition(".")[2]
-        if name in ("torch.load", "torch.hub.load_state_dict_from_url") and keyword(call, "weights_only") != "True":
+        if (
+            name in ("torch.load", "torch.hub.load_state_dict_from_url")
+            and keyword(call, "weights_only") != "True"
+        ):
             out.append(f"{name} without weights_only=True")
         if keyword(call, "allow_pickle") not in (None, "False"):
             out.append(f"{name} with allow_pickle")
         if name.startswith("yaml.") and last in ("load", "unsafe_load", "full_load"):
             out.append(name)
-        if name in ("eval", "exec", "os.system", "torch.hub.load") or keyword(call, "shell") == "True":
+        if (
+            name in ("eval", "exec", "os.system", "torch.hub.load")
+            or keyword(call, "shell") == "True"
+        ):
             out.append(name)
         if keyword(call, "trust_remote_code") not in (None, "False"):
             out.append(f"{name} with trust_remote_code")
-        if last in ("extractall", "extract") and "filter" not in {k.arg for k in call.keywords} and "zip" not in source:
+        if (
+            last in ("extractall", "extract")
+            and "filter" not in {k.arg for k in call.keywords}
+            and "zip" not in source
+        ):
             out.append(f"{name} without a filter")
     for node in ast.walk(tree):
         names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
@@ -65,10 +81,14 @@ def wrongs(source: str) -> list[str]:
 @pytest.mark.parametrize("file", PYTHON, ids=lambda f: f.name)
 def test_no_file_can_bring_code_along(file):
     found = wrongs(file.read_text())
-    if file.name == "retrieval.py":  # the landmarks' official ground truth is a pickle: read by an Unpickler of our own
+    if (
+        file.name == "retrieval.py"
+    ):  # the landmarks' official ground truth is a pickle: read by an Unpickler of our own
         assert found == ["import pickle"]
         names = [name for name, _ in calls(ast.parse(file.read_text())) if "pickle" in name.lower()]
-        assert names == ["pickle.UnpicklingError"]  # ... that admits arrays only (test_retrieval), and nothing else
+        assert names == [
+            "pickle.UnpicklingError"
+        ]  # ... that admits arrays only (test_retrieval), and nothing else
     else:
         assert found == []
 
@@ -100,14 +120,18 @@ class Hostile:
 
 def test_a_hostile_checkpoint_is_refused_in_one_line_and_runs_nothing(tmp_path):
     torch.save({"state_dict": Hostile(tmp_path / "ran")}, tmp_path / "weights.pth")
-    with pytest.raises(ValueError, match="weights.pth does not hold the weights it should") as error:
+    with pytest.raises(
+        ValueError, match="weights.pth does not hold the weights it should"
+    ) as error:
         checkpoints.load_into(torch.nn.Linear(1, 1), tmp_path / "weights.pth", checkpoints.moco)
     assert "\n" not in str(error.value) and not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
 def test_a_hostile_cifar_is_refused_before_it_is_unpickled(name, tmp_path, monkeypatch):
-    """The official batches are pickles; torchvision reads them only where their MD5 is the official one."""
+    """The official batches are pickles; torchvision reads them only where their MD5 is the official
+    one.
+    """
     monkeypatch.setenv("FUNGI_DATA", str(tmp_path))
     from torchvision.datasets import CIFAR10, CIFAR100
 
@@ -123,7 +147,10 @@ def test_a_hostile_cifar_is_refused_before_it_is_unpickled(name, tmp_path, monke
 
 def test_a_packed_file_with_objects_is_refused(tmp_path):
     arrays = dict.fromkeys(samples.ARRAYS, np.zeros(1, np.uint8))
-    arrays |= {"labels": np.array([Hostile(tmp_path / "ran")], object), "offsets": np.zeros(2, np.int64)}
+    arrays |= {
+        "labels": np.array([Hostile(tmp_path / "ran")], object),
+        "offsets": np.zeros(2, np.int64),
+    }
     np.savez(tmp_path / "a.npz", **arrays)
     with pytest.raises(ValueError, match="allow_pickle=False"):
         samples.packed(tmp_path / "a.npz", True)
@@ -137,7 +164,9 @@ MD5, SHA256 = hashlib.md5(CONTENT).hexdigest(), hashlib.sha256(CONTENT).hexdiges
 
 
 class Server(http.server.BaseHTTPRequestHandler):
-    """Serves CONTENT with ranges; /broken ends after 100,000 bytes of each answer, /plain knows no ranges."""
+    """Serves CONTENT with ranges; /broken ends after 100,000 bytes of each answer, /plain knows no
+    ranges.
+    """
 
     def do_GET(self):
         self.server.asked.append((self.path, self.headers.get("Range")))
@@ -149,7 +178,9 @@ class Server(http.server.BaseHTTPRequestHandler):
         self.send_response(206 if start else 200)
         self.send_header("Content-Length", str(len(CONTENT) - start))
         self.end_headers()
-        self.wfile.write(CONTENT[start : start + 100_000] if self.path == "/broken" else CONTENT[start:])
+        self.wfile.write(
+            CONTENT[start : start + 100_000] if self.path == "/broken" else CONTENT[start:]
+        )
 
     def log_message(self, *args):
         pass
@@ -176,13 +207,20 @@ def test_a_file_is_fetched_once_and_checked(server, tmp_path, checksum):
         assert file.read_bytes() == CONTENT
     assert server.asked == [("/file", None)] and os.listdir(tmp_path / "new") == ["a.bin"]
     file.write_bytes(CONTENT[:-1] + b"\0")  # altered on disk: fetched again
-    assert downloads.fetch(url(server, "/file"), file, checksum).read_bytes() == CONTENT and len(server.asked) == 2
+    assert (
+        downloads.fetch(url(server, "/file"), file, checksum).read_bytes() == CONTENT
+        and len(server.asked) == 2
+    )
 
 
 def test_a_broken_transfer_goes_on_where_it_ended(server, tmp_path):
     file = downloads.fetch(url(server, "/broken"), tmp_path / "a.bin", SHA256)
     assert file.read_bytes() == CONTENT
-    assert server.asked == [("/broken", None), ("/broken", "bytes=100000-"), ("/broken", "bytes=200000-")]
+    assert server.asked == [
+        ("/broken", None),
+        ("/broken", "bytes=100000-"),
+        ("/broken", "bytes=200000-"),
+    ]
 
 
 def test_so_does_the_next_process_and_a_foreign_part_is_not_trusted(server, tmp_path, monkeypatch):
@@ -192,15 +230,24 @@ def test_so_does_the_next_process_and_a_foreign_part_is_not_trusted(server, tmp_
     assert (tmp_path / "a.bin.part").stat().st_size == 100_000 and not (tmp_path / "a.bin").exists()
     assert downloads.fetch(url(server, "/file"), tmp_path / "a.bin", SHA256).read_bytes() == CONTENT
     assert server.asked[-1] == ("/file", "bytes=100000-")
-    for foreign in (b"x" * 1000, CONTENT + b"x", CONTENT):  # of another file, too long, complete already
+    for foreign in (
+        b"x" * 1000,
+        CONTENT + b"x",
+        CONTENT,
+    ):  # of another file, too long, complete already
         (tmp_path / "b.bin.part").write_bytes(foreign)
-        assert downloads.fetch(url(server, "/file"), tmp_path / "b.bin", SHA256).read_bytes() == CONTENT
+        assert (
+            downloads.fetch(url(server, "/file"), tmp_path / "b.bin", SHA256).read_bytes()
+            == CONTENT
+        )
         (tmp_path / "b.bin").unlink()
 
 
 def test_a_server_without_ranges_begins_again(server, tmp_path):
     (tmp_path / "a.bin.part").write_bytes(CONTENT[:5])
-    assert downloads.fetch(url(server, "/plain"), tmp_path / "a.bin", SHA256).read_bytes() == CONTENT
+    assert (
+        downloads.fetch(url(server, "/plain"), tmp_path / "a.bin", SHA256).read_bytes() == CONTENT
+    )
 
 
 def test_another_checksum_none_and_no_file_are_one_line_and_leave_nothing(server, tmp_path):
@@ -218,7 +265,9 @@ def test_offline_nothing_is_asked_for(server, tmp_path, monkeypatch):
     with pytest.raises(ConnectionError, match="not fetched: FUNGI_OFFLINE is set"):
         downloads.fetch(url(server, "/file"), tmp_path / "a.bin", SHA256)
     (tmp_path / "a.bin").write_bytes(CONTENT)
-    assert downloads.fetch(url(server, "/file"), tmp_path / "a.bin", SHA256) == tmp_path / "a.bin"  # is here already
+    assert (
+        downloads.fetch(url(server, "/file"), tmp_path / "a.bin", SHA256) == tmp_path / "a.bin"
+    )  # is here already
     monkeypatch.setenv("FUNGI_DATA", str(tmp_path))
     for name, entry in datasets.DATASETS.items():
         if entry.folder and not entry.get:
@@ -230,7 +279,9 @@ def test_offline_nothing_is_asked_for(server, tmp_path, monkeypatch):
 
 
 def test_offline_reaches_the_hubs_client(tmp_path):
-    """It reads its own switch when it is imported, so a process of its own; weights that are not here are one line."""
+    """It reads its own switch when it is imported, so a process of its own; weights that are not
+    here are one line.
+    """
     script = """
 import socket
 def refuse(*args): raise AssertionError("tried to reach the network")
@@ -244,17 +295,22 @@ except ConnectionError as error:
     environment = os.environ | {"FUNGI_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True,
                           cwd=paths.ROOT)  # fmt: skip
-    assert done.stdout.startswith("the weights of vit_small_patch16_224.augreg_in1k are not on"), done.stderr[-500:]
+    assert done.stdout.startswith("the weights of vit_small_patch16_224.augreg_in1k are not on"), (
+        done.stderr[-500:]
+    )
 
 
-# Texts come through the hub's own client, from branches that it makes anew: there is no checksum to hold them to.
+# Texts come through the hub's own client, from branches that it makes anew: there is no checksum to
+# hold them to.
 OFFICIAL = [name for name, entry in datasets.DATASETS.items()
             if entry.folder and not entry.get and entry.modality != "text"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
 def test_every_official_archive_comes_through_fetch_with_a_checksum(name, tmp_path, monkeypatch):
-    """torchvision's own download functions are not used; each address has a checksum of 32 digits or more."""
+    """torchvision's own download functions are not used; each address has a checksum of 32 digits
+    or more.
+    """
     monkeypatch.setenv("FUNGI_DATA", str(tmp_path))
     asked = []
 
@@ -273,12 +329,16 @@ def test_every_official_archive_comes_through_fetch_with_a_checksum(name, tmp_pa
 
 
 def tar(file: Path, *members: tuple[str, bytes | str]) -> Path:
-    """A .tgz of (name, content) files; content "->target" is a symbolic link, "=>target" a hard one."""
+    """A .tgz of (name, content) files; content "->target" is a symbolic link, "=>target" a hard
+    one.
+    """
     with tarfile.open(file, "w:gz") as archive:
         for name, content in members:
             info = tarfile.TarInfo(name)
             if isinstance(content, str):
-                info.type = {"->": tarfile.SYMTYPE, "=>": tarfile.LNKTYPE, "||": tarfile.FIFOTYPE}[content[:2]]
+                info.type = {"->": tarfile.SYMTYPE, "=>": tarfile.LNKTYPE, "||": tarfile.FIFOTYPE}[
+                    content[:2]
+                ]
                 info.linkname = content[2:]
                 archive.addfile(info)
             else:
@@ -298,12 +358,16 @@ def zipped(file: Path, *members: tuple[str, bytes | str]) -> Path:
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+    }
 
 
 @pytest.mark.parametrize("make", [tar, zipped])
 def test_a_sound_archive_is_unpacked_into_what_is_there(make, tmp_path):
-    archive = make(tmp_path / "a.bin", ("top/a.txt", b"a"), ("top/deep/b.txt", b"b"), ("c.txt", b"c"))
+    archive = make(
+        tmp_path / "a.bin", ("top/a.txt", b"a"), ("top/deep/b.txt", b"b"), ("c.txt", b"c")
+    )
     (tmp_path / "out" / "top").mkdir(parents=True)
     (tmp_path / "out" / "top" / "mine.txt").write_text("mine")
     (tmp_path / "out" / "top" / "a.txt").write_text("half of a")
@@ -325,7 +389,9 @@ def test_names_that_leave_the_folder_are_refused(make, name, tmp_path):
 
 @pytest.mark.parametrize("link", ["->/etc", "->../..", "=>../../outside", "||"])
 def test_links_and_devices_are_refused(link, tmp_path):
-    archive = tar(tmp_path / "a.tgz", ("fine.txt", b"fine"), ("link", link), ("link/passwd", b"bad"))
+    archive = tar(
+        tmp_path / "a.tgz", ("fine.txt", b"fine"), ("link", link), ("link/passwd", b"bad")
+    )
     with pytest.raises(ValueError, match="link.*nothing was unpacked"):
         downloads.unpack(archive, tmp_path / "out")
     assert tree(tmp_path).keys() == {"a.tgz"}
@@ -347,7 +413,7 @@ def test_half_an_archive_leaves_nothing(cut, tmp_path):
 
 # --- a run of the mini profile: no network, and nothing written but its own
 
-GUARD = '''
+GUARD = """
 import os, socket
 def guarded(real):
     def call(self, address, *rest):
@@ -367,7 +433,7 @@ def getaddrinfo(host, *rest, **more):
         raise OSError(f"no network here: {host}")
     return real(host, *rest, **more)
 socket.getaddrinfo = getaddrinfo
-'''
+"""
 
 
 def states(folder: Path) -> dict[str, tuple[int, int]]:
@@ -382,7 +448,9 @@ def states(folder: Path) -> dict[str, tuple[int, int]]:
 
 @pytest.mark.contract
 def test_a_run_of_mini_needs_no_network_and_writes_the_store_figures_and_runs_alone(tmp_path):
-    """An extraction and a notebook of a copy of the project, in processes that cannot leave loopback."""
+    """An extraction and a notebook of a copy of the project, in processes that cannot leave
+    loopback.
+    """
     project, home, guard = tmp_path / "project", tmp_path / "home", tmp_path / "guard"
     for name in ("fungi_core", "notebooks", "data"):
         ignored = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "store", "downloads")
@@ -390,7 +458,11 @@ def test_a_run_of_mini_needs_no_network_and_writes_the_store_figures_and_runs_al
     for folder in (home, guard, tmp_path / "tmp", tmp_path / "work"):
         folder.mkdir()
     (guard / "sitecustomize.py").write_text(GUARD)
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("FUNGI_", "HF_", "XDG_"))}
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("FUNGI_", "HF_", "XDG_"))
+    }
     environment |= {
         "PYTHONPATH": f"{guard}{os.pathsep}{project}", "NETWORK_LOG": str(tmp_path / "network"), "HOME": str(home),
         "TMPDIR": str(tmp_path / "tmp"), "PYTHONDONTWRITEBYTECODE": "1",
@@ -398,7 +470,9 @@ def test_a_run_of_mini_needs_no_network_and_writes_the_store_figures_and_runs_al
     run = lambda *command: subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True,
                                           cwd=tmp_path / "work", timeout=900)  # fmt: skip
     reach = run("-c", "import urllib.request as r; r.urlopen('http://example.org', timeout=5)")
-    assert "no network here: example.org" in reach.stderr and (tmp_path / "network").read_text()  # the guard works
+    assert (
+        "no network here: example.org" in reach.stderr and (tmp_path / "network").read_text()
+    )  # the guard works
     (tmp_path / "network").unlink()
     before = states(project)
     sizes = ("--n-train", "20", "--n-test", "20")
@@ -414,5 +488,13 @@ def test_a_run_of_mini_needs_no_network_and_writes_the_store_figures_and_runs_al
     assert all(any(file.startswith(folder) for file in changed) for folder in own)
     assert {p.name for p in tmp_path.iterdir()} == {"project", "guard", "home", "work", "tmp"}
     assert states(tmp_path / "work") == {}
-    tools = (".cache/matplotlib", ".config/matplotlib", ".ipython", ".local/share/jupyter", ".jupyter")
-    assert [file for file in states(home) if not file.startswith(tools)] == []  # the tools' own caches
+    tools = (
+        ".cache/matplotlib",
+        ".config/matplotlib",
+        ".ipython",
+        ".local/share/jupyter",
+        ".jupyter",
+    )
+    assert [
+        file for file in states(home) if not file.startswith(tools)
+    ] == []  # the tools' own caches

@@ -1,4 +1,6 @@
-"""Determinism across machines: what a seed draws is the same bit for bit, features are the same within 1e-4."""
+"""Determinism across machines: what a seed draws is the same bit for bit, features are the same
+within 1e-4.
+"""
 
 import json
 

@@ -1,4 +1,6 @@
-"""Views against torchvision, timm and naive slices; they depend on seed, content and objective alone."""
+"""Views against torchvision, timm and naive slices; they depend on seed, content and objective
+alone.
+"""
 
 import io
 import warnings
@@ -20,13 +22,17 @@ BICUBIC = v2.InterpolationMode.BICUBIC
 
 
 def picture(width=90, height=70, seed=0):
-    """Smooth random colours: as a photograph, unlike noise, compresses and resizes without surprises."""
+    """Smooth random colours: as a photograph, unlike noise, compresses and resizes without
+    surprises.
+    """
     coarse = np.random.default_rng(seed).integers(0, 256, (5, 7, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.BICUBIC)
 
 
 def noise(width, height, seed=0):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    return Image.fromarray(
+        np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    )
 
 
 # --- random resized crops
@@ -38,7 +44,9 @@ def torchvision_boxes(width, height, scale, n):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         drawn = [v2.RandomResizedCrop(8, scale=scale).make_params([image]) for _ in range(n)]
-    return np.array([(p["left"], p["top"], p["left"] + p["width"], p["top"] + p["height"]) for p in drawn])
+    return np.array(
+        [(p["left"], p["top"], p["left"] + p["width"], p["top"] + p["height"]) for p in drawn]
+    )
 
 
 def ours(width, height, scale, n, seed=0):
@@ -51,13 +59,23 @@ def test_crop_boxes_have_the_share_ratio_and_place_that_torchvision_draws(width,
     boxes = ours(width, height, scale, 4000)
     left, top, right, bottom = boxes.T
     w, h = right - left, bottom - top
-    assert (left >= 0).all() and (top >= 0).all() and (right <= width).all() and (bottom <= height).all()
-    slack_area, slack_ratio = (w + h) / 2 + 1, 0.5 / h + 0.5 * w / h**2 + 0.01  # half a pixel of rounding a side
+    assert (
+        (left >= 0).all()
+        and (top >= 0).all()
+        and (right <= width).all()
+        and (bottom <= height).all()
+    )
+    slack_area, slack_ratio = (
+        (w + h) / 2 + 1,
+        0.5 / h + 0.5 * w / h**2 + 0.01,
+    )  # half a pixel of rounding a side
     assert (w * h >= scale[0] * width * height - slack_area).all()
     assert (w * h <= scale[1] * width * height + slack_area).all()
     assert (w / h >= 3 / 4 - slack_ratio).all() and (w / h <= 4 / 3 + slack_ratio).all()
     theirs = torchvision_boxes(width, height, scale, 2000)
-    for mine, their in zip(marginals(boxes, width, height), marginals(theirs, width, height), strict=True):
+    for mine, their in zip(
+        marginals(boxes, width, height), marginals(theirs, width, height), strict=True
+    ):
         assert kolmogorov(mine, their) < 0.06  # 0.054 is the 0.1 % point for 4000 and 2000 draws
 
 
@@ -71,20 +89,26 @@ def kolmogorov(a, b):
     """Largest distance of two empirical distribution functions."""
     at = np.sort(np.concatenate([a, b]))
     return np.abs(
-        np.searchsorted(np.sort(a), at, "right") / len(a) - np.searchsorted(np.sort(b), at, "right") / len(b)
+        np.searchsorted(np.sort(a), at, "right") / len(a)
+        - np.searchsorted(np.sort(b), at, "right") / len(b)
     ).max()
 
 
 @pytest.mark.parametrize(("width", "height"), [(1, 500), (500, 1), (2, 90), (90, 3)])
 def test_extreme_shapes_fall_back_as_torchvision_does(width, height):
-    mine, theirs = ours(width, height, (0.9, 1.0), 50), torchvision_boxes(width, height, (0.9, 1.0), 50)
+    mine, theirs = (
+        ours(width, height, (0.9, 1.0), 50),
+        torchvision_boxes(width, height, (0.9, 1.0), 50),
+    )
     assert (mine == mine[0]).all() and (mine == theirs).all()  # only the central crop is left
 
 
 def test_a_fallback_touches_its_own_view_alone():
     scales = np.array([(0.9, 1.0), (0.01, 0.05), (0.9, 1.0)])
     boxes = views.crop_boxes(20, 100, scales, np.random.default_rng(0))
-    assert boxes[0].tolist() == boxes[2].tolist() == [0, 36, 20, 63]  # 20 x round(20 * 4 / 3), centred
+    assert (
+        boxes[0].tolist() == boxes[2].tolist() == [0, 36, 20, 63]
+    )  # 20 x round(20 * 4 / 3), centred
     area = (boxes[1, 2] - boxes[1, 0]) * (boxes[1, 3] - boxes[1, 1])
     assert 0.005 * 2000 < area < 0.06 * 2000
 
@@ -104,7 +128,9 @@ def test_crops_are_torchvisions_resized_crops():
     scales = np.array([objective.global_scale] * 2 + [objective.local_scale] * 10)
     boxes = views.crop_boxes(80, 60, scales, np.random.default_rng(3))
     for view, (left, top, right, bottom) in zip(batch, boxes, strict=True):
-        expected = v2.functional.resized_crop(image, top, left, bottom - top, right - left, [32, 32], BICUBIC)
+        expected = v2.functional.resized_crop(
+            image, top, left, bottom - top, right - left, [32, 32], BICUBIC
+        )
         np.testing.assert_array_equal(view, np.asarray(expected))
     shares = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]) / 4800
     assert shares[:2].min() > 0.24 and shares[2:].max() < 0.26  # two global, then ten local
@@ -114,8 +140,12 @@ def test_crops_are_torchvisions_resized_crops():
 
 
 def numbers(**given):
-    """A generator that gives these numbers: `distort` draws odds, amounts, order and radius, in this order."""
-    odds = [0.0 if given.get(step) else 1.0 for step in ("flip", "jitter", "grey", "blur", "solarize")]
+    """A generator that gives these numbers: `distort` draws odds, amounts, order and radius, in
+    this order.
+    """
+    odds = [
+        0.0 if given.get(step) else 1.0 for step in ("flip", "jitter", "grey", "blur", "solarize")
+    ]
     answers = iter([np.array(given.get("amounts", [1, 1, 1, 0])), given.get("radius", 1.0)])
     return SimpleNamespace(
         random=lambda n: np.array(odds),
@@ -126,14 +156,21 @@ def numbers(**given):
 
 def test_each_step_of_the_full_augmentation_is_torchvisions():
     image, tf = picture(64, 64), v2.functional
-    same = lambda got, expected: np.testing.assert_array_equal(np.asarray(got), np.asarray(expected))
+    same = lambda got, expected: np.testing.assert_array_equal(
+        np.asarray(got), np.asarray(expected)
+    )
     same(views.distort(image, 1, numbers()), image)
     same(views.distort(image, 1, numbers(flip=True)), tf.horizontal_flip(image))
     same(views.distort(image, 1, numbers(grey=True)), tf.rgb_to_grayscale(image, 3))
     same(views.distort(image, 1, numbers(solarize=True)), tf.solarize(image, 128))
     radius = 1.5 * 64 / 224
-    same(views.distort(image, 1, numbers(blur=True, radius=1.5)), image.filter(ImageFilter.GaussianBlur(radius)))
-    jitter = tf.adjust_brightness(tf.adjust_hue(tf.adjust_contrast(tf.adjust_saturation(image, 1.1), 0.7), 0.05), 1.3)
+    same(
+        views.distort(image, 1, numbers(blur=True, radius=1.5)),
+        image.filter(ImageFilter.GaussianBlur(radius)),
+    )
+    jitter = tf.adjust_brightness(
+        tf.adjust_hue(tf.adjust_contrast(tf.adjust_saturation(image, 1.1), 0.7), 0.05), 1.3
+    )
     drawn = numbers(jitter=True, amounts=[1.3, 0.7, 1.1, 0.05], order=[2, 1, 3, 0])
     same(views.distort(image, 1, drawn), jitter)
 
@@ -142,12 +179,19 @@ def test_the_full_augmentation_has_the_odds_of_dino(monkeypatch):
     """How often each step of main_dino.py is taken at each place, and how strongly."""
     calls, n = [], 1000
     keep = lambda step: lambda image, *amount, **_: (calls.append((step, *amount)), image)[1]
-    steps = {"horizontal_flip": 0.5, "adjust_brightness": 0.8, "adjust_hue": 0.8, "rgb_to_grayscale": 0.2}
+    steps = {
+        "horizontal_flip": 0.5,
+        "adjust_brightness": 0.8,
+        "adjust_hue": 0.8,
+        "rgb_to_grayscale": 0.2,
+    }
     for step in steps:
         monkeypatch.setattr(views.TF, step, keep(step))
     monkeypatch.setattr(views.ImageOps, "solarize", keep("solarize"))
     blur = ImageFilter.GaussianBlur
-    monkeypatch.setattr(views.ImageFilter, "GaussianBlur", lambda r: (calls.append(("blur", r)), blur(r))[1])
+    monkeypatch.setattr(
+        views.ImageFilter, "GaussianBlur", lambda r: (calls.append(("blur", r)), blur(r))[1]
+    )
     image, rng = picture(56, 56), np.random.default_rng(0)
     for place, odds in enumerate([(1.0, 0.0), (0.1, 0.2), (0.5, 0.0)]):
         calls.clear()
@@ -155,7 +199,11 @@ def test_the_full_augmentation_has_the_odds_of_dino(monkeypatch):
             views.distort(image, place, rng)
         for step, expected in (steps | dict(zip(("blur", "solarize"), odds, strict=True))).items():
             share = sum(name == step for name, *_ in calls) / n
-            assert abs(share - expected) < 0.05 and (share > 0) == (expected > 0), (place, step, share)
+            assert abs(share - expected) < 0.05 and (share > 0) == (expected > 0), (
+                place,
+                step,
+                share,
+            )
     ranged = ("adjust_brightness", 0.6, 1.4), ("adjust_hue", -0.1, 0.1), ("blur", 0.025, 0.5)
     for step, low, high in ranged:  # blur: 0.1 to 2 px of 224 are 0.025 to 0.5 px of 56
         amounts, width = [call[1] for call in calls if call[0] == step], (high - low) / 50
@@ -164,20 +212,29 @@ def test_the_full_augmentation_has_the_odds_of_dino(monkeypatch):
 
 def test_the_full_augmentation_changes_colours_and_no_box():
     image, full = picture(), O.DINO(augmentation="full")
-    plain, coloured = (views.prepare(image, 32, 1.0, objective, 0) for objective in (O.DINO(), full))
+    plain, coloured = (
+        views.prepare(image, 32, 1.0, objective, 0) for objective in (O.DINO(), full)
+    )
     np.testing.assert_array_equal(coloured, views.prepare(image, 32, 1.0, full, 0))
     assert plain.shape == coloured.shape and not np.array_equal(plain, coloured)
     places = [0, 1] + [2] * 10
     rng = views.generator(0, "dino", views.sample_id(image))
-    views.crop_boxes(*image.size, np.ones((12, 2)) * 0.5, rng)  # as many numbers as the boxes of the crops
-    expected = [views.distort(Image.fromarray(v), place, rng) for v, place in zip(plain, places, strict=True)]
+    views.crop_boxes(
+        *image.size, np.ones((12, 2)) * 0.5, rng
+    )  # as many numbers as the boxes of the crops
+    expected = [
+        views.distort(Image.fromarray(v), place, rng)
+        for v, place in zip(plain, places, strict=True)
+    ]
     np.testing.assert_array_equal(coloured, np.stack([np.asarray(v) for v in expected]))
     with pytest.raises(ValueError, match="augmentation 'mild' is unknown; use 'crops' or 'full'"):
         views.prepare(image, 32, 1.0, O.DINO(augmentation="mild"), 0)
 
 
 def test_masked_crops_lose_whole_patches_and_the_teacher_sees_all():
-    batch = torch.rand(2, 4, 3, 12, 12, generator=torch.Generator().manual_seed(0)) + 1  # two global, two local crops
+    batch = (
+        torch.rand(2, 4, 3, 12, 12, generator=torch.Generator().manual_seed(0)) + 1
+    )  # two global, two local crops
     masks = torch.zeros(2, 9, dtype=torch.bool)
     masks[0, 1] = masks[1, 8] = masks[1, 3] = True
     got, expected = views.masked(batch, masks), torch.cat([batch, batch[:, :2]], 1)
@@ -190,19 +247,32 @@ def test_masked_crops_lose_whole_patches_and_the_teacher_sees_all():
 
 
 @pytest.mark.parametrize(
-    ("source", "target"), [(32, 64), (112, 224), (48, 96), (64, 24), (100, 33), (7, 7), (1, 5), (5, 2)]
+    ("source", "target"),
+    [(32, 64), (112, 224), (48, 96), (64, 24), (100, 33), (7, 7), (1, 5), (5, 2)],
 )
 def test_bicubic_matrix_is_torch_and_pil(source, target):
-    across, down = views.bicubic_matrix(source, target), views.bicubic_matrix(source + 3, target + 2)
-    basis = np.eye(source, dtype=np.float32)  # PIL resizes floats too: its weights, one column at a time
-    columns = [np.asarray(Image.fromarray(row[None]).resize((target, 1), Image.BICUBIC))[0] for row in basis]
+    across, down = (
+        views.bicubic_matrix(source, target),
+        views.bicubic_matrix(source + 3, target + 2),
+    )
+    basis = np.eye(
+        source, dtype=np.float32
+    )  # PIL resizes floats too: its weights, one column at a time
+    columns = [
+        np.asarray(Image.fromarray(row[None]).resize((target, 1), Image.BICUBIC))[0]
+        for row in basis
+    ]
     np.testing.assert_allclose(across.numpy().T, columns, atol=1e-7)
     image = noise(source, source + 3)
     x = torch.from_numpy(np.array(image)).permute(2, 0, 1).float().contiguous()
     mine = down @ x @ across.T
     expected = F.interpolate(x[None], size=(target + 2, target), mode="bicubic", antialias=True)[0]
     torch.testing.assert_close(mine, expected, rtol=1e-4, atol=2e-3)
-    pil = torch.from_numpy(np.array(image.resize((target, target + 2), Image.BICUBIC))).permute(2, 0, 1).float()
+    pil = (
+        torch.from_numpy(np.array(image.resize((target, target + 2), Image.BICUBIC)))
+        .permute(2, 0, 1)
+        .float()
+    )
     assert (mine.clamp(0, 255) - pil).abs().mean() < (
         1.0 if target > source else 0.6
     )  # PIL rounds and clips after each axis
@@ -231,12 +301,15 @@ def test_number_of_patches_by_stride_scale():
         views.patch_count(96, 2, s) for s in range(1, 9)
     ]
     assert views.patches(x, grid=1, stride_scale=1).shape[1] == 1
-    with pytest.raises(ValueError, match="stride scale 49 is too fine for 48 px patches; the largest is 48"):
+    with pytest.raises(
+        ValueError, match="stride scale 49 is too fine for 48 px patches; the largest is 48"
+    ):
         views.patches(x, stride_scale=49)
 
 
 @pytest.mark.parametrize(
-    ("width", "height"), [(90, 70), (70, 91), (64, 64), (31, 200), (5, 5), (1, 1), (1, 40), (333, 250)]
+    ("width", "height"),
+    [(90, 70), (70, 91), (64, 64), (31, 200), (5, 5), (1, 1), (1, 40), (333, 250)],
 )
 @pytest.mark.parametrize(("size", "ratio"), [(64, 1.0), (64, 0.9), (32, 0.875), (224, 0.95)])
 def test_whole_is_the_transform_of_timm(width, height, size, ratio):
@@ -250,7 +323,9 @@ def test_whole_is_the_transform_of_timm(width, height, size, ratio):
     np.testing.assert_array_equal(got[0], expected)
 
 
-@pytest.mark.parametrize("name", [n for n, spec in backbones.BACKBONES.items() if spec.size == 224 and not spec.url])
+@pytest.mark.parametrize(
+    "name", [n for n, spec in backbones.BACKBONES.items() if spec.size == 224 and not spec.url]
+)
 def test_the_papers_backbones_ask_for_the_transform_that_whole_makes(name):
     config = timm.get_pretrained_cfg(name)
     assert (config.crop_mode, config.interpolation) == ("center", "bicubic")
@@ -263,7 +338,9 @@ def test_square_squeezes_the_whole_image():
     assert views.square(noise(32, 32), 32)[0].tolist() == np.asarray(noise(32, 32)).tolist()
 
 
-@pytest.mark.parametrize("objective", [None, O.KL(), O.DINO(), O.SimCLR()], ids=["embedding", "kl", "dino", "simclr"])
+@pytest.mark.parametrize(
+    "objective", [None, O.KL(), O.DINO(), O.SimCLR()], ids=["embedding", "kl", "dino", "simclr"]
+)
 def test_finish_normalises_channel_by_channel(objective):
     prepared = views.prepare(picture(), 24, 1.0, objective, 0)
     mean, std = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.5, 0.6, 0.7])
@@ -286,26 +363,34 @@ def test_views_depend_on_content_seed_and_objective_alone(tmp_path):
         image.save(tmp_path / name)
         again = views.prepare(views.to_image(tmp_path / name), 32, 1.0, objective, 0)
         np.testing.assert_array_equal(again, one)
-    views.prepare(picture(seed=1), 32, 1.0, objective, 0)  # another image in between changes nothing
+    views.prepare(
+        picture(seed=1), 32, 1.0, objective, 0
+    )  # another image in between changes nothing
     np.testing.assert_array_equal(views.prepare(image, 32, 1.0, objective, 0), one)
     assert not np.array_equal(views.prepare(image, 32, 1.0, objective, 1), one)
     pixel = np.array(image)
     pixel[-1, -1, -1] ^= 1
     other = views.prepare(Image.fromarray(pixel), 32, 1.0, objective, 0)
     assert not np.array_equal(other, one)
-    names = {name: views.generator(0, name, views.sample_id(image)).random() for name in ("dino", "kl", "simclr")}
+    names = {
+        name: views.generator(0, name, views.sample_id(image)).random()
+        for name in ("dino", "kl", "simclr")
+    }
     assert len(set(names.values())) == 3
 
 
 def test_sample_ids_see_the_shape():
     flat = np.zeros((2, 8, 3), np.uint8)
-    ids = {views.sample_id(Image.fromarray(flat.reshape(h, w, 3))) for h, w in ((2, 8), (4, 4), (8, 2))}
+    ids = {
+        views.sample_id(Image.fromarray(flat.reshape(h, w, 3))) for h, w in ((2, 8), (4, 4), (8, 2))
+    }
     assert len(ids) == 3
 
 
 def test_the_generator_is_the_same_on_every_platform():
     assert (
-        views.generator("a", 1).integers(0, 1000, 6).tolist() == views.generator("a", 1).integers(0, 1000, 6).tolist()
+        views.generator("a", 1).integers(0, 1000, 6).tolist()
+        == views.generator("a", 1).integers(0, 1000, 6).tolist()
     )
     assert views.generator("a", 1).integers(0, 1000, 6).tolist() == FROZEN
     assert views.generator("a", 2).integers(0, 1000, 6).tolist() != FROZEN
@@ -349,10 +434,17 @@ def test_paths_pil_arrays_and_tensors_of_one_image_are_equal(tmp_path):
 def test_greyscale_palette_cmyk_transparency_and_sixteen_bits(tmp_path):
     image = picture()
     grey = np.array(image.convert("L"))
-    for item in (grey, image.convert("L"), torch.from_numpy(grey), torch.from_numpy(grey).float() / 255):
+    for item in (
+        grey,
+        image.convert("L"),
+        torch.from_numpy(grey),
+        torch.from_numpy(grey).float() / 255,
+    ):
         np.testing.assert_array_equal(np.asarray(views.to_image(item)), np.stack([grey] * 3, -1))
     Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "deep.png")  # 16 bits
-    np.testing.assert_array_equal(np.asarray(views.to_image(tmp_path / "deep.png")), np.stack([grey] * 3, -1))
+    np.testing.assert_array_equal(
+        np.asarray(views.to_image(tmp_path / "deep.png")), np.stack([grey] * 3, -1)
+    )
     few = image.quantize(8)
     np.testing.assert_array_equal(np.asarray(views.to_image(few)), np.asarray(few.convert("RGB")))
     black = Image.new("CMYK", (4, 3), (0, 0, 0, 255))
@@ -368,7 +460,8 @@ def test_exif_rotation_of_a_file_is_undone(tmp_path):
     exif[0x0112] = 6  # to be shown turned by 270 degrees
     image.save(tmp_path / "turned.png", exif=exif)
     np.testing.assert_array_equal(
-        np.asarray(views.to_image(tmp_path / "turned.png")), np.asarray(image.transpose(Image.ROTATE_270))
+        np.asarray(views.to_image(tmp_path / "turned.png")),
+        np.asarray(image.transpose(Image.ROTATE_270)),
     )
 
 
@@ -388,7 +481,9 @@ def test_a_corrupt_file_is_one_line_that_names_it(tmp_path, format):
                 views.to_image(file)
         except ValueError as error:
             failed += 1
-            assert str(error).startswith(f"cannot read the image {file}: ") and "\n" not in str(error)
+            assert str(error).startswith(f"cannot read the image {file}: ") and "\n" not in str(
+                error
+            )
     assert failed > 5
 
 
@@ -421,7 +516,11 @@ def test_a_broken_png_chunk_and_a_truncated_open_image_are_value_errors(tmp_path
 def test_what_is_no_image_is_refused_by_name(item, words):
     with pytest.raises(ValueError) as error:
         views.to_image(item, "image 3")
-    assert str(error.value).startswith("image 3 is a") and words in str(error.value) and "\n" not in str(error.value)
+    assert (
+        str(error.value).startswith("image 3 is a")
+        and words in str(error.value)
+        and "\n" not in str(error.value)
+    )
 
 
 def test_a_file_that_is_missing_or_no_image(tmp_path):
@@ -434,10 +533,15 @@ def test_a_file_that_is_missing_or_no_image(tmp_path):
 @pytest.mark.parametrize("shape", [(37, 61), (300, 200), (40, 40)])
 def test_crops_as_products_of_matrices_are_pils(shape):
     image = picture(seed=5).resize(shape[::-1], Image.BICUBIC)
-    boxes = views.crop_boxes(*image.size, np.array([[0.25, 1.0]] * 4 + [[0.05, 0.25]] * 8), np.random.default_rng(1))
+    boxes = views.crop_boxes(
+        *image.size, np.array([[0.25, 1.0]] * 4 + [[0.05, 0.25]] * 8), np.random.default_rng(1)
+    )
     found = views.crops_on("cpu", image, 32, boxes)
     assert found.shape == (12, 32, 32, 3) and found.dtype == torch.uint8
-    cut = [np.asarray(image.crop(tuple(map(int, box))).resize((32, 32), Image.BICUBIC)) for box in boxes]
+    cut = [
+        np.asarray(image.crop(tuple(map(int, box))).resize((32, 32), Image.BICUBIC))
+        for box in boxes
+    ]
     off = np.abs(found.numpy().astype(int) - np.stack(cut).astype(int))
     assert off.max() <= 2 and off.mean() < 0.35  # PIL rounds between the two axes
 
@@ -445,14 +549,21 @@ def test_crops_as_products_of_matrices_are_pils(shape):
 def test_a_gpu_cuts_the_same_boxes(monkeypatch):
     """Which way is taken depends on the device's name alone; the same boxes either way."""
     calls = []
-    monkeypatch.setattr(views, "crops_on", lambda *args: calls.append(args) or torch.zeros(12, 32, 32, 3))
+    monkeypatch.setattr(
+        views, "crops_on", lambda *args: calls.append(args) or torch.zeros(12, 32, 32, 3)
+    )
     views.prepare(picture(), 32, 1.0, O.DINO(), 3, "cuda")
     ((device, image, size, boxes),) = calls
     assert device == "cuda" and size == 32
     plain = views.prepare(picture(), 32, 1.0, O.DINO(), 3)
-    cut = [np.asarray(image.crop(tuple(map(int, box))).resize((32, 32), Image.BICUBIC)) for box in boxes]
+    cut = [
+        np.asarray(image.crop(tuple(map(int, box))).resize((32, 32), Image.BICUBIC))
+        for box in boxes
+    ]
     np.testing.assert_array_equal(plain, np.stack(cut))
-    assert isinstance(views.prepare(picture(), 32, 1.0, O.DINO(augmentation="full"), 3, "cuda"), np.ndarray)
+    assert isinstance(
+        views.prepare(picture(), 32, 1.0, O.DINO(augmentation="full"), 3, "cuda"), np.ndarray
+    )
 
 
 @pytest.mark.cuda

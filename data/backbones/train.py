@@ -2,10 +2,11 @@
 
     FUNGI_DATA=... python data/backbones/train.py vit_mini.sup_tin100 [--epochs 24] [--seed 0]
 
-Writes ``<name>.safetensors`` (fp16) and ``<name>.json`` (recipe, curve, time, machine) beside this file.
-Two recipes: ``sup`` is cross-entropy with label smoothing; ``simclr`` is NT-Xent on two crops, no labels.
-Both use random resized crops, flips and colour changes, Muon for the blocks' matrices and AdamW for the rest on
-one-cycle schedules, and bf16 autocast with unfused attention (on CPUs the fused kernel's backward is the slower one).
+Writes ``<name>.safetensors`` (fp16) and ``<name>.json`` (recipe, curve, time, machine) beside this
+file. Two recipes: ``sup`` is cross-entropy with label smoothing; ``simclr`` is NT-Xent on two
+crops, no labels. Both use random resized crops, flips and colour changes, Muon for the blocks'
+matrices and AdamW for the rest on one-cycle schedules, and bf16 autocast with unfused attention (on
+CPUs the fused kernel's backward is the slower one).
 """
 
 import argparse
@@ -28,11 +29,18 @@ from fungi_core.backbones import MINI
 
 HERE = Path(__file__).resolve().parent
 MEAN, STD = 0.5, 0.25
-# patch_drop: share of tokens dropped until `full_from` of the steps; after that the training sees whole images
+# patch_drop: share of tokens dropped until `full_from` of the steps; after that the training sees
+# whole images
 RECIPES = {
-    "vit_mini.sup_tin100": dict(epochs=24, batch=256, lr=1.5e-3, weight_decay=0.05, patch_drop=0.5, full_from=0.7),
-    "vit_micro.sup_tin100": dict(epochs=12, batch=256, lr=2e-3, weight_decay=0.05, patch_drop=0.25, full_from=0.7),
-    "vit_mini.simclr_tin100": dict(epochs=5, batch=512, lr=1.5e-3, weight_decay=0.05, patch_drop=0.5, full_from=0.9),
+    "vit_mini.sup_tin100": dict(
+        epochs=24, batch=256, lr=1.5e-3, weight_decay=0.05, patch_drop=0.5, full_from=0.7
+    ),
+    "vit_micro.sup_tin100": dict(
+        epochs=12, batch=256, lr=2e-3, weight_decay=0.05, patch_drop=0.25, full_from=0.7
+    ),
+    "vit_mini.simclr_tin100": dict(
+        epochs=5, batch=512, lr=1.5e-3, weight_decay=0.05, patch_drop=0.5, full_from=0.9
+    ),
 }
 
 
@@ -46,7 +54,9 @@ def load_images(folder: Path):
         with Image.open(io.BytesIO(blob[offsets[i] : offsets[i + 1]].tobytes())) as image:
             images[i] = np.asarray(image.convert("RGB")).transpose(2, 0, 1)
     images, labels = torch.from_numpy(images), torch.from_numpy(labels)
-    return [(images[torch.from_numpy(split == s)], labels[torch.from_numpy(split == s)]) for s in (0, 1)]
+    return [
+        (images[torch.from_numpy(split == s)], labels[torch.from_numpy(split == s)]) for s in (0, 1)
+    ]
 
 
 def normalize(images):
@@ -54,10 +64,17 @@ def normalize(images):
 
 
 def augment(images, generator, min_scale, jitter):
-    """Random resized crop, flip and colour changes, one draw per image. (B, 3, H, W) uint8 -> float, normalised."""
+    """Random resized crop, flip and colour changes, one draw per image. (B, 3, H, W) uint8 ->
+    float, normalised.
+    """
     batch = len(images)
-    uniform = lambda low, high, *shape: low + (high - low) * torch.rand(batch, *shape, generator=generator)
-    area, aspect = uniform(min_scale, 1.0), torch.exp(uniform(-0.288, 0.288))  # aspect ratio in [3/4, 4/3]
+    uniform = lambda low, high, *shape: (
+        low + (high - low) * torch.rand(batch, *shape, generator=generator)
+    )
+    area, aspect = (
+        uniform(min_scale, 1.0),
+        torch.exp(uniform(-0.288, 0.288)),
+    )  # aspect ratio in [3/4, 4/3]
     width, height = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
     flip = torch.where(uniform(0, 1) < 0.5, -1.0, 1.0)
     theta = torch.zeros(batch, 2, 3)
@@ -72,7 +89,9 @@ def augment(images, generator, min_scale, jitter):
     out = gray + (out - gray) * saturation
     mean = out.mean((1, 2, 3), keepdim=True)
     out = mean + (out - mean) * uniform(1 - jitter, 1 + jitter, 1, 1, 1)  # contrast
-    return out + uniform(-jitter, jitter, 1, 1, 1) + uniform(-jitter, jitter, 3, 1, 1) / 2  # brightness, channel gain
+    return (
+        out + uniform(-jitter, jitter, 1, 1, 1) + uniform(-jitter, jitter, 3, 1, 1) / 2
+    )  # brightness, channel gain
 
 
 def cutout(images, generator, size=24):
@@ -94,7 +113,9 @@ def simclr_loss(forward, model, images, labels, generator, temperature=0.2):
     z = F.normalize(forward(views).float(), dim=1)
     similarity = (z @ z.T / temperature).fill_diagonal_(-1e9)
     half = len(images)
-    return F.cross_entropy(similarity, torch.arange(2 * half).roll(half))  # the positive of i is i +- half
+    return F.cross_entropy(
+        similarity, torch.arange(2 * half).roll(half)
+    )  # the positive of i is i +- half
 
 
 @torch.no_grad()
@@ -102,7 +123,8 @@ def embed(model, images):
     model.eval()
     with torch.autocast("cpu", torch.bfloat16):
         out = [
-            model.forward_head(model.forward_features(normalize(x)), pre_logits=True).float() for x in images.split(500)
+            model.forward_head(model.forward_features(normalize(x)), pre_logits=True).float()
+            for x in images.split(500)
         ]
     model.train()
     return torch.cat(out)
@@ -110,7 +132,9 @@ def embed(model, images):
 
 @torch.no_grad()
 def knn_accuracy(model, train, test, k=20):
-    """Percent correct of cosine k-nearest neighbours, every fourth training image as the memory bank."""
+    """Percent correct of cosine k-nearest neighbours, every fourth training image as the memory
+    bank.
+    """
     bank, query = (F.normalize(embed(model, x), dim=1) for x in (train[0][::4], test[0]))
     votes = train[1][::4][(query @ bank.T).topk(k).indices]
     return 100 * (F.one_hot(votes).sum(1).argmax(1) == test[1]).float().mean().item()
@@ -123,19 +147,25 @@ def top1(model, test):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("name", choices=RECIPES)
     parser.add_argument("--epochs", type=float, help="default: the recipe's")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=HERE)
-    parser.add_argument("--compile", action="store_true", help="torch.compile the trunk (needs a C++ compiler)")
+    parser.add_argument(
+        "--compile", action="store_true", help="torch.compile the trunk (needs a C++ compiler)"
+    )
     args = parser.parse_args()
     recipe = dict(RECIPES[args.name])
     if args.epochs:
         recipe["epochs"] = args.epochs
     supervised = ".sup_" in args.name
     timm.layers.set_fused_attn(False)
-    torch.manual_seed(args.seed)  # only the initial weights and the patch dropout use the global generator
+    torch.manual_seed(
+        args.seed
+    )  # only the initial weights and the patch dropout use the global generator
     generator = torch.Generator().manual_seed(args.seed)
     train, test = load_images(Path(os.environ["FUNGI_DATA"]))
 
@@ -144,18 +174,28 @@ def main():
         **architecture, num_classes=100 if supervised else 0, patch_drop_rate=recipe["patch_drop"]
     )
     width = architecture["embed_dim"]
-    projector = torch.nn.Sequential(torch.nn.Linear(width, 512), torch.nn.GELU(), torch.nn.Linear(512, 128))
+    projector = torch.nn.Sequential(
+        torch.nn.Linear(width, 512), torch.nn.GELU(), torch.nn.Linear(512, 128)
+    )
     network = model if supervised else torch.nn.Sequential(model, projector)
     forward = torch.compile(network) if args.compile else network
-    blocks = [p for p in model.blocks.parameters() if p.ndim == 2]  # hidden matrices: Muon; everything else: AdamW
+    blocks = [
+        p for p in model.blocks.parameters() if p.ndim == 2
+    ]  # hidden matrices: Muon; everything else: AdamW
     others = [p for p in network.parameters() if not any(p is q for q in blocks)]
-    optimizers = [torch.optim.AdamW(others, lr=recipe["lr"], weight_decay=0.0, betas=(0.9, 0.98), fused=True)]
-    muon = dict(lr=recipe["lr"], weight_decay=recipe["weight_decay"], adjust_lr_fn="match_rms_adamw")
+    optimizers = [
+        torch.optim.AdamW(others, lr=recipe["lr"], weight_decay=0.0, betas=(0.9, 0.98), fused=True)
+    ]
+    muon = dict(
+        lr=recipe["lr"], weight_decay=recipe["weight_decay"], adjust_lr_fn="match_rms_adamw"
+    )
     optimizers.append(torch.optim.Muon(blocks, **muon))
     per_epoch = len(train[0]) // recipe["batch"]
     steps = int(recipe["epochs"] * per_epoch)
     schedules = [
-        torch.optim.lr_scheduler.OneCycleLR(o, recipe["lr"], steps, pct_start=0.15, cycle_momentum=False)
+        torch.optim.lr_scheduler.OneCycleLR(
+            o, recipe["lr"], steps, pct_start=0.15, cycle_momentum=False
+        )
         for o in optimizers
     ]
     loss_of = supervised_loss if supervised else simclr_loss
@@ -179,7 +219,11 @@ def main():
         running += (loss.item() - running) / (step % per_epoch + 1)
         if (step + 1) % per_epoch == 0 or step + 1 == steps:
             epoch = (step + 1) / per_epoch
-            row = dict(epoch=round(epoch, 2), loss=round(running, 4), minutes=round((time.time() - start) / 60, 1))
+            row = dict(
+                epoch=round(epoch, 2),
+                loss=round(running, 4),
+                minutes=round((time.time() - start) / 60, 1),
+            )
             if supervised:
                 row["val_top1"] = round(top1(model, test), 2)
             if epoch % 5 == 0 or step + 1 == steps:
@@ -189,15 +233,24 @@ def main():
             print(json.dumps(row), flush=True)
 
     state = {k: v.detach().half().contiguous() for k, v in model.state_dict().items()}
-    save_file(state, args.out / f"{args.name}.safetensors", metadata={"name": args.name, "seed": str(args.seed)})
+    save_file(
+        state,
+        args.out / f"{args.name}.safetensors",
+        metadata={"name": args.name, "seed": str(args.seed)},
+    )
     card = dict(
-        name=args.name, architecture=architecture, recipe=recipe, seed=args.seed, curve=curve,
-        minutes=curve[-1]["minutes"], parameters=sum(p.numel() for p in model.parameters()),
+        name=args.name,
+        architecture=architecture,
+        recipe=recipe,
+        seed=args.seed,
+        curve=curve,
+        minutes=curve[-1]["minutes"],
+        parameters=sum(p.numel() for p in model.parameters()),
         machine=f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
         versions=dict(torch=torch.__version__, timm=timm.__version__),
         data="Tiny-ImageNet, 100 classes, 400 training and 50 validation images a class (tiny_imagenet_100a.npz)",
         terms="trained on ImageNet images: non-commercial research use",
-    )  # fmt: skip
+    )
     (args.out / f"{args.name}.json").write_text(json.dumps(card, indent=1) + "\n")
 
 

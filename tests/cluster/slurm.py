@@ -1,8 +1,10 @@
-"""A Slurm of one node on the loopback interface, in a folder of its own: munged, slurmctld and slurmd, no database.
+"""A Slurm of one node on the loopback interface, in a folder of its own: munged, slurmctld and
+slurmd, no database.
 
     python tests/cluster/slurm.py FOLDER COMMAND ...     # start, run COMMAND with SLURM_CONF set, stop
 
-Needs Debian's slurm-wlm and munge, and root: slurmd starts jobs as other users. Nothing outside FOLDER is written.
+Needs Debian's slurm-wlm and munge, and root: slurmd starts jobs as other users. Nothing outside
+FOLDER is written.
 """
 
 import os
@@ -18,7 +20,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 DAEMONS = ("munged", "slurmctld", "slurmd")
-# MinJobAge: without accounting, squeue is the only memory of finished jobs. ReturnToService: a node that was down is
+# MinJobAge: without accounting, squeue is the only memory of finished jobs. ReturnToService: a node
+# that was down is
 # taken back when it reports. cons_tres shares the node's cores among jobs, as clusters do.
 CONFIG = """
 ClusterName=single
@@ -89,22 +92,30 @@ def free_ports(n: int) -> list[int]:
 
 @contextmanager
 def cluster(folder: Path) -> Iterator[dict[str, str]]:
-    """Yields the environment for sbatch, squeue and scancel; at the end cancels all jobs and stops the daemons."""
+    """Yields the environment for sbatch, squeue and scancel; at the end cancels all jobs and stops
+    the daemons.
+    """
     folder = Path(folder).resolve()
     for name in ("state", "spool", "bin"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    folder.chmod(0o755)  # munged refuses a socket in a folder that others can write, or cannot enter
+    folder.chmod(
+        0o755
+    )  # munged refuses a socket in a folder that others can write, or cannot enter
     (folder / "munge.key").write_bytes(secrets.token_bytes(128))
     (folder / "munge.key").chmod(0o600)
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2**20 - 512
     (folder / "slurm.conf").write_text(CONFIG.format(
         host=socket.gethostname().split(".")[0], folder=folder, ports=free_ports(2), cores=os.cpu_count(),
         memory=memory))  # fmt: skip
-    # The executor's job step drops every SLURM_ variable before its srun, SLURM_CONF with them; this srun has its own.
+    # The executor's job step drops every SLURM_ variable before its srun, SLURM_CONF with them;
+    # this srun has its own.
     shim = folder / "bin" / "srun"
     shim.write_text(f'#!/bin/sh\nSLURM_CONF={folder}/slurm.conf exec {shutil.which("srun")} "$@"\n')
     shim.chmod(0o755)
-    env = os.environ | {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": f"{shim.parent}:{os.environ['PATH']}"}
+    env = os.environ | {
+        "SLURM_CONF": str(folder / "slurm.conf"),
+        "PATH": f"{shim.parent}:{os.environ['PATH']}",
+    }
     options = {
         "munged": ["--foreground", "--force", f"--socket={folder}/munge.socket", f"--key-file={folder}/munge.key",
                    f"--pid-file={folder}/munged.pid", f"--log-file={folder}/munged.log",
@@ -116,7 +127,9 @@ def cluster(folder: Path) -> Iterator[dict[str, str]]:
     try:
         for name in DAEMONS:
             out = open(folder / f"{name}.out", "wb")
-            started.append(subprocess.Popen([daemon(name), *options[name]], env=env, stdout=out, stderr=out))
+            started.append(
+                subprocess.Popen([daemon(name), *options[name]], env=env, stdout=out, stderr=out)
+            )
             if name == "munged":
                 wait(lambda: (folder / "munge.socket").exists(), "munged", folder)
         wait(lambda: "idle" in ask(env, "sinfo", "-h", "-o", "%T"), "the node", folder)
@@ -158,7 +171,9 @@ def wait(ready, what: str, folder: Path, seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not ready():
         if time.monotonic() > end:
-            logs = "\n".join(f"{f.name}: {f.read_text(errors='replace')[-1000:]}" for f in folder.glob("*.log"))
+            logs = "\n".join(
+                f"{f.name}: {f.read_text(errors='replace')[-1000:]}" for f in folder.glob("*.log")
+            )
             raise TimeoutError(f"{what}: not there after {seconds:.0f} s\n{logs}")
         time.sleep(0.3)
 
