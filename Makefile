@@ -19,13 +19,13 @@ help:  ## this list
 
 install: $(INSTALLED)  ## .venv with the locked versions (4 GB, a few minutes; nothing to do the second time)
 
-$(INSTALLED): pyproject.toml requirements.lock
+$(INSTALLED): pyproject.toml notebooks/pyproject.toml requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
 		|| { echo "Python 3.11 is needed and $(PYTHON) is none: install it, or name one with PYTHON=/path/to/python3.11"; exit 1; }
 	@test -x $(BIN)/python || { echo "creating .venv"; $(PYTHON) -m venv .venv; }
 	@echo "installing requirements.lock into .venv (once; a few minutes)"
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements.lock
-	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -e .
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -e . -e notebooks
 	@touch $@
 
 reproduce: $(INSTALLED)  ## run every notebook of PROFILE (mini) on CORES (all); figures land in figures/PROFILE
@@ -42,14 +42,14 @@ paper:  ## the paper profile: a GPU machine; data and weights in FUNGI_DATA or d
 
 plan: $(INSTALLED)  ## what `make reproduce` would run for PROFILE (mini), with hours; and hours of the whole profile
 	@$(BIN)/snakemake --cores $(CORES) -n --nolock --quiet rules --config profile=$(PROFILE)
-	@echo; echo "the whole of it, on this machine or not:"; $(BIN)/python -m fungi_core.plan $(PROFILE)
+	@echo; echo "the whole of it, on this machine or not:"; $(BIN)/python -m companion.plan $(PROFILE)
 
 # Photographs chosen in the browser travel in one message, for which JupyterLab allows 10 MB.
 lab: $(INSTALLED)  ## open JupyterLab at the first notebook
 	$(BIN)/jupyter lab --ServerApp.tornado_settings="{'websocket_max_message_size': 4000000000}" notebooks/00_start_here.ipynb
 
 site: $(INSTALLED)  ## the executed notebooks, figures/lite and the scoreboard as pages: build/site/index.html
-	@$(BIN)/python -m fungi_core.site
+	@$(BIN)/python -m companion.site
 
 lint: $(INSTALLED)  ## style of code and notebooks
 	$(BIN)/ruff check .
@@ -61,11 +61,11 @@ test: $(INSTALLED) lint  ## everything that CI runs
 	$(TEST_ENV) $(BIN)/python -m pytest -q --nbval-lax notebooks
 
 normalize: $(INSTALLED)  ## strip times and versions from notebooks saved in JupyterLab (before a commit)
-	$(BIN)/python -m fungi_core.run --normalize notebooks/*.ipynb
+	$(BIN)/python -m companion.run --normalize notebooks/*.ipynb
 
 refresh: $(INSTALLED)  ## execute all notebooks in place with their defaults, then normalize
 	cd notebooks && for nb in *.ipynb; do echo $$nb; ../$(BIN)/jupyter execute --inplace $$nb || exit 1; done
-	$(BIN)/python -m fungi_core.run --normalize notebooks/*.ipynb
+	$(BIN)/python -m companion.run --normalize notebooks/*.ipynb
 
 lock:  ## write requirements.lock from the present .venv
 	@{ echo "# What the Makefile installs, with CPython 3.11 from PyPI. Written by 'make lock' from a .venv that passed the tests."; \

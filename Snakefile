@@ -8,7 +8,7 @@ import json
 import re
 import sys
 
-sys.path.insert(0, workflow.basedir)
+sys.path[:0] = [workflow.basedir, f"{workflow.basedir}/notebooks"]
 
 workdir: workflow.basedir
 
@@ -25,17 +25,16 @@ THREADS = 8 if PAPER else CORES or 2
 MEMORY, MINUTES = (64_000, 240) if PAPER else (4_000, 60)  # MB and time limit of a job; twice that at its second try
 GPU = int(PAPER)  # what a job asks for; locally limited by --resources gpu=N, one process a device
 
-CODE = sorted(Path("fungi_core").glob("*.py"))
-# Modules that change no feature; a change in any other runs the features jobs again, which then find their rows stored.
-AFTER_FEATURES = {"clustering", "devices", "diagram", "evaluate", "explore", "figures", "grids", "iou", "masks",
-                  "neighbours", "own", "paper", "pca", "plan", "plots", "probe", "protocol", "retrieval", "run",
-                  "scenes", "segmentation", "similarity", "site", "studies", "throughput", "tokens"}
-CODE_OF_FEATURES = [path for path in CODE if path.stem not in AFTER_FEATURES]
+CODE = sorted(p for folder in ("fungi_core", "notebooks/companion") for p in Path(folder).rglob("*.py"))
+# What can change a feature; a change there runs the features jobs again, which find their rows stored.
+CODE_OF_FEATURES = [p for p in CODE if p.parts[0] == "fungi_core" or p.parts[2] in ("data", "encoders")]
 
 
 def made_plan():
     """Parameters and features jobs of each notebook, and the shards of each of these jobs: names of marker files."""
-    from fungi_core import backbones, datasets, plan, run
+    from companion import plan, run
+    from companion.data import datasets
+    from fungi_core import backbones
 
     slugs = run.notebooks()
     try:
@@ -118,4 +117,4 @@ rule notebook:
     resources:
         gpu=GPU, mem_mb=lambda wc, attempt: MEMORY * attempt, runtime=lambda wc, attempt: 4 * MINUTES * attempt,
         slurm_extra=lambda wc: "--exclusive" if wc.slug in ALONE else ""
-    shell: "{sys.executable} -m fungi_core.run {wildcards.slug} --profile {PROFILE} --out {output}"
+    shell: "{sys.executable} -m companion.run {wildcards.slug} --profile {PROFILE} --out {output}"

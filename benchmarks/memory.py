@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fungi_core import figures
+from companion.figures import style as figures
 
 WIDTH = 384
 
@@ -30,7 +30,8 @@ def peak(device: str) -> int:
 
 
 def stock(backbone: str, device: str, images: int) -> int:
-    from fungi_core import backbones, throughput
+    from companion import throughput
+    from fungi_core import backbones
 
     encoder = backbones.load(backbone, device=device)
     forward = throughput.stock(encoder)
@@ -48,7 +49,8 @@ def simclr(backbone: str, device: str, images: int) -> int:
 
 def ends(backbone: str, device: str, rows: int) -> int:
     """Bytes beyond the rows: of a PCA to the width and a kNN search with them as the training set."""
-    from fungi_core import evaluate, pca
+    from companion.evaluate import knn as evaluate
+    from fungi_core import pca
 
     rng = np.random.default_rng(0)
     train = np.empty((rows, WIDTH), np.float32)

@@ -27,8 +27,10 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from fungi_core import backbones, extract, figures, pack, store, views
-from fungi_core.images import Split
+from companion import pack
+from companion.data.images import Split
+from companion.figures import style as figures
+from fungi_core import backbones, extract, store, views
 
 SIDE, NAME = 32, "many"
 COMMAND = ["random:test_vit", NAME, "train", "kl"]

@@ -23,7 +23,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fungi_core import backbones, figures, fungi, gradients, objectives, projection, throughput
+from companion import throughput
+from companion.figures import style as figures
+from fungi_core import backbones, fungi, gradients, objectives, projection
 
 IMAGES = {"kl": 32, "dino": 4, "simclr": 2}  # decoded 256 x 256 images a timed call
 

@@ -9,7 +9,9 @@ import re
 from importlib import metadata
 from pathlib import Path
 
-from fungi_core import backbones, datasets, masks, paths
+from companion import paths
+from companion.data import datasets, masks
+from fungi_core import backbones
 
 FILE = Path(__file__).with_name("LICENCES.md")
 SHORT = {  # what old classifiers and free text say, as SPDX has it

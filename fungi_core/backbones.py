@@ -25,8 +25,10 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resolve_data_
 from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 
-from . import checkpoints, paths, spectrograms, texts
-from .gradients import Factors, linear_layer, loss_gradients, rows, tapped_factors
+from companion import paths
+from companion.encoders import checkpoints, spectrograms
+from fungi_core import text as texts
+from fungi_core.gradients import Factors, linear_layer, loss_gradients, rows, tapped_factors
 
 MINI = {  # 64 px, patch 8; trained by data/backbones/train.py
     "vit_mini": dict(img_size=64, patch_size=8, embed_dim=192, depth=9, num_heads=3),

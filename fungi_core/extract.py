@@ -21,9 +21,12 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from . import backbones, datasets, devices, evaluate, fungi, objectives, pca, store
-from . import projection as projections
-from .gradients import Factors, linear_layer
+from companion import devices
+from companion.data import datasets
+from companion.evaluate import knn as evaluate
+from fungi_core import backbones, fungi, objectives, pca, store
+from fungi_core import projection as projections
+from fungi_core.gradients import Factors, linear_layer
 
 EXTRACTION = 1  # raise when the same settings would give other features than before
 ALL = ("kl", "dino", "simclr")

@@ -18,8 +18,11 @@ from safetensors.numpy import save_file
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 
-from . import backbones, evaluate, objectives, pca, projection, sounds, texts, views
-from .gradients import LossNotFinite, linear_layer, tapped_factors
+from companion.evaluate import knn as evaluate
+from fungi_core import audio as sounds
+from fungi_core import backbones, objectives, pca, projection, views
+from fungi_core import text as texts
+from fungi_core.gradients import LossNotFinite, linear_layer, tapped_factors
 
 WHOLE = objectives.KL()  # the embedding rides on the whole-image view
 # each: view_count, at_once, item_views, stack, finished, identity

@@ -18,8 +18,8 @@ them apart.
 import numpy as np
 import torch
 
-from . import kernels, views
-from .gradients import Factors
+from fungi_core import kernels, views
+from fungi_core.gradients import Factors
 
 
 class Rademacher:

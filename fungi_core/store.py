@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fungi_core import paths
+from companion import paths
 
 # rows a file: 0.8 MB at width 768, 4,000 files for a million rows; a kill costs the rows of one
 # file

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from . import backbones, fungi, neighbours, objectives, projection, views
-from .gradients import Factors, loss_gradients, tap
+from fungi_core import backbones, fungi, objectives, projection, views
+from fungi_core import search as neighbours
+from fungi_core.gradients import Factors, loss_gradients, tap
 
 KINDS = ("embedding", "rademacher", "khatri-rao", "sketch", "exact")
 

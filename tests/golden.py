@@ -12,7 +12,8 @@ import numpy as np
 from safetensors.numpy import save_file
 from vectors import pictures
 
-from fungi_core import clips, fungi, objectives, tokens
+from companion.data import clips
+from fungi_core import fungi, objectives, tokens
 from fungi_core.backbones import load
 
 FILE = Path(__file__).with_suffix(".safetensors")

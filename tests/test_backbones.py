@@ -13,7 +13,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torchvision.models import vit_b_16, vit_b_32
 from torchvision.models.vision_transformer import VisionTransformer as TorchvisionViT
 
-from fungi_core import backbones, checkpoints, paper, throughput
+from companion import paper, throughput
+from companion.encoders import checkpoints
+from fungi_core import backbones
 from fungi_core.fungi import view_batches
 from fungi_core.objectives import KL
 

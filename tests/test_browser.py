@@ -19,7 +19,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fungi_core import paths, views
+from companion import paths
+from fungi_core import views
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None

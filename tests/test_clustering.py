@@ -7,7 +7,7 @@ from itertools import permutations
 import numpy as np
 import pytest
 
-from fungi_core import clustering
+from companion.evaluate import clustering
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -16,10 +16,11 @@ import pytest
 import scipy.io
 from PIL import Image
 
-from fungi_core import datasets, pack, samples
-from fungi_core.datasets import DATASETS, DatasetUnavailable, load, table
-from fungi_core.images import balanced
-from fungi_core.paths import data_dir
+from companion import pack
+from companion.data import datasets, samples
+from companion.data.datasets import DATASETS, DatasetUnavailable, load, table
+from companion.data.images import balanced
+from companion.paths import data_dir
 
 PAPER = [
     name
@@ -594,7 +595,7 @@ def folders(base):
 def test_pack_round_trip(root):
     tree, out = folders(root / "tree"), root / "pets_at_home.npz"
     run = subprocess.run(
-        [sys.executable, "-m", "fungi_core.pack", "pets_at_home", str(out), "--imagefolder", str(tree)],
+        [sys.executable, "-m", "companion.pack", "pets_at_home", str(out), "--imagefolder", str(tree)],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert run.stdout.startswith("pets_at_home: 12 images, 2 classes") and not run.stderr

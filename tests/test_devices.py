@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from fungi_core import devices, paths
+from companion import devices, paths
 
 CLAIM = """
 import os, sys

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from fungi_core import evaluate
+from companion.evaluate import knn as evaluate
 from fungi_core import objectives as O
 from fungi_core.fungi import Fungi
 

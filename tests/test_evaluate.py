@@ -5,8 +5,8 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import normalize as sk_normalize
 
-from fungi_core import evaluate
-from fungi_core.evaluate import (
+from companion.evaluate import knn as evaluate
+from companion.evaluate.knn import (
     accuracy,
     bootstrap,
     combine,

@@ -9,7 +9,8 @@ import pytest
 from IPython.display import HTML
 from tqdm import tqdm
 
-from fungi_core import explore, extract
+from companion import explore
+from fungi_core import extract
 
 DISPLAYED = []
 

@@ -8,7 +8,9 @@ import pytest
 import torch
 from helpers import shrink_test_vit
 
-from fungi_core import backbones, datasets, evaluate, extract, fungi, pca, projection, store, views
+from companion.data import datasets
+from companion.evaluate import knn as evaluate
+from fungi_core import backbones, extract, fungi, pca, projection, store, views
 from fungi_core import objectives as O
 from fungi_core.extract import features, fungi_features
 

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from fungi_core import paths
+from companion import paths
 
 TABLE = (paths.ROOT / "tests" / "FAULTS.md").read_text()
 ROWS = [line for line in TABLE.splitlines() if re.match(r"\| (?!fault|-)", line)]

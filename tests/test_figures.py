@@ -13,7 +13,9 @@ import pytest
 from matplotlib.colors import to_rgb
 from PIL import Image
 
-from fungi_core import diagram, figures, grids, paths, plots
+from companion import diagram, paths
+from companion.figures import grids, plots
+from companion.figures import style as figures
 
 LETTERS = ["E", "K", "D", "S"]
 ROOT = Path(__file__).resolve().parents[1]

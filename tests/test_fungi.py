@@ -16,7 +16,8 @@ from sklearn.exceptions import NotFittedError
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 
-from fungi_core import backbones, evaluate, fungi, pca, views
+from companion.evaluate import knn as evaluate
+from fungi_core import backbones, fungi, pca, views
 from fungi_core import objectives as O
 from fungi_core.fungi import Fungi
 

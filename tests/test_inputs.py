@@ -14,7 +14,8 @@ import torch
 from helpers import shrink_test_vit
 from PIL import Image
 
-from fungi_core import backbones, extract, images, samples, store, views
+from companion.data import images, samples
+from fungi_core import backbones, extract, store, views
 from fungi_core import objectives as O
 from fungi_core.fungi import Fungi
 

@@ -13,8 +13,10 @@ import pytest
 from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 
-from fungi_core import evaluate, extract, own, paths, store
-from fungi_core.images import Images
+from companion import own, paths
+from companion.data.images import Images
+from companion.evaluate import knn as evaluate
+from fungi_core import extract, store
 
 
 def jpeg(seed: int, size=(64, 48), **options) -> bytes:

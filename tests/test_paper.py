@@ -8,7 +8,7 @@ import math
 import pandas as pd
 import pytest
 
-from fungi_core import paper
+from companion import paper
 
 # Numbers in the body of each printed table, counted on the page: rows x columns, "-" and "N/A" left
 # out.

@@ -10,9 +10,9 @@ from importlib.util import find_spec
 import pandas as pd
 import pytest
 
-from fungi_core import paths, plan, run
+from companion import paths, plan, run
+from companion.plan import Job
 from fungi_core.backbones import BACKBONES
-from fungi_core.plan import Job
 
 DEIT = "vit_b_16.tv_in1k"
 

@@ -12,7 +12,8 @@ from scipy.special import logsumexp
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedShuffleSplit
 
-from fungi_core import evaluate, probe
+from companion.evaluate import knn as evaluate
+from companion.evaluate import probe
 
 
 def problem(n, d, classes, seed=0, spread=0.8):

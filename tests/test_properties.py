@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 
-from fungi_core import evaluate, projection, store, views
+from companion.evaluate import knn as evaluate
+from companion.evaluate.cka import LinearCKA
 from fungi_core import objectives as O
+from fungi_core import projection, store, views
 from fungi_core.gradients import Factors
-from fungi_core.similarity import LinearCKA
 
 seeds = st.integers(0, 2**32 - 1)
 

@@ -11,19 +11,11 @@ from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 from sklearn.neighbors import KNeighborsClassifier
 
-from fungi_core import (
-    backbones,
-    clustering,
-    evaluate,
-    extract,
-    paper,
-    probe,
-    protocol,
-    retrieval,
-    studies,
-    views,
-)
-from fungi_core.images import Images
+from companion import paper, protocol, studies
+from companion.data.images import Images
+from companion.evaluate import clustering, probe, retrieval
+from companion.evaluate import knn as evaluate
+from fungi_core import backbones, extract, views
 
 
 def rows(n, seed, informative="kl", metric="accuracy"):

@@ -11,8 +11,10 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from fungi_core import backbones, datasets, paper, run
-from fungi_core.paths import ROOT
+from companion import paper, run
+from companion.data import datasets
+from companion.paths import ROOT
+from fungi_core import backbones
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = {

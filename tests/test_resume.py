@@ -9,7 +9,8 @@ import sys
 
 import pytest
 
-from fungi_core import paths, store
+from companion import paths
+from fungi_core import store
 
 
 @pytest.mark.parametrize(

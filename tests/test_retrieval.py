@@ -10,7 +10,7 @@ import pytest
 import torch
 from torchmetrics.retrieval import RetrievalMAP
 
-from fungi_core import retrieval
+from companion.evaluate import retrieval
 
 NONE = np.empty(0, np.int64)
 # ranks            0  1  2  3  4  5  6  7

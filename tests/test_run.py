@@ -13,7 +13,7 @@ import pytest
 import yaml
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from fungi_core import paths, run
+from companion import paths, run
 
 PARAMETERS = """\
 profile: str = "mini"  # which profile

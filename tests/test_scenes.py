@@ -12,21 +12,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torchmetrics.classification import MulticlassJaccardIndex
 
-from fungi_core import (
-    datasets,
-    figures,
-    fungi,
-    grids,
-    iou,
-    masks,
-    neighbours,
-    objectives,
-    plots,
-    scenes,
-    segmentation,
-    store,
-    tokens,
-)
+from companion import segmentation
+from companion.data import datasets, masks
+from companion.evaluate import iou, scenes
+from companion.figures import grids, plots
+from companion.figures import style as figures
+from fungi_core import fungi, objectives, store, tokens
+from fungi_core import search as neighbours
 from fungi_core.gradients import Factors
 
 SIZE = 64  # 4 x 4 patches of 16 px

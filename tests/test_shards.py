@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from fungi_core import extract, paths, store
+from companion import paths
+from fungi_core import extract, store
 from fungi_core.store import SHARD
 
 NAME, ROWS = (

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from fungi_core import similarity
-from fungi_core.similarity import STATES, LinearCKA, cka_matrix
+from companion.evaluate import cka as similarity
+from companion.evaluate.cka import STATES, LinearCKA, cka_matrix
 
 
 def gram_cka(x, y, unbiased=True):

@@ -10,7 +10,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fungi_core import backbones, fungi, objectives, sounds, views
+from fungi_core import audio as sounds
+from fungi_core import backbones, fungi, objectives, views
 
 soundfile = pytest.importorskip("soundfile")
 

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from fungi_core import backbones, checkpoints, fungi, gradients, objectives, spectrograms
+from companion.encoders import checkpoints, spectrograms
+from fungi_core import backbones, fungi, gradients, objectives
 
 WIDTH, DEPTH = 64, 2
 

@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fungi_core import paths, store
+from companion import paths
+from fungi_core import store
 from fungi_core.store import SHARD, StoreCorrupt, StoreMismatch, entries, key, open_rows
 
 META = {"backbone": "vit_micro", "objective": "kl", "seed": 0, "views": [2, 10]}

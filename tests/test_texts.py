@@ -15,8 +15,10 @@ import torch.nn.functional as F
 from helpers import relative
 from transformers import BertConfig, BertModel, T5Config, T5EncoderModel
 
-from fungi_core import backbones, corpora, datasets, extract, fungi, texts
+from companion.data import corpora, datasets
+from fungi_core import backbones, extract, fungi
 from fungi_core import objectives as O
+from fungi_core import text as texts
 from fungi_core.gradients import linear_layer
 
 SENTENCES = [

@@ -7,7 +7,9 @@ import pytest
 import torch
 from helpers import shrink_test_vit
 
-from fungi_core import backbones, datasets, throughput
+from companion import throughput
+from companion.data import datasets
+from fungi_core import backbones
 
 
 @pytest.fixture

@@ -10,8 +10,9 @@ import sys
 import numpy as np
 from safetensors.torch import load_file
 
-from fungi_core import backbones, pack, paths
-from fungi_core.images import Split
+from companion import pack, paths
+from companion.data.images import Split
+from fungi_core import backbones
 
 
 def split(n, seed):

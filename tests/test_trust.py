@@ -21,7 +21,9 @@ import numpy as np
 import pytest
 import torch
 
-from fungi_core import checkpoints, datasets, downloads, paths, samples
+from companion import downloads, paths
+from companion.data import datasets, samples
+from companion.encoders import checkpoints
 
 PYTHON = [
     *paths.ROOT.glob("fungi_core/*.py"),
@@ -478,7 +480,7 @@ def test_a_run_of_mini_needs_no_network_and_writes_the_store_figures_and_runs_al
     sizes = ("--n-train", "20", "--n-test", "20")
     done = run("-m", "fungi_core.extract", "vit_micro.sup_tin100", "digits", "test", "kl", *sizes)
     assert done.returncode == 0, done.stderr
-    done = run("-m", "fungi_core.run", "01_method")
+    done = run("-m", "companion.run", "01_method")
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "network").exists(), (tmp_path / "network").read_text()
     after = states(project)

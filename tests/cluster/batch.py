@@ -23,8 +23,9 @@ from pathlib import Path
 
 import slurm
 
-from fungi_core import datasets, store
-from fungi_core.paths import ROOT
+from companion.data import datasets
+from companion.paths import ROOT
+from fungi_core import store
 
 TIMED = (
     "16_simclr_views",

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import slurm
 
-from fungi_core import paths
+from companion import paths
 
 
 @pytest.mark.slow

@@ -1,0 +1,271 @@
+"""Vision transformers that read filter banks: SSAST, whisper's encoder, and an image network on
+spectrograms.
+
+All three are timm's `VisionTransformer` behind a stem of their own, which takes (N, T, F) as
+`sounds` makes it -- T frames, F mel bands -- and gives tokens with their positions. So blocks,
+read-out and target layers are those of the image backbones: the target is
+``blocks.<last>.attn.proj``.
+"""
+
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub import try_to_load_from_cache
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from companion import paths
+from companion.encoders import checkpoints
+from fungi_core import audio as sounds
+from fungi_core import views
+
+WHISPER = (
+    "openai/whisper-tiny.en",
+    "whisper_tiny_en_encoder.fp16.safetensors",
+)  # the hub's name; encoder alone, packed
+# where the paper's code gets it
+SSAST = "https://www.dropbox.com/s/ewrzpco95n9jdz6/SSAST-Base-Patch-400.pth?dl=1"
+
+
+class WhisperStem(nn.Module):
+    """Two convolutions over time, the second halving it, and whisper's fixed positions: (N, T, 80)
+    -> (N, T / 2, D).
+
+    Clips run at their own length, T up to 3000 (30 s); whisper itself pads all to that.
+    """
+
+    def __init__(self, width: int, bands: int = 80, length: int = 1500):
+        super().__init__()
+        self.conv1 = nn.Conv1d(bands, width, 3, padding=1)
+        self.conv2 = nn.Conv1d(width, width, 3, stride=2, padding=1)
+        self.positions = nn.Parameter(torch.zeros(length, width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.gelu(self.conv2(F.gelu(self.conv1(x.transpose(1, 2))))).transpose(
+            1, 2
+        )  # (N, T / 2, D)
+        if x.shape[1] > len(self.positions):
+            raise ValueError(
+                f"whisper hears at most {len(self.positions) / 50:g} s of a clip, not {x.shape[1] / 50:g}"
+            )
+        return x + self.positions[: x.shape[1]]
+
+
+class PatchStem(nn.Module):
+    """SSAST's overlapping patches, 16 x 16 every 10 bands and frames, with the positions of its
+    pretraining brought to their number: (N, T, F) -> (N, f t, D); 12 x 50 patches of ESC-50's 128
+    bands x 512 frames.
+
+    ``grid``: patches of the pretraining, (bands, frames) = (8, 64) of 128 x 1024 without overlap.
+    """
+
+    def __init__(
+        self, width: int, patch: int = 16, stride: int = 10, grid: tuple[int, int] = (8, 64)
+    ):
+        super().__init__()
+        self.proj = nn.Conv2d(1, width, patch, stride)
+        self.positions = nn.Parameter(torch.zeros(1, width, *grid))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        patches = self.proj(x.transpose(1, 2)[:, None])  # (N, D, f, t)
+        return (
+            (patches + resized_positions(self.positions, *patches.shape[2:]))
+            .flatten(2)
+            .transpose(1, 2)
+        )
+
+
+def resized_positions(positions: torch.Tensor, bands: int, frames: int) -> torch.Tensor:
+    """(1, D, f, t) -> (1, D, bands, frames) as SSAST does it: fewer are cut from the middle, more
+    interpolated (bilinear), frames before bands.
+    """
+    for axis, wanted in ((3, frames), (2, bands)):
+        have = positions.shape[axis]
+        if wanted < have:
+            positions = positions.narrow(axis, have // 2 - wanted // 2, wanted)
+        elif wanted > have:
+            size = (positions.shape[2], wanted) if axis == 3 else (wanted, positions.shape[3])
+            positions = F.interpolate(positions, size, mode="bilinear")
+    return positions
+
+
+class ImageStem(nn.Module):
+    """A filter bank as a grey picture, low bands at the bottom, in front of an image network's
+    patch embedding: (N, T, F) -> (N, patches, D). Resized to the network's square (bicubic), the
+    same in all three channels.
+    """
+
+    def __init__(self, patch_embed: nn.Module):
+        super().__init__()
+        self.patch_embed, self.size = patch_embed, patch_embed.img_size[0]
+        self.num_patches = patch_embed.num_patches
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        image = x.transpose(1, 2).flip(1)  # (N, F, T)
+        rows, columns = (views.bicubic_matrix(n, self.size).to(image) for n in image.shape[1:])
+        image = rows @ image @ columns.T  # (N, s, s)
+        return self.patch_embed(image[:, None].expand(-1, 3, -1, -1))
+
+
+class TwoTokens(VisionTransformer):
+    """DeiT's two prefix tokens, read out as their mean: the paper's code takes SSAST's embedding
+    so.
+
+    ``both=False``: gradients flow to the class token alone, as in that code, which keeps its row
+    only ("yields more predictive gradients"); True is the gradient of eq. 1. The embedding is the
+    same.
+    """
+
+    both: bool = False
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        return (x[:, 0] + (x[:, 1] if self.both else x[:, 1].detach())) / 2
+
+
+def whisper(
+    width: int = 384, depth: int = 4, bands: int = 80, length: int = 1500
+) -> VisionTransformer:
+    """Whisper's encoder without its decoder (defaults: tiny), read out as the mean over the clip's
+    tokens.
+    """
+    model = VisionTransformer(
+        embed_dim=width,
+        depth=depth,
+        num_heads=width // 64,
+        num_classes=0,
+        class_token=False,
+        pos_embed="none",
+        global_pool="avg",
+        fc_norm=False,
+        norm_layer=partial(nn.LayerNorm, eps=1e-5),
+    )
+    model.patch_embed = WhisperStem(width, bands, length)
+    return model
+
+
+def ssast(width: int = 768, depth: int = 12, heads: int = 12, both: bool = False) -> TwoTokens:
+    """The patch-based SSAST (defaults: base, as in the paper) for 128 mel bands."""
+    model = TwoTokens(
+        embed_dim=width,
+        depth=depth,
+        num_heads=heads,
+        num_classes=0,
+        reg_tokens=1,
+        pos_embed="none",
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),
+    )
+    model.patch_embed = PatchStem(width)
+    model.both = both
+    return model
+
+
+def on_spectrograms(model: VisionTransformer) -> VisionTransformer:
+    """An image network that is shown filter banks (changed in place)."""
+    model.patch_embed = ImageStem(model.patch_embed)
+    return model
+
+
+def whisper_weights(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Keys of transformers' ``WhisperEncoder``, or of the whole model around it, in timm's names;
+    queries, keys and values are one layer there, and keys have a bias of zero.
+    """
+    state = {key.removeprefix("model.encoder."): x.float() for key, x in state.items()}
+    names = {
+        "self_attn.out_proj": "attn.proj",
+        "self_attn_layer_norm": "norm1",
+        "final_layer_norm": "norm2",
+        "fc1": "mlp.fc1",
+        "fc2": "mlp.fc2",
+    }
+    out, depth = {}, 1 + max(int(key.split(".")[1]) for key in state if key.startswith("layers."))
+    for i in range(depth):
+        ours, theirs = f"blocks.{i}.", f"layers.{i}."
+        for kind in ("weight", "bias"):
+            part = {x: state.get(f"{theirs}self_attn.{x}_proj.{kind}") for x in "qkv"}
+            part["k"] = torch.zeros_like(part["q"]) if part["k"] is None else part["k"]
+            out[f"{ours}attn.qkv.{kind}"] = torch.cat([part["q"], part["k"], part["v"]])
+            out |= {
+                f"{ours}{new}.{kind}": state[f"{theirs}{old}.{kind}"] for old, new in names.items()
+            }
+    stem = {"embed_positions.weight": "patch_embed.positions"}
+    stem |= {
+        f"conv{i}.{kind}": f"patch_embed.conv{i}.{kind}"
+        for i in (1, 2)
+        for kind in ("weight", "bias")
+    }
+    stem |= {f"layer_norm.{kind}": f"norm.{kind}" for kind in ("weight", "bias")}
+    return out | {new: state[old] for old, new in stem.items()}
+
+
+def ssast_weights(checkpoint: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Keys of the published SSAST pretraining file (its model inside ``DataParallel``) in ours; the
+    layers of the pretext tasks and DeiT's unused heads are left out. Positions of the two prefix
+    tokens are added to the tokens.
+    """
+    prefix = "module.v."
+    state = {key.removeprefix(prefix): x for key, x in checkpoint.items() if key.startswith(prefix)}
+    patch = state["patch_embed.proj.weight"].shape[2:]
+    grid = [int(checkpoint[f"module.p_input_{axis}dim"]) // side for axis, side in zip("ft", patch)]
+    positions = state.pop("pos_embed")  # (1, 2 + f t, D)
+    out = {
+        key: x
+        for key, x in state.items()
+        if not key.startswith(("head", "cls_token", "dist_token"))
+    }
+    out["patch_embed.proj.weight"] = state["patch_embed.proj.weight"].sum(
+        1, keepdim=True
+    )  # one channel, as published
+    out["cls_token"] = state["cls_token"] + positions[:, :1]
+    out["reg_token"] = state["dist_token"] + positions[:, 1:2]
+    out["patch_embed.positions"] = (
+        positions[:, 2:].transpose(1, 2).unflatten(2, grid)
+    )  # (1, D, f, t)
+    return out
+
+
+def load(spec, image_network, random: bool = False) -> tuple[VisionTransformer, sounds.Front]:
+    """Encoder and front end of an audio row of `backbones.BACKBONES`; with ``random`` weights from
+    a fixed seed.
+
+    ``image_network``: gives the untouched image network of a row that is one, by its name.
+    FileNotFoundError, in one line, where the weights are missing.
+    """
+    if random and spec.front == "image":
+        raise ValueError(
+            f"{spec.name} is an image network with its own weights; it has no random version"
+        )
+    if get := how_to_get(spec, random):
+        raise FileNotFoundError(
+            f"the weights of {spec.name} are not on this machine; get them by: {get}"
+        )
+    if spec.front == "image":
+        return on_spectrograms(image_network(spec.timm)), sounds.FRONTS["image"]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = {"whisper": whisper, "ssast": ssast}[spec.front]()
+    convert = {"whisper": whisper_weights, "ssast": ssast_weights}[spec.front]
+    model = model if random else checkpoints.load_into(model, _file(spec), convert)
+    return model, sounds.FRONTS[spec.front]
+
+
+def how_to_get(spec, random: bool = False) -> str | None:
+    """What to do for the weights of ``spec``, in one line; None when they are here."""
+    if random or _file(spec):
+        return None
+    if spec.front == "whisper":
+        return f"hf download {WHISPER[0]} model.safetensors"
+    return f"into checkpoints, as SSAST-Base-Patch-400.pth: {SSAST}"
+
+
+def _file(spec) -> Path | None:
+    """Where the weights are."""
+    if spec.front == "image":
+        return paths.backbones_dir() / f"{spec.timm}.safetensors"
+    if spec.front == "ssast":
+        file = paths.downloads_dir() / "checkpoints" / "SSAST-Base-Patch-400.pth"
+        return file if file.is_file() else None
+    packed = paths.downloads_dir() / WHISPER[1]
+    cached = try_to_load_from_cache(WHISPER[0], "model.safetensors")
+    return packed if packed.is_file() else Path(cached) if isinstance(cached, str) else None
