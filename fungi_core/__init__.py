@@ -1,7 +1,7 @@
-import os
+"""FUNGI: features from unsupervised gradients of a frozen transformer."""
 
-if os.environ.get("FUNGI_OFFLINE", "").strip() not in (
-    "",
-    "0",
-):  # read by the hub's client when it is imported
-    os.environ["HF_HUB_OFFLINE"] = "1"
+from .backbones import load
+from .fungi import Fungi
+from .objectives import DINO, KL, SimCLR
+
+__all__ = ["DINO", "KL", "Fungi", "SimCLR", "load"]

@@ -1,9 +1,9 @@
-"""Tap linear layers of a frozen network and get per-sample gradient factors, without a gradient on
-any parameter.
+"""Tap linear layers of a frozen network and get per-sample gradient factors.
 
 For y = W a + b with n = views x tokens rows, the gradient of sample i is G_i = sum_n d_n [a_n;
 1]^T, where d is the loss gradient at y. A tap keeps ``a`` and replaces y by a detached leaf that
-requires grad: everything before it runs without autograd, only the tail behind it is recorded.
+requires grad: everything before it runs without autograd, only the tail behind it is recorded, and
+no parameter ever requires a gradient.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,23 +12,27 @@ from dataclasses import dataclass
 
 import torch
 
+Loss = Callable[[torch.Tensor], torch.Tensor]
+
 
 class LossNotFinite(FloatingPointError):
-    """The loss of one sample is NaN or infinite; ``sample`` is its place in the batch, ``value``
-    the loss.
+    """Say that the loss of one sample is NaN or infinite.
+
+    ``sample`` is its place in the batch, ``value`` the loss.
     """
 
     def __init__(self, sample: int, value: float, name: str = ""):
-        super().__init__(
-            f"the loss of {name or f'sample {sample} of the batch'} is {value}; nothing was written"
-        )
+        named = name or f"sample {sample} of the batch"
+        super().__init__(f"the loss of {named} is {value}; nothing was written")
         self.sample, self.value = sample, value
 
 
 @dataclass(frozen=True)
 class Factors:
-    """Per-sample gradient factors: ``activations`` (B, n, D_in), ``output_gradients`` (B, n,
-    D_out), float32.
+    """Hold the factors of a batch's gradients, float32.
+
+    ``activations``: (B, n, D_in); ``output_gradients``: (B, n, D_out); ``bias``: whether the layer
+    has one, so that the gradient gains a column.
     """
 
     activations: torch.Tensor
@@ -39,46 +43,53 @@ class Factors:
         return len(self.activations)
 
     def __getitem__(self, index) -> "Factors":
-        """Some of the samples: a slice or an array of indices."""
+        """Return some of the samples: a slice or an array of indices."""
         return Factors(self.activations[index], self.output_gradients[index], self.bias)
 
     def gradient(self) -> torch.Tensor:
-        """The gradients themselves, (B, D_out, D_in + 1) with a bias, else (B, D_out, D_in); views
-        summed in the product.
-        """
+        """Return the gradients, (B, D_out, D_in + 1) with a bias, else (B, D_out, D_in)."""
         a, d = self.activations, self.output_gradients
-        gradient = d.transpose(1, 2) @ a  # (B, D_out, n) @ (B, n, D_in)
+        gradient = d.transpose(1, 2) @ a  # (B, D_out, n) @ (B, n, D_in): views are summed here
         return torch.cat([gradient, d.sum(1)[..., None]], 2) if self.bias else gradient
+
+    def appended(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return output gradients (B, n, D_out) and activations with the bias's ones, (B, n, D_in +
+        1).
+        """
+        a = self.activations
+        if self.bias:
+            a = torch.cat([a, a.new_ones(*a.shape[:2], 1)], 2)
+        return self.output_gradients, a
 
 
 def linear_layer(model: torch.nn.Module, path: str) -> torch.nn.Linear:
-    """The linear layer at ``path``, e.g. ``blocks.11.attn.proj``; one-line errors for a wrong path
-    or kind of layer.
+    """Return the linear layer at ``path``, such as ``blocks.11.attn.proj``.
+
+    Raises ValueError where there is none or it is another kind of layer.
     """
     try:
         layer = model.get_submodule(path)
     except AttributeError:
-        names = [
+        linear = [
             name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)
         ]
-        shown = ", ".join(names[-4:]) or "none"
+        shown = ", ".join(linear[-4:]) or "none"
         raise ValueError(
             f"{type(model).__name__} has no layer {path!r}; its last linear layers: {shown}"
         ) from None
     if not isinstance(layer, torch.nn.Linear):
-        raise ValueError(
-            f"layer {path!r} is a {type(layer).__name__}; gradients are taken at a torch.nn.Linear"
-        )
+        kind = type(layer).__name__
+        raise ValueError(f"layer {path!r} is a {kind}; gradients are taken at a torch.nn.Linear")
     return layer
 
 
-class _Tap:
+class Tap:
+    """Keep what passes through one linear layer: its input, and its output as a leaf."""
+
     def __init__(self, path: str, layer: torch.nn.Linear):
         self.path, self.bias, self.calls = path, layer.bias is not None, 0
-        self.handles = [
-            layer.register_forward_pre_hook(self._before),
-            layer.register_forward_hook(self._after),
-        ]
+        before = layer.register_forward_pre_hook(self._before)
+        self.handles = [before, layer.register_forward_hook(self._after)]
 
     def _before(self, layer, inputs):
         self.activations = inputs[0].detach()
@@ -86,17 +97,18 @@ class _Tap:
     def _after(self, layer, inputs, output):
         self.calls += 1
         # Behind an earlier tap the output is already in the graph; in front of all of them it
-        # becomes its root.
+        # becomes
+        # the graph's root.
         self.output = output if output.requires_grad else output.detach().requires_grad_()
         torch.set_grad_enabled(True)  # ends with the caller's no_grad block
         return self.output
 
 
 @contextmanager
-def tap(model: torch.nn.Module, paths: Sequence[str]) -> Iterator[list[_Tap]]:
-    """Hooks on the linear layers at ``paths``, removed on exit, always."""
+def tap(model: torch.nn.Module, paths: Sequence[str]) -> Iterator[list[Tap]]:
+    """Hook the linear layers at ``paths``; the hooks are removed on exit, always."""
     layers = [(path, linear_layer(model, path)) for path in paths]
-    taps = [_Tap(path, layer) for path, layer in layers]
+    taps = [Tap(path, layer) for path, layer in layers]
     try:
         yield taps
     finally:
@@ -108,16 +120,18 @@ def tapped_factors(
     model: torch.nn.Module,
     embed: Callable[[torch.Tensor], torch.Tensor],
     views: torch.Tensor,
-    loss: Callable[[torch.Tensor], torch.Tensor] | Sequence[Callable],
+    losses: Sequence[Loss],
     paths: Sequence[str],
 ) -> tuple[torch.Tensor, list[Factors]]:
-    """The general path: any network, any linear layers, one forward and one backward pass for all
-    of them.
+    """Take the gradients of any losses at any linear layers: one forward pass, one backward pass a
+    loss.
 
-    ``embed`` maps (N, 3, s, s) to embeddings (N, D) through ``model``; ``views``: (B, V, 3, s, s);
-    ``loss`` maps embeddings (B, V, D) float32 to (B,) losses. Returns embeddings (B, V, D) and one
-    ``Factors`` a path. Several losses share the forward pass: all paths of the first one, all of
-    the second, ...; none, (): the embeddings alone.
+    ``embed`` maps views (N, ...) through ``model`` to (N, D), or to (N, T, D) where the losses read
+    all tokens. ``views``: (B, V, ...). Each loss maps embeddings (B, V, ..., D) float32 to (B,).
+
+    Returns the embeddings and the factors of the first loss at every path, of the second, and so
+    on. Raises ValueError for a layer that does not run exactly once, `LossNotFinite` for a bad
+    loss.
     """
     batch, count = views.shape[:2]
     with tap(model, paths) as taps, torch.no_grad():
@@ -125,17 +139,19 @@ def tapped_factors(
         for one in taps:
             if one.calls != 1:
                 raise ValueError(
-                    f"layer {one.path!r} ran {one.calls} times in one forward pass; it must run exactly once"
+                    f"layer {one.path!r} ran {one.calls} times in one forward pass; "
+                    "it must run exactly once"
                 )
     with torch.enable_grad():
         embeddings = embeddings.float().unflatten(0, (batch, count))
-        losses, outputs = [loss] if callable(loss) else list(loss), [one.output for one in taps]
+        outputs = [one.output for one in taps]
         found = [
-            loss_gradients(one(embeddings), outputs, keep=one is not losses[-1]) for one in losses
+            loss_gradients(loss(embeddings), outputs, keep=loss is not losses[-1])
+            for loss in losses
         ]
-    activations = [rows(one.activations, batch) for one in taps]
+    activations = [per_sample(one.activations, batch) for one in taps]
     factors = [
-        Factors(a, rows(gradient, batch), one.bias)
+        Factors(a, per_sample(gradient, batch), one.bias)
         for gradients in found
         for one, a, gradient in zip(taps, activations, gradients, strict=True)
     ]
@@ -145,8 +161,9 @@ def tapped_factors(
 def loss_gradients(
     losses: torch.Tensor, outputs: Sequence[torch.Tensor], keep: bool = False
 ) -> Sequence[torch.Tensor]:
-    """d(sum of losses) / d(outputs); ``keep``: another loss follows. Raises `LossNotFinite` for the
-    first sample whose loss is.
+    """Return d(sum of losses) / d(outputs); ``keep`` the graph where another loss follows.
+
+    Raises `LossNotFinite` for the first sample whose loss is NaN or infinite.
     """
     bad = ~torch.isfinite(losses.detach())
     if bad.any():
@@ -155,8 +172,8 @@ def loss_gradients(
     return torch.autograd.grad(losses.sum(), outputs, retain_graph=keep)
 
 
-def rows(tensor: torch.Tensor, batch: int) -> torch.Tensor:
-    """(B * V, T, D) or (B * V, D) -> (B, V * T, D) float32: views and tokens of a sample are one
-    axis.
+def per_sample(tensor: torch.Tensor, batch: int) -> torch.Tensor:
+    """Join the views and tokens of each sample: (B * V, T, D) or (B * V, D) -> (B, V * T, D)
+    float32.
     """
     return tensor.detach().float().reshape(batch, -1, tensor.shape[-1])

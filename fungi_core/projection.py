@@ -18,12 +18,13 @@ them apart.
 import numpy as np
 import torch
 
-from fungi_core import kernels, views
-from fungi_core.gradients import Factors
+from . import kernels
+from .gradients import Factors
+from .seeds import generator
 
 
 class Rademacher:
-    """R in {-1, +1}^(rows x columns), defined by its keys, or given as a dense ``matrix``.
+    """Project by R in {-1, +1}^(rows x columns), defined by its keys or given as a ``matrix``.
 
     ``rows``: output size (the embedding's width, section 4.1); ``columns``: D_out * (D_in + 1) with
     a bias, else D_out * D_in. Memory: 1 bit an entry; unpacked once when the dense form stays below
@@ -48,13 +49,13 @@ class Rademacher:
         self._dense: dict[tuple, torch.Tensor] = {}
 
     def block(self, start: int, stop: int, device="cpu", dtype=torch.float32) -> torch.Tensor:
-        """Rows start..stop as a dense matrix, (stop - start, columns)."""
+        """Return rows start..stop as a dense matrix, (stop - start, columns)."""
         if self.matrix is not None:
             return self.matrix[start:stop].to(device, dtype)
         return kernels.unpack(self.bits(device)[start:stop], 0, self.columns, dtype)
 
     def bits(self, device="cpu") -> torch.Tensor:
-        """R as it is kept: (rows, bytes) uint8, see `kernels`."""
+        """Return R as it is kept: (rows, bytes) uint8, see `kernels`."""
         if self._bits.get(device) is None:
             drawn = self._bits.get("cpu")
             drawn = (
@@ -66,14 +67,14 @@ class Rademacher:
         return self._bits[device]
 
     def apply(self, factors: Factors, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """g = R vec(sum_n d_n [a_n; 1]^T) for every sample: factors (B, n, .) -> (B, rows) float32.
+        """Return R vec(sum_n d_n [a_n; 1]^T), factors (B, n, .) -> (B, rows) float32.
 
         ``dtype`` is that of the multiplication; sums are accumulated in float32.
         """
         gradient = factors.gradient().flatten(1)  # (B, D_out, D_in + 1) -> (B, columns)
         if gradient.shape[1] != self.columns:
             raise ValueError(
-                f"the gradient has {gradient.shape[1]} entries, the projection {self.columns} columns"
+                f"the gradient has {gradient.shape[1]} entries, R has {self.columns} columns"
             )
         # Scale to unit length first: a projection is linear, and bf16 keeps its precision away from
         # tiny numbers.
@@ -89,12 +90,11 @@ class Rademacher:
         return torch.cat(out, 1).float() * length
 
     def apply_tokens(self, factors: Factors, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """R vec(d_n [a_n; 1]^T) for every view or token n on its own: factors (B, n, .) -> (B, n,
-        rows) float32.
+        """Return R vec(d_n [a_n; 1]^T) of each view or token, (B, n, .) -> (B, n, rows) float32.
 
         No token's gradient is ever held; memory is that of a block of entries (`kernels`).
         """
-        d, a = appended(factors)
+        d, a = factors.appended()
         (d, d_length), (a, a_length) = (_unit(x.flatten(0, 1)) for x in (d, a))  # (B * n, .)
         if d.shape[1] * a.shape[1] != self.columns:
             found = d.shape[1] * a.shape[1]
@@ -121,8 +121,7 @@ class Rademacher:
 
 
 class KhatriRao:
-    """Sign rows that are outer products, row r = u_r w_r^T: g = sum_n (U d_n) * (W [a_n; 1]),
-    elementwise.
+    """Project by sign rows that are outer products u_r w_r^T: g = sum_n (U d_n) * (W [a_n; 1]).
 
     Still a projection by signs, at O(D d) instead of O(D^2 d) a gradient row and without R (Kar and
     Karnick 2012; Meister, Sarlos and Woodruff 2019); its variance is higher than that of
@@ -134,12 +133,12 @@ class KhatriRao:
         self.right = _signs(rows, d_in, "khatri-rao right", *keys)  # W, (rows, D_in + 1)
 
     def apply(self, factors: Factors, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """Factors (B, n, .) -> (B, rows) float32; ``dtype`` is ignored: the products are float32."""
+        """Project factors (B, n, .) to (B, rows) float32, always by float32 products."""
         return self.apply_tokens(factors).sum(1)
 
     def apply_tokens(self, factors: Factors, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """Factors (B, n, .) -> (B, n, rows) float32, each view or token on its own."""
-        d, a = appended(factors)
+        """Project each view or token on its own, (B, n, .) -> (B, n, rows) float32."""
+        d, a = factors.appended()
         return (d @ self.left.to(d).T) * (a @ self.right.to(a).T)
 
 
@@ -149,7 +148,7 @@ class TensorSketch:
     """
 
     def __init__(self, rows: int, d_out: int, d_in: int, *keys: object):
-        rng = views.generator("tensor-sketch", *keys)
+        rng = generator("tensor-sketch", *keys)
         self.rows = rows
         self.buckets = [torch.from_numpy(rng.integers(0, rows, size)) for size in (d_out, d_in)]
         self.signs = [
@@ -158,18 +157,18 @@ class TensorSketch:
         ]
 
     def apply(self, factors: Factors, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """Factors (B, n, .) -> (B, rows) float32; ``dtype`` is ignored: the sums are float32."""
+        """Project factors (B, n, .) to (B, rows) float32, always by float32 sums."""
         return torch.fft.irfft(
             self._spectrum(factors).sum(1), self.rows
         )  # linear: one inverse for all n
 
     def apply_tokens(self, factors: Factors, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """Factors (B, n, .) -> (B, n, rows) float32, each view or token on its own."""
+        """Project each view or token on its own, (B, n, .) -> (B, n, rows) float32."""
         return torch.fft.irfft(self._spectrum(factors), self.rows)
 
     def _spectrum(self, factors: Factors) -> torch.Tensor:
         spectra = []
-        for x, bucket, sign in zip(appended(factors), self.buckets, self.signs, strict=True):
+        for x, bucket, sign in zip(factors.appended(), self.buckets, self.signs, strict=True):
             counts = x.new_zeros(*x.shape[:2], self.rows).index_add_(
                 2, bucket.to(x.device), x * sign.to(x)
             )
@@ -178,7 +177,7 @@ class TensorSketch:
 
 
 class Exact:
-    """No projection: a sample keeps its factors, (n * (D_out + D_in)) floats, for `exact_kernel`."""
+    """Keep the factors themselves, n * (D_out + D_in) floats a sample, for `exact_kernel`."""
 
     def apply(self, factors: Factors, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Factors (B, n, .) -> (B, n * (D_out + D_in)) float32; a bias adds no column. `factors_of`
@@ -187,12 +186,11 @@ class Exact:
         return torch.cat([factors.output_gradients, factors.activations], 2).flatten(1)
 
 
-def factors_of(rows: np.ndarray, d_out: int, d_in: int, bias: bool) -> Factors:
-    """The factors that `Exact` flattened: (B, n * (D_out + D_in)) -> output gradients and
-    activations (B, n, .).
-    """
-    both = torch.from_numpy(rows).unflatten(1, (-1, d_out + d_in))
-    return Factors(both[:, :, d_out:], both[:, :, :d_out], bias)
+def factors_of(rows: np.ndarray, layer: torch.nn.Linear) -> Factors:
+    """Return the factors that `Exact` flattened, from rows (B, n * (D_out + D_in)) at ``layer``."""
+    both = torch.from_numpy(rows).unflatten(1, (-1, layer.out_features + layer.in_features))
+    d, a = both.split([layer.out_features, layer.in_features], 2)  # (B, n, .) each
+    return Factors(a, d, layer.bias is not None)
 
 
 def exact_cosine(x: Factors, y: Factors) -> torch.Tensor:
@@ -213,7 +211,7 @@ def exact_kernel(x: Factors, y: Factors) -> torch.Tensor:
     For one view or token a sample this is the elementwise product of two ordinary inner-product
     matrices.
     """
-    (dx, ax), (dy, ay) = appended(x), appended(y)
+    (dx, ax), (dy, ay) = x.appended(), y.appended()
     if dx.shape[1] == dy.shape[1] == 1:
         return (dx[:, 0] @ dy[:, 0].T) * (ax[:, 0] @ ay[:, 0].T)
     out = []
@@ -230,7 +228,7 @@ KINDS = ("rademacher", "khatri-rao", "sketch", "exact")
 
 
 def draw(kind: str, rows: int, d_out: int, d_in: int, *keys: object) -> Projection:
-    """The projection called ``kind`` for gradients (d_out, d_in); ``d_in`` counts the bias column."""
+    """Draw the projection called ``kind`` for gradients (d_out, d_in), the bias column included."""
     if kind not in KINDS:
         raise ValueError(f"unknown projection {kind!r}; there are {', '.join(map(repr, KINDS))}")
     if kind == "exact":
@@ -240,18 +238,8 @@ def draw(kind: str, rows: int, d_out: int, d_in: int, *keys: object) -> Projecti
     return (KhatriRao if kind == "khatri-rao" else TensorSketch)(rows, d_out, d_in, *keys)
 
 
-def appended(factors: Factors) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output gradients (B, n, D_out) and activations with the bias's ones appended, (B, n, D_in +
-    1).
-    """
-    a = factors.activations
-    return factors.output_gradients, torch.cat(
-        [a, a.new_ones(*a.shape[:2], 1)], 2
-    ) if factors.bias else a
-
-
 def _unit(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows scaled to unit length, and their lengths, (N, 1)."""
+    """Scale rows to unit length; return them and their lengths, (N, 1)."""
     length = x.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     return x / length, length
 
@@ -261,8 +249,8 @@ def _signs(rows: int, columns: int, *keys: object) -> torch.Tensor:
 
 
 def sign_bits(rows: int, columns: int, *keys: object) -> np.ndarray:
-    """The bits of R, (rows, ceil(columns / 8)) uint8, little bit order; 1 stands for +1, 0 for -1."""
+    """Draw the bits of R, (rows, ceil(columns / 8)) uint8, little bit order; 1 stands for +1."""
     words = -(-columns // 64)
-    rng = views.generator("projection", *keys)
+    rng = generator("projection", *keys)
     raw = rng.bit_generator.random_raw(rows * words).astype("<u8")
     return raw.view(np.uint8).reshape(rows, words * 8)[:, : -(-columns // 8)]

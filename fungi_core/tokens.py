@@ -1,5 +1,4 @@
-"""Features of every patch of an image: tokens after the final norm, and the gradient of a SimCLR
-loss at each of them.
+"""Features of every patch: tokens after the final norm, and a SimCLR gradient at each of them.
 
 The tokens of one image are the views of SimCLR's loss, their nearest neighbours in a support memory
 the negatives (section B.2, Table 18). At the last block's attention output projection the gradient
@@ -8,27 +7,32 @@ nothing behind that layer mixes tokens. It is projected block by block; an image
 at 512 px on ViT-B) never exist at once.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from fungi_core import backbones, fungi, objectives, projection, views
-from fungi_core import search as neighbours
-from fungi_core.gradients import Factors, loss_gradients, tap
+from .backbones import Backbone
+from .devices import fixed_teams
+from .gradients import Factors, loss_gradients, tap
+from .objectives import Heads, SimCLR
+from .rows import draw_parts
+from .search import nearest
+from .seeds import generator
 
 KINDS = ("embedding", "rademacher", "khatri-rao", "sketch", "exact")
 
 
 @dataclass(frozen=True)
 class Loss:
-    """The per-image SimCLR loss of section B.2: ``negatives`` neighbours are retrieved a token,
-    half of them dropped.
+    """Describe the per-image SimCLR loss of section B.2.
 
+    ``negatives`` neighbours are retrieved for each token, and half of them dropped.
     ``denominator``: "eq5" or "published" (no temperature in it). ``neighbours``: "fixed", or
-    "published", where the retrieved vectors are scrambled by a reshape (T, k, D) -> (T, D, k) ->
-    (T, k, D).
+    "published", where a reshape (T, k, D) -> (T, D, k) -> (T, k, D) scrambles the retrieved
+    vectors.
     """
 
     temperature: float = 0.07
@@ -37,82 +41,69 @@ class Loss:
     denominator: str = "eq5"
     neighbours: str = "fixed"
 
+    def objective(self) -> SimCLR:
+        """Return the loss as an objective."""
+        return SimCLR(temperature=self.temperature, dim=self.dim, denominator=self.denominator)
 
-def encoder(name: str, size: int, **options) -> backbones.Backbone:
-    """A backbone for ``size`` x ``size`` pixels, position embedding interpolated (bicubic).
 
-    Raises ValueError for a size that is no multiple of the patch and for networks other than timm's
-    vision transformers. ``options`` go to `backbones.load`.
+def for_patches(backbone: Backbone, size: int) -> Backbone:
+    """Return a backbone for ``size`` px images, its position embedding interpolated (bicubic).
+
+    Raises ValueError for a size that is no multiple of the patch, and for networks other than
+    timm's vision transformers.
     """
-    backbone = backbones.load(name, **options)
-    model = backbone.model
-    if not hasattr(model, "set_input_size") or not hasattr(model, "num_prefix_tokens"):
+    if not hasattr(backbone.model, "num_prefix_tokens"):
+        kind = type(backbone.model).__name__
         raise ValueError(
-            f"{backbone.name} is a {type(model).__name__}; patch features need a timm vision transformer"
+            f"{backbone.name} is a {kind}; patch features need a timm vision transformer"
         )
-    patch = model.patch_embed.patch_size[0]
-    if size % patch or size < patch:
-        raise ValueError(f"input size {size} is no multiple of {backbone.name}'s patch, {patch} px")
     return backbone.at_size(size)
 
 
-def pixels(backbone: backbones.Backbone, pictures: list[np.ndarray]) -> torch.Tensor:
-    """uint8 (S, S, 3) images, normalised as the backbone wants them: (B, 3, S, S) on its device, in
-    its dtype.
-    """
-    backbones.fixed_teams()
-    batch = torch.from_numpy(np.stack(pictures))[:, None].to(backbone.device)  # (B, 1, S, S, 3)
-    return views.finish(batch, None, backbone.mean, backbone.std, backbone.dtype)[:, 0]
+def tokens_of(backbone: Backbone, batch: torch.Tensor) -> torch.Tensor:
+    """Return all tokens after the final norm, (B, 3, S, S) -> (B, P + T, D) float32.
 
-
-def embeddings(backbone: backbones.Backbone, batch: torch.Tensor) -> torch.Tensor:
-    """(B, 3, S, S) -> tokens after the final norm, (B, P + T, D) float32: P prefix tokens (class
-    token), T patches.
+    P prefix tokens (the class token) come first, then T patches.
     """
     with torch.inference_mode():
         return backbone.model.forward_features(batch).float()
 
 
-def patches(backbone: backbones.Backbone, tokens: torch.Tensor) -> torch.Tensor:
-    """The patches' rows of (B, P + T, .): (B, T, .)."""
+def patches(backbone: Backbone, tokens: torch.Tensor) -> torch.Tensor:
+    """Return the patches' rows of all tokens, (B, P + T, .) -> (B, T, .)."""
     return tokens[:, backbone.model.num_prefix_tokens :]
 
 
 def factors(
-    backbone: backbones.Backbone,
+    backbone: Backbone,
     batch: torch.Tensor,
-    negatives,
-    heads: objectives.Heads,
+    negatives: Callable[[int, torch.Tensor], torch.Tensor],
+    heads: Heads,
     loss: Loss,
 ) -> tuple[torch.Tensor, Factors]:
-    """Tokens (B, P + T, D) and the factors of their gradients (B, P + T, .), all float32, class
-    token included.
+    """Return tokens (B, P + T, D) and the factors of their gradients (B, P + T, .), float32.
 
-    ``negatives``: tokens (P + T, D) of one image -> latents (M, dim), called once an image, in
-    order. Tokens go to the head as they are, not normalised (Table 17).
+    ``negatives``: number and tokens (P + T, D) of one image -> latents (M, dim), called in order.
+    Tokens go to the head as they are, not normalised (Table 17).
     """
-    objective = objectives.SimCLR(loss.temperature, loss.dim, denominator=loss.denominator)
+    objective = loss.objective()
     with tap(backbone.model, [backbone.layer]) as (one,), torch.no_grad():
         tokens = backbone.model.forward_features(batch)
     with torch.enable_grad():
         tokens = tokens.float()
         losses = [
-            objective.loss(
-                image[None], heads, negatives(i, image.detach())
-            )  # (1, P + T, D) -> (1,)
+            objective.loss(image[None], heads, negatives(i, image.detach()))  # -> (1,)
             for i, image in enumerate(tokens)
         ]
         (gradient,) = loss_gradients(torch.cat(losses), [one.output])
     return tokens.detach(), Factors(one.activations.float(), gradient.float(), one.bias)
 
 
-def draw_negatives(retrieved: torch.Tensor, loss: Loss, rng: np.random.Generator) -> torch.Tensor:
-    """Half of the retrieved vectors (T, k, D), drawn without replacement: (T * k // 2, D)."""
+def drop_half(retrieved: torch.Tensor, loss: Loss, rng: np.random.Generator) -> torch.Tensor:
+    """Keep half of the retrieved vectors (T, k, D), drawn without replacement: (T * k // 2, D)."""
     t, k, d = retrieved.shape
-    if loss.neighbours == "published":
-        retrieved = retrieved.reshape(t, d, k).transpose(
-            1, 2
-        )  # the same numbers, dealt out to other vectors
+    if loss.neighbours == "published":  # the same numbers, dealt out to other vectors
+        retrieved = retrieved.reshape(t, d, k).transpose(1, 2)
     elif loss.neighbours != "fixed":
         raise ValueError(f"neighbours {loss.neighbours!r} is unknown; use 'fixed' or 'published'")
     kept = np.sort(rng.permutation(t * k)[: t * k // 2])
@@ -120,16 +111,21 @@ def draw_negatives(retrieved: torch.Tensor, loss: Loss, rng: np.random.Generator
 
 
 class Extractor:
-    """What turns images into patch features for one backbone, loss and seed; ``kinds`` of `KINDS`.
+    """Turn images into patch features for one backbone, loss and seed; ``kinds`` of `KINDS`.
 
     ``support``: (M, D) L2-normalised patches that negatives are retrieved from, needed for all
-    kinds but "embedding". Heads and projection are drawn from the seed as everywhere in this
-    project; one projection for each kind. As published, an image's own tokens go to the head as
-    they are and the support's patches normalised.
+    kinds but "embedding". Heads and projection are drawn from the seed; each kind has its own
+    projection. As published, an image's own tokens go to the head as they are, the support's
+    normalised.
     """
 
     def __init__(
-        self, backbone: backbones.Backbone, kinds, loss: Loss = Loss(), seed: int = 0, support=None
+        self,
+        backbone: Backbone,
+        kinds: Sequence[str],
+        loss: Loss = Loss(),
+        seed: int = 0,
+        support: torch.Tensor | None = None,
     ):
         if unknown := [kind for kind in kinds if kind not in KINDS]:
             raise ValueError(
@@ -137,63 +133,50 @@ class Extractor:
             )
         if support is None and set(kinds) != {"embedding"}:
             raise ValueError("gradient features need a support memory: (M, D) normalised patches")
-        self.backbone, self.kinds, self.loss, self.seed, self.support = (
-            backbone,
-            tuple(kinds),
-            loss,
-            seed,
-            support,
-        )
-        objective = objectives.SimCLR(loss.temperature, loss.dim)
+        self.backbone, self.kinds, self.loss = backbone, tuple(kinds), loss
+        self.seed, self.support = seed, support
+        self.objective = loss.objective()
         projected = [kind for kind in kinds if kind not in ("embedding", "exact")]
         parts = {
-            kind: fungi.draw_parts(backbone, objective, seed, None, kind)
+            kind: draw_parts(backbone, self.objective, seed, None, kind)
             for kind in projected or ["rademacher"]
         }
         self.projections = {kind: parts[kind].projection for kind in projected}
         self.heads = next(iter(parts.values())).heads
-        self.objective = objective
 
-    def __call__(self, pictures: list[np.ndarray], ids: list[str]) -> dict[str, torch.Tensor]:
-        """{kind: (B, T, W) float32} of uint8 (S, S, 3) images; ``ids`` seed which negatives are
-        dropped.
+    def __call__(self, pictures: Sequence[np.ndarray], ids: Sequence[str]) -> dict:
+        """Return {kind: (B, T, W) float32} of uint8 (S, S, 3) images; ``ids`` seed what is dropped.
 
         Every row is of unit length: the normalised token, or the normalised token joined to the
-        normalised gradient and normalised again (eq. 8), W = 2 D. For "exact" the token, d and [a;
-        1], each normalised: W = 3 D + 1, to be compared by `similarities`.
+        normalised gradient and normalised again (eq. 8), W = 2 D. For "exact" the token, d and
+        [a; 1], each normalised, W = 3 D + 1, to be compared by `search.similarities`.
         """
-        batch = pixels(self.backbone, pictures)
+        fixed_teams()
+        backbone = self.backbone
+        pixels = torch.from_numpy(np.stack(pictures))[:, None].to(backbone.device)
+        batch = backbone.inputs.finish(pixels, backbone.dtype)[:, 0]  # (B, 3, S, S)
         if self.kinds == ("embedding",):
-            return {
-                "embedding": F.normalize(
-                    patches(self.backbone, embeddings(self.backbone, batch)), dim=-1
-                )
-            }
-        tokens, parts = factors(
-            self.backbone, batch, lambda i, z: self._negatives(z, ids[i]), self.heads, self.loss
-        )
-        e, a, d = (
-            patches(self.backbone, x) for x in (tokens, parts.activations, parts.output_gradients)
-        )
-        e, out = F.normalize(e, dim=-1), {}
+            e = patches(backbone, tokens_of(backbone, batch))
+            return {"embedding": F.normalize(e, dim=-1)}
+        negatives = lambda i, tokens: self._negatives(tokens, ids[i])
+        tokens, made = factors(backbone, batch, negatives, self.heads, self.loss)
+        e = F.normalize(patches(backbone, tokens), dim=-1)
+        a, d = (patches(backbone, x) for x in (made.activations, made.output_gradients))
+        made, out = Factors(a, d, made.bias), {}
         for kind in self.kinds:
             if kind == "embedding":
                 out[kind] = e
             elif kind == "exact":
-                both = projection.appended(Factors(a, d, parts.bias))
-                out[kind] = torch.cat([e, *(F.normalize(x, dim=-1) for x in both)], -1)
+                parts = [F.normalize(x, dim=-1) for x in made.appended()]
+                out[kind] = torch.cat([e, *parts], -1)
             else:
-                g = self.projections[kind].apply_tokens(
-                    Factors(a, d, parts.bias), self.backbone.dtype
-                )  # (B, T, D)
+                g = self.projections[kind].apply_tokens(made, backbone.dtype)  # (B, T, D)
                 out[kind] = F.normalize(torch.cat([e, F.normalize(g, dim=-1)], -1), dim=-1)
         return out
 
     def _negatives(self, tokens: torch.Tensor, name: str) -> torch.Tensor:
-        _, index = neighbours.nearest(
-            F.normalize(tokens, dim=-1), self.support, self.loss.negatives
-        )
-        rng = views.generator("dropped negatives", self.seed, name)
-        return self.objective.latents(
-            draw_negatives(self.support[index], self.loss, rng), self.heads
-        )
+        queries = F.normalize(tokens, dim=-1)
+        _, index = nearest(queries, self.support, self.loss.negatives)
+        rng = generator("dropped negatives", self.seed, name)
+        kept = drop_half(self.support[index], self.loss, rng)
+        return self.objective.latents(kept, self.heads)

@@ -1,392 +1,316 @@
-"""Views of images, one batch per objective, seeded by (seed, content of the image, objective).
+"""Images: decoding, the inputs of a backbone, and the views that the objectives take of them.
 
 A view never depends on the batch, its order or the number of workers: the generator of a random
-view is keyed by the image's own bytes. Geometry that depends on the image's size happens on the CPU
-with PIL (``whole``, ``crops``, ``square``) and gives uint8; what is the same for every image
-(cutting and enlarging SimCLR's patches, normalisation) happens on the model's device.
+view is named by the image's own pixels. Geometry that depends on an image's size happens in PIL (on
+a GPU: as two matrix products) and gives uint8; what is the same for every image (cutting and
+enlarging patches, normalisation) happens on the model's device.
 
-The last six functions are what `fungi` asks of every modality (see also `texts`), in terms of a
-`backbones.Backbone`.
+A kind of view has ``of`` ("image", "text", "audio" or "any"), ``count(inputs)``, ``draw(item,
+inputs, rng, device)`` for one item, and ``finish(batch, inputs, dtype)`` for a batch on the model's
+device.
 """
 
-import hashlib
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from functools import lru_cache
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
-from PIL import Image, ImageFilter, ImageOps
-from torchvision.transforms.v2 import functional as TF
+from PIL import Image, ImageOps
+
+from .resampling import bicubic_matrix, crops_on
+
+FILTERS = {"bicubic": Image.BICUBIC, "bilinear": Image.BILINEAR, "nearest": Image.NEAREST}
+CROP_MODES = ("center", "squash", "border")
 
 
-def generator(*keys: object) -> np.random.Generator:
-    """A counter-based generator named by ``keys``: the same numbers on every platform, none shared
-    between names.
+@dataclass(frozen=True)
+class Whole:
+    """Take the one view that the backbone's own evaluation transform makes."""
+
+    of: ClassVar[str] = "any"
+
+    def count(self, inputs) -> int:
+        """Return the number of views of an item."""
+        return 1
+
+    def draw(self, item, inputs, rng: np.random.Generator, device: str):
+        """Return what the item contributes to a batch, with one view."""
+        return inputs.whole(item)
+
+    def finish(self, batch: torch.Tensor, inputs, dtype: torch.dtype) -> torch.Tensor:
+        """Return the views as the model takes them."""
+        return inputs.finish(batch, dtype)
+
+
+@dataclass(frozen=True)
+class Crops:
+    """Take random resized crops, global ones first: DINO's views (Table 17), without flips or
+    colours.
+
+    Scales are area shares. ``native`` (ours) leaves local crops at `local_size` instead of
+    enlarging them to the input size: about a third of the cost.
     """
-    digest = hashlib.blake2b("\x1f".join(map(str, keys)).encode(), digest_size=16).digest()
-    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
 
+    global_count: int = 2
+    local_count: int = 10
+    global_scale: tuple[float, float] = (0.25, 1.0)
+    local_scale: tuple[float, float] = (0.05, 0.25)
+    native: bool = False
+    of: ClassVar[str] = "image"
 
-def sample_id(image: Image.Image) -> str:
-    """Content hash of the decoded RGB pixels: what a random view is seeded with, and a row's
-    identity.
-    """
-    return hashlib.blake2b(image.tobytes() + str(image.size).encode(), digest_size=8).hexdigest()
+    def count(self, inputs: "ImageInputs") -> int:
+        """Return the number of crops of an image."""
+        return self.global_count + self.local_count
 
+    def draw(
+        self, image: Image.Image, inputs: "ImageInputs", rng: np.random.Generator, device: str
+    ) -> np.ndarray | torch.Tensor:
+        """Return the crops resized to the input size (bicubic), (V, s, s, 3) uint8.
 
-def whole(image: Image.Image, size: int, crop_ratio: float = 1.0) -> np.ndarray:
-    """The backbone's own evaluation transform: shorter side to size / crop_ratio (bicubic), centre
-    crop. (1, s, s, 3) uint8.
+        Native local crops lie in the upper left corner of their s x s pixels. On a GPU the crops
+        are cut there.
+        """
+        scales = [self.global_scale] * self.global_count + [self.local_scale] * self.local_count
+        boxes = crop_boxes(*image.size, np.array(scales), rng)
+        if device != "cpu" and not self.native and type(self) is Crops:
+            return crops_on(device, image, inputs.size, boxes)
+        local = local_size(inputs.size) if self.native else inputs.size
+        sides = [inputs.size] * self.global_count + [local] * self.local_count
+        # The crop comes first: resize(box=...) would look at pixels outside the box.
+        cut = [
+            image.crop(tuple(map(int, box))).resize((side, side), Image.BICUBIC)
+            for box, side in zip(boxes, sides, strict=True)
+        ]
+        out = np.zeros((len(cut), inputs.size, inputs.size, 3), np.uint8)
+        for canvas, view in zip(out, self.augment(cut, rng), strict=True):
+            canvas[: view.height, : view.width] = view
+        return out
 
-    Rounded as timm and torchvision round, so that the pixels are theirs.
-    """
-    short = math.floor(size / crop_ratio)
-    resized = tuple(int(short * side / min(image.size)) for side in image.size)
-    if max(resized) > 64 * size:  # 20,000 x 1 pixels would become 3 GB: resize the middle alone
-        places = (
-            (round((new - size) / 2) * old / new, old / new, old)
-            for old, new in zip(image.size, resized)
-        )
-        (left, right), (top, bottom) = (
-            (low, min(low + size * scale, old)) for low, scale, old in places
-        )
-        return np.asarray(
-            image.resize((size, size), Image.BICUBIC, box=(left, top, right, bottom))
-        )[None]
-    image = image.resize(resized, Image.BICUBIC) if resized != image.size else image
-    left, top = (round((side - size) / 2) for side in resized)
-    return np.asarray(image.crop((left, top, left + size, top + size)))[None]
-
-
-def square(image: Image.Image, size: int) -> np.ndarray:
-    """The whole image squeezed to size x size (bicubic), as SimCLR's patches are cut from it. (1,
-    s, s, 3) uint8.
-    """
-    return np.asarray(
-        image.resize((size, size), Image.BICUBIC) if image.size != (size, size) else image
-    )[None]
-
-
-def crop_boxes(width: int, height: int, scales: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Random resized crops as torchvision draws them: area share in scale, log-uniform aspect ratio
-    in [3/4, 4/3].
-
-    ``scales``: (V, 2) lowest and highest area share of each view. Returns (V, 4) int boxes left,
-    top, right, bottom. Ten tries a view, then the central crop of the nearest allowed aspect ratio.
-    """
-    views, tries = len(scales), 10
-    area = width * height * rng.uniform(scales[:, :1], scales[:, 1:], (views, tries))
-    ratio = np.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3), (views, tries)))
-    w, h = np.rint(np.sqrt(area * ratio)).astype(int), np.rint(np.sqrt(area / ratio)).astype(int)
-    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
-    first = fits.argmax(1)
-    rows = np.arange(views)
-    w, h = w[rows, first], h[rows, first]
-    corner = rng.random((views, 2))
-    left, top = (
-        (corner[:, 0] * (width - w + 1)).astype(int),
-        (corner[:, 1] * (height - h + 1)).astype(int),
-    )
-    if not fits.any(1).all():
-        central_w, central_h = (
-            min(width, max(1, round(height * 4 / 3))),
-            min(height, max(1, round(width * 4 / 3))),
-        )
-        none = ~fits.any(1)
-        w, h = np.where(none, central_w, w), np.where(none, central_h, h)
-        left, top = (
-            np.where(none, (width - central_w) // 2, left),
-            np.where(none, (height - central_h) // 2, top),
-        )
-    return np.stack([left, top, left + w, top + h], 1)
-
-
-def crops(
-    image: Image.Image, size: int, objective, rng: np.random.Generator, device: str = "cpu"
-) -> np.ndarray | torch.Tensor:
-    """DINO's global, then local crops, each resized to size x size (bicubic). (V, s, s, 3) uint8.
-
-    ``objective.augmentation``: "crops", as the paper takes them, no flip, no colour change; or
-    "full", the same crops with the rest of DINO's policy (Table 15). ``objective.native``: local
-    crops have `local_size` px only, in the upper left corner of their s x s pixels.
-    """
-    if objective.augmentation not in ("crops", "full"):
-        raise ValueError(
-            f"DINO augmentation {objective.augmentation!r} is unknown; use 'crops' or 'full'"
-        )
-    scales = [objective.global_scale] * objective.global_crops + [
-        objective.local_scale
-    ] * objective.local_crops
-    boxes = crop_boxes(*image.size, np.array(scales), rng)
-    if (
-        device != "cpu"
-        and objective.augmentation == "crops"
-        and not getattr(objective, "native", False)
-    ):
-        return crops_on(device, image, size, boxes)
-    cut = (
-        image.crop(tuple(map(int, box))) for box in boxes
-    )  # resize(box=...) would look at pixels outside the box
-    local = local_size(size) if getattr(objective, "native", False) else size
-    sides = [size] * objective.global_crops + [local] * objective.local_crops
-    cut = [crop.resize((side, side), Image.BICUBIC) for crop, side in zip(cut, sides, strict=True)]
-    if objective.augmentation == "full":
-        places = [0] + [1] * (objective.global_crops - 1) + [2] * objective.local_crops
-        cut = [distort(view, place, rng) for view, place in zip(cut, places, strict=True)]
-    out = np.zeros((len(cut), size, size, 3), np.uint8)
-    for canvas, view in zip(out, cut, strict=True):
-        canvas[: view.height, : view.width] = view
-    return out
-
-
-def local_size(size: int) -> int:
-    """DINO's own size of local crops, 96 px at 224, as whole patches of 8 px for other inputs: 24
-    px at 64.
-    """
-    return size * 3 // 7 // 8 * 8
-
-
-BLUR, SOLARIZE = (
-    (1.0, 0.1, 0.5),
-    (0.0, 0.2, 0.0),
-)  # DINO's odds by place: first global crop, other global crops, local
-
-
-def distort(view: Image.Image, place: int, rng: np.random.Generator) -> Image.Image:
-    """DINO's policy behind a crop: flip, colour jitter in random order, greyscale, Gaussian blur,
-    solarisation.
-
-    Odds and ranges are those of DINO's main_dino.py; its blur radii of 0.1 to 2 px belong to 224 px
-    and scale with the view's size. Every number is drawn each time, so that no step moves
-    another's.
-    """
-    flip, jitter, grey, blur, solarize = rng.random(5) < (
-        0.5,
-        0.8,
-        0.2,
-        BLUR[place],
-        SOLARIZE[place],
-    )
-    amounts = rng.uniform(
-        (0.6, 0.6, 0.8, -0.1), (1.4, 1.4, 1.2, 0.1)
-    )  # brightness, contrast, saturation, hue
-    order, radius = rng.permutation(4), rng.uniform(0.1, 2.0) * view.width / 224
-    view = TF.horizontal_flip(view) if flip else view
-    steps = TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue
-    for i in order if jitter else ():
-        view = steps[i](view, float(amounts[i]))
-    view = TF.rgb_to_grayscale(view, num_output_channels=3) if grey else view
-    view = view.filter(ImageFilter.GaussianBlur(radius)) if blur else view
-    return ImageOps.solarize(view) if solarize else view
-
-
-def bicubic_weights(low: torch.Tensor, high: torch.Tensor, size: int, side: int) -> torch.Tensor:
-    """The linear maps of PIL's bicubic resize (a = -0.5, antialiased) of the pixels low..high of
-    ``side`` to ``size``, along one axis: (V,), (V,) -> (V, size, side) float32. No tap lies outside
-    the pixels, as if they had been cut out.
-    """
-    low, high = (x.double()[:, None, None] for x in (low, high))  # (V, 1, 1)
-    scale = (high - low) / size
-    place = lambda n: torch.arange(n, dtype=torch.float64, device=low.device) + 0.5
-    pixel = place(side)
-    distance = (pixel - low - place(size)[:, None] * scale).abs() / scale.clamp_min(1.0)
-    a = -0.5
-    near = (a + 2) * distance**3 - (a + 3) * distance**2 + 1
-    far = a * (distance**3 - 5 * distance**2 + 8 * distance - 4)
-    weights = torch.where(distance < 1, near, torch.where(distance < 2, far, 0.0))
-    weights = torch.where((pixel > low) & (pixel < high), weights, 0.0)
-    return (weights / weights.sum(2, keepdim=True)).float()
-
-
-@lru_cache(maxsize=16)
-def bicubic_matrix(source: int, target: int) -> torch.Tensor:
-    """The linear map of PIL's bicubic resize along one axis, (target, source) float32."""
-    return bicubic_weights(torch.tensor([0]), torch.tensor([source]), target, source)[0]
-
-
-def crops_on(device: str, image: Image.Image, size: int, boxes: np.ndarray) -> torch.Tensor:
-    """Crops (V, 4) of one image, each resized to size x size, as two products of matrices: (V, s,
-    s, 3) uint8.
-
-    Off PIL's by rounding alone, 0.3 of 255 on average. Worth it on a GPU, where PIL's 10 ms an
-    image would be the slowest part; a CPU is faster with PIL.
-    """
-    pixels = torch.from_numpy(np.array(image)).to(device).permute(2, 0, 1).float()  # (3, H, W)
-    left, top, right, bottom = torch.from_numpy(boxes).to(device).T
-    rows = bicubic_weights(top, bottom, size, pixels.shape[1])[:, None]  # (V, 1, s, H)
-    columns = bicubic_weights(left, right, size, pixels.shape[2])[:, None]  # (V, 1, s, W)
-    out = rows @ pixels @ columns.transpose(2, 3)  # (V, 3, s, s)
-    return out.round().clamp(0, 255).byte().permute(0, 2, 3, 1)
-
-
-def patch_count(size: int, grid: int = 2, stride_scale: int = 6) -> int:
-    """Number of SimCLR views of a ``size`` px backbone: 49 at the paper's grid 2 and stride scale 6
-    (section B.1).
-    """
-    patch = size // grid
-    return ((size - patch) // (patch // stride_scale) + 1) ** 2
-
-
-def patches(
-    images: torch.Tensor, grid: int = 2, stride_scale: int = 6, enlarged: bool = True
-) -> torch.Tensor:
-    """SimCLR's overlapping patches, each enlarged to the input size: (B, 1, 3, s, s) -> (B, V, 3,
-    s, s), or as they are, (B, V, 3, s / grid, s / grid).
-    """
-    size = images.shape[-1]
-    patch = size // grid
-    stride = patch // stride_scale
-    if stride < 1:
-        raise ValueError(
-            f"stride scale {stride_scale} is too fine for {patch} px patches; the largest is {patch}"
-        )
-    cut = images.squeeze(1).unfold(2, patch, stride).unfold(3, patch, stride)  # (B, 3, r, c, p, p)
-    cut = cut.permute(0, 2, 3, 1, 4, 5).flatten(1, 2)  # (B, V, 3, p, p)
-    if not enlarged:
+    def augment(self, cut: list[Image.Image], rng: np.random.Generator) -> list[Image.Image]:
+        """Return the crops as the objective sees them; a subclass may change their colours."""
         return cut
-    enlarge = bicubic_matrix(patch, size).to(images)
-    return enlarge @ cut @ enlarge.T
+
+    def finish(self, batch: torch.Tensor, inputs: "ImageInputs", dtype: torch.dtype):
+        """Return normalised crops (B, V, 3, s, s), or native ones as a list: global, local."""
+        images = inputs.finish(batch, dtype)
+        if not self.native:
+            return images
+        local = local_size(inputs.size)
+        return [images[:, : self.global_count], images[:, self.global_count :, :, :local, :local]]
 
 
-def masked(views: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
-    """iBOT's views: global crops without their masked patches, local crops, then the global crops
-    whole (teacher).
+@dataclass(frozen=True)
+class Patches:
+    """Take the overlapping patches of the squeezed image: SimCLR's views (Table 17, section B.1).
 
-    ``views``: (B, V, 3, s, s), normalised, G global crops first; ``masks``: (G, T) bool, T patches
-    row by row. Masked patches become zero, the mean colour. Returns (B, V + G, 3, s, s).
+    ``grid`` patches a side before overlap; ``stride`` is how many steps make a patch: 49 views at
+    6. ``native`` (ours) leaves patches at their own size instead of enlarging them to the input
+    size.
     """
-    crops, side = len(masks), math.isqrt(masks.shape[1])
-    patch = views.shape[-1] // side
-    keep = (
-        (~masks)
-        .reshape(crops, 1, side, side)
-        .repeat_interleave(patch, 2)
-        .repeat_interleave(patch, 3)
-    )  # (G, 1, s, s)
-    whole = views[:, :crops]
-    return torch.cat([whole * keep, views[:, crops:], whole], 1)
+
+    grid: int = 2
+    stride: int = 6
+    native: bool = False
+    of: ClassVar[str] = "image"
+
+    def count(self, inputs: "ImageInputs") -> int:
+        """Return the number of patches of an image: 49 with the paper's settings."""
+        patch, step = self._sides(inputs.size)
+        return ((inputs.size - patch) // step + 1) ** 2
+
+    def draw(
+        self, image: Image.Image, inputs: "ImageInputs", rng: np.random.Generator, device: str
+    ) -> np.ndarray:
+        """Return the whole image squeezed to s x s (bicubic), (1, s, s, 3) uint8."""
+        size = inputs.size, inputs.size
+        return np.asarray(image.resize(size, Image.BICUBIC) if image.size != size else image)[None]
+
+    def finish(
+        self, batch: torch.Tensor, inputs: "ImageInputs", dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Return normalised patches, (B, V, 3, s, s) or at their own size."""
+        images = inputs.finish(batch, dtype).squeeze(1)  # (B, 3, s, s)
+        patch, step = self._sides(inputs.size)
+        cut = images.unfold(2, patch, step).unfold(3, patch, step)  # (B, 3, r, c, p, p)
+        cut = cut.permute(0, 2, 3, 1, 4, 5).flatten(1, 2)  # (B, V, 3, p, p)
+        if self.native:
+            return cut
+        enlarge = bicubic_matrix(patch, inputs.size).to(images)
+        return enlarge @ cut @ enlarge.T
+
+    def _sides(self, size: int) -> tuple[int, int]:
+        patch = size // self.grid
+        if patch // self.stride < 1:
+            raise ValueError(
+                f"stride {self.stride} is too fine for {patch} px patches; the largest is {patch}"
+            )
+        return patch, patch // self.stride
 
 
-def prepare(
-    image: Image.Image, size: int, crop_ratio: float, objective, seed: int, device: str = "cpu"
-) -> np.ndarray | torch.Tensor:
-    """What one image contributes for ``objective`` (None: the embedding), uint8 (n, s, s, 3); plain
-    crops are cut on ``device`` where that is a GPU.
+@dataclass(frozen=True)
+class ImageInputs:
+    """Say what images a backbone takes: its evaluation transform.
+
+    ``size``: pixels of a side; ``mean`` and ``std`` of the normalisation; ``crop``: share of the
+    resized image that is kept; ``mode``: timm's crop mode, "center", "squash" or "border".
     """
-    kind = "whole" if objective is None else objective.views
-    if kind == "whole":
-        return whole(image, size, crop_ratio)
-    if kind == "crops":
-        return crops(
-            image, size, objective, generator(seed, objective.name, sample_id(image)), device
+
+    size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    crop: float = 1.0
+    mode: str = "center"
+    interpolation: str = "bicubic"
+    kind: ClassVar[str] = "image"
+
+    def __post_init__(self):
+        if self.mode not in CROP_MODES or self.interpolation not in FILTERS:
+            raise ValueError(
+                f"crop mode {self.mode!r} with {self.interpolation!r} interpolation is unknown; "
+                f"there are {', '.join(CROP_MODES)} with {', '.join(FILTERS)}"
+            )
+
+    def decode(self, item, name: str) -> Image.Image:
+        """Return an item as an RGB image: see `to_image`."""
+        return to_image(item, name)
+
+    def content(self, image: Image.Image) -> bytes:
+        """Return what identifies a decoded image: its pixels and size."""
+        return image.tobytes() + str(image.size).encode()
+
+    def whole(self, image: Image.Image) -> np.ndarray:
+        """Apply the evaluation transform up to the normalisation: (1, s, s, 3) uint8.
+
+        It is rounded as timm and torchvision round, so that the pixels are theirs.
+        """
+        size, scaled = self.size, math.floor(self.size / self.crop)
+        if self.mode == "squash":
+            resized = scaled, scaled
+        else:
+            shorter_or_longer = max(image.size) if self.mode == "border" else min(image.size)
+            resized = tuple(int(scaled * side / shorter_or_longer) for side in image.size)
+        if max(resized) > 64 * size:  # 20,000 x 1 pixels would become 3 GB: resize the middle alone
+            return np.asarray(_resized_middle(image, size, resized))[None]
+        if resized != image.size:
+            image = image.resize(resized, FILTERS[self.interpolation])
+        left, top = (round((side - size) / 2) for side in resized)
+        if self.mode == "border" and min(resized) < size:
+            canvas = Image.new("RGB", (size, size), tuple(round(255 * v) for v in self.mean))
+            canvas.paste(image, (-left, -top))
+            return np.asarray(canvas)[None]
+        return np.asarray(image.crop((left, top, left + size, top + size)))[None]
+
+    def finish(self, batch: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Normalise pixels on their device: (B, V, s, s, 3) uint8 -> (B, V, 3, s, s)."""
+        mean, std = (
+            torch.tensor(x, device=batch.device, dtype=torch.float32)[:, None, None]
+            for x in (self.mean, self.std)
         )
-    if kind == "patches":
-        return square(image, size)
-    raise ValueError(f"unknown kind of views {kind!r}; there are 'whole', 'crops' and 'patches'")
+        images = batch.permute(0, 1, 4, 2, 3).float().div(255)
+        return ((images - mean) / std).to(dtype)
+
+    def stack(self, items: Sequence[np.ndarray | torch.Tensor]) -> torch.Tensor:
+        """Join what the items of a batch contribute into one tensor."""
+        if isinstance(items[0], torch.Tensor):
+            return torch.stack(items)
+        return torch.from_numpy(np.stack(items))
+
+    def at_once(self, views: int, device: str) -> int:
+        """Return how many images of so many views make a good batch."""
+        return min(256, (2**22 if device == "cpu" else 2**26) // (views * self.size**2))
+
+    def fits(self, views: torch.Tensor) -> bool:
+        """Say whether views (..., s, s) have the backbone's own size."""
+        return views.shape[-1] == self.size
+
+    def resized(self, size: int) -> "ImageInputs":
+        """Return the same transform for another input size."""
+        return replace(self, size=size)
+
+    def blank(self, device: str, dtype: torch.dtype) -> torch.Tensor:
+        """Return one empty view, for the sake of its shape."""
+        return torch.zeros(1, 3, self.size, self.size, device=device, dtype=dtype)
+
+    def identity(self) -> list:
+        """Return the settings that change a feature (part of the store key)."""
+        return [self.size, self.mean, self.std, self.crop, self.mode, self.interpolation]
 
 
-def finish(
-    batch: torch.Tensor, objective, mean: torch.Tensor, std: torch.Tensor, dtype: torch.dtype
-) -> torch.Tensor | list[torch.Tensor]:
-    """Normalise on the device and, for SimCLR, cut the patches. (B, n, s, s, 3) uint8 -> (B, V, 3,
-    s, s).
-
-    Views at their own sizes (``objective.native``) come in a smaller s, DINO's as a list: global
-    crops, local crops.
-    """
-    images = batch.permute(0, 1, 4, 2, 3).to(mean.dtype).div(255)
-    images = ((images - mean[:, None, None]) / std[:, None, None]).to(dtype)
-    native = getattr(objective, "native", False)
-    if objective is not None and objective.views == "patches":
-        return patches(images, objective.grid, objective.stride_scale, enlarged=not native)
-    if native:
-        local, count = local_size(images.shape[-1]), objective.global_crops
-        return [images[:, :count], images[:, count:, :, :local, :local]]
-    return images
+def _resized_middle(image: Image.Image, size: int, resized: tuple[int, int]) -> Image.Image:
+    """Resize only what a centre crop of the ``resized`` image would keep."""
+    box = []
+    for old, new in zip(image.size, resized):
+        low = round((new - size) / 2) * old / new
+        box.append((low, min(low + size * old / new, old)))
+    (left, right), (top, bottom) = box
+    return image.resize((size, size), Image.BICUBIC, box=(left, top, right, bottom))
 
 
 def to_image(item, name: str = "image") -> Image.Image:
-    """An RGB PIL image from a path, PIL image, uint8 array (H, W), (H, W, 3) or tensor (3, H, W)
-    uint8 / float in [0, 1].
+    """Decode an item as an RGB PIL image, turned as the camera says (EXIF).
 
-    Raises ValueError naming the image (its path, where it has one) when it cannot be read.
+    Accepts a path, a PIL image, a uint8 array (H, W), (H, W, 3) or a tensor (3, H, W), uint8 or
+    float in [0, 1]. Raises ValueError naming the image (its path, where it has one) if it cannot be
+    read.
     """
     if isinstance(item, (str, Path, Image.Image)):
         try:
             with nullcontext(item) if isinstance(item, Image.Image) else Image.open(item) as opened:
-                return _rgb(ImageOps.exif_transpose(opened))  # as the camera says
-        except (
-            Exception
-        ) as error:  # Pillow raises OSError, SyntaxError, struct.error ... for a broken file
-            raise ValueError(
-                f"cannot read the image {name if isinstance(item, Image.Image) else item}: {error}"
-            ) from error
+                return to_rgb(ImageOps.exif_transpose(opened))
+        except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, ...
+            where = name if isinstance(item, Image.Image) else item
+            raise ValueError(f"cannot read the image {where}: {error}") from error
     if isinstance(item, torch.Tensor):
         array = item.detach().cpu()
-        array = (
-            (array.float().clamp(0, 1) * 255).round().byte() if array.is_floating_point() else array
-        )
-        item = (
-            array.permute(1, 2, 0) if array.ndim == 3 and array.shape[0] == 3 else array
-        ).numpy()
-    shaped = isinstance(item, np.ndarray) and (
-        item.ndim == 2 or item.ndim == 3 and item.shape[2] == 3
-    )
-    if shaped and item.dtype == np.uint8 and item.size:
-        return Image.fromarray(item).convert("RGB")
-    got = (
-        f"{item.dtype} array of shape {item.shape}"
-        if isinstance(item, np.ndarray)
-        else type(item).__name__
-    )
+        if array.is_floating_point():
+            array = (array.float().clamp(0, 1) * 255).round().byte()
+        planar = array.ndim == 3 and array.shape[0] == 3
+        item = (array.permute(1, 2, 0) if planar else array).numpy()  # (3, H, W) -> (H, W, 3)
+    if isinstance(item, np.ndarray) and item.dtype == np.uint8 and item.size:
+        if item.ndim == 2 or item.ndim == 3 and item.shape[2] == 3:
+            return Image.fromarray(item).convert("RGB")
+    got = type(item).__name__
+    if isinstance(item, np.ndarray):
+        got = f"{item.dtype} array of shape {item.shape}"
     raise ValueError(
         f"{name} is a {got}; accepted: a path, a PIL image, uint8 (H, W[, 3]), a tensor (3, H, W)"
     )
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert greyscale, palette, CMYK or 16 bit pixels to RGB; transparency is dropped."""
     if image.mode.startswith("I;16"):  # Pillow would cut every value above 255 to white
         image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
     return image.convert("RGB")
 
 
-def view_count(backbone, objective) -> int:
-    """Views an image: 1 for KL, 12 for DINO, 49 for SimCLR with the paper's settings."""
-    if objective.views == "patches":
-        return patch_count(backbone.size, objective.grid, objective.stride_scale)
-    return objective.global_crops + objective.local_crops if objective.views == "crops" else 1
+def crop_boxes(width: int, height: int, scales: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Draw random resized crops as torchvision does, (V, 4) int boxes left, top, right, bottom.
 
-
-def at_once(backbone, count: int) -> int:
-    """Images of ``count`` views that make a good batch."""
-    return min(256, (2**22 if backbone.device == "cpu" else 2**26) // (count * backbone.size**2))
-
-
-def item_views(backbone, objective, item, seed: int, name: str) -> np.ndarray | torch.Tensor:
-    """What one image contributes to a batch, on the CPU: see `prepare`. Raises ValueError naming it
-    if it is none.
+    ``scales``: (V, 2) lowest and highest area share of each view; aspect ratios are log-uniform in
+    [3/4, 4/3]. Ten tries a view, then the central crop of the nearest allowed aspect ratio.
     """
-    image = to_image(item, name)
-    return prepare(image, backbone.size, backbone.crop_ratio, objective, seed, backbone.device)
+    views, tries = len(scales), 10
+    area = width * height * rng.uniform(scales[:, :1], scales[:, 1:], (views, tries))
+    ratio = np.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3), (views, tries)))
+    w = np.rint(np.sqrt(area * ratio)).astype(int)
+    h = np.rint(np.sqrt(area / ratio)).astype(int)
+    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+    first = np.arange(views), fits.argmax(1)
+    w, h, none = w[first], h[first], ~fits.any(1)
+    corner = rng.random((views, 2))
+    left = (corner[:, 0] * (width - w + 1)).astype(int)
+    top = (corner[:, 1] * (height - h + 1)).astype(int)
+    w = np.where(none, min(width, max(1, round(height * 4 / 3))), w)
+    h = np.where(none, min(height, max(1, round(width * 4 / 3))), h)
+    left, top = np.where(none, (width - w) // 2, left), np.where(none, (height - h) // 2, top)
+    return np.stack([left, top, left + w, top + h], 1)
 
 
-def stack(backbone, items: Sequence[np.ndarray | torch.Tensor]) -> torch.Tensor:
-    """The items of a batch in one tensor."""
-    return (
-        torch.stack(items)
-        if isinstance(items[0], torch.Tensor)
-        else torch.from_numpy(np.stack(items))
-    )
-
-
-def finished(backbone, objective, batch: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
-    """Views for the model from a batch on its device: see `finish`."""
-    return finish(batch, objective, backbone.mean, backbone.std, backbone.dtype)
-
-
-def identity(backbone) -> list:
-    """What of the backbone's input changes a feature, for the store's keys."""
-    return [backbone.size, backbone.crop_ratio, backbone.mean.tolist(), backbone.std.tolist()]
+def local_size(size: int) -> int:
+    """Return DINO's own size of local crops, 96 px at 224, in patches of 8 px: 24 px at 64."""
+    return size * 3 // 7 // 8 * 8

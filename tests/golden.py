@@ -6,6 +6,7 @@ raised: a change here is a change of every stored feature.
 """
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,29 +14,32 @@ from safetensors.numpy import save_file
 from vectors import pictures
 
 from companion.data import clips
-from fungi_core import fungi, objectives, tokens
-from fungi_core.backbones import load
+from companion.encoders.objectives import IBOT, DeepCluster, FullAugmentation, named
+from companion.encoders.table import load
+from fungi_core import DINO, KL, Fungi, SimCLR, tokens
+from fungi_core.rows import draw_negatives, draw_parts, gradient_rows
+from fungi_core.views import Crops, Patches
 
 FILE = Path(__file__).with_suffix(".safetensors")
 SEED = 0
 MICRO = "vit_micro.sup_tin100"
-SIMCLR = dict(stride_scale=2, negatives=2)
+COARSE = Patches(stride=2)
 
 IMAGES = {
-    "kl": objectives.KL(),
-    "kl, eq. 6": objectives.KL(direction="latent_uniform"),
-    "kl, no head": objectives.KL(head=False, normalize=False),
-    "dino": objectives.DINO(local_crops=4),
-    "dino, shared head": objectives.DINO(local_crops=2, independent_heads=False),
-    "dino, no head": objectives.DINO(local_crops=2, head=False),
-    "dino, full augmentation": objectives.DINO(local_crops=3, augmentation="full"),
-    "dino, native": objectives.DINO(local_crops=3, native=True),
-    "simclr": objectives.SimCLR(**SIMCLR),
-    "simclr, published denominator": objectives.SimCLR(denominator="published", **SIMCLR),
-    "simclr, no head": objectives.SimCLR(head=False, **SIMCLR),
-    "simclr, native": objectives.SimCLR(native=True, **SIMCLR),
-    "deepcluster": objectives.DeepCluster(images_per_cluster=1, local_crops=2),
-    "ibot": objectives.IBOT(local_crops=2),
+    "kl": KL(),
+    "kl, eq. 6": KL(direction="latent_uniform"),
+    "kl, no head": KL(head=False, normalize=False),
+    "dino": DINO(Crops(local_count=4)),
+    "dino, shared head": DINO(Crops(local_count=2), independent_heads=False),
+    "dino, no head": DINO(Crops(local_count=2), head=False),
+    "dino, full augmentation": DINO(FullAugmentation(local_count=3)),
+    "dino, native": DINO(Crops(local_count=3, native=True)),
+    "simclr": SimCLR(COARSE, negatives=2),
+    "simclr, published denominator": SimCLR(COARSE, denominator="published", negatives=2),
+    "simclr, no head": SimCLR(COARSE, head=False, negatives=2),
+    "simclr, native": SimCLR(replace(COARSE, native=True), negatives=2),
+    "deepcluster": DeepCluster(replace(DeepCluster().views, local_count=2), images_per_cluster=1),
+    "ibot": IBOT(Crops(local_count=2)),
 }
 TEXTS = [
     "a short sentence",
@@ -49,34 +53,33 @@ def sounds() -> list[np.ndarray]:
     return [clips.synthesised(None, True, False).items[i] for i in (0, 70, 200)]
 
 
-def gradients(encoder, objective, items, layer=None, kind="rademacher") -> dict[str, np.ndarray]:
-    parts = fungi.draw_parts(encoder, objective, SEED, layer, kind)
-    if objective.negatives:
-        parts.negatives = fungi.negative_latents(encoder, objective, parts.heads, items, SEED)
-    done = list(fungi.rows(encoder, objective, parts, items, SEED, layer))
-    out = {"gradient": np.concatenate([gradient for *_, gradient in done])}
+def gradients(encoder, objective, items, layers=(None,), kind="rademacher") -> list[dict]:
+    """Gradients at each layer from one pass, with the embedding that comes along."""
+    parts = [draw_parts(encoder, objective, SEED, layer, kind) for layer in layers]
+    negatives = draw_negatives(encoder, objective, parts[0].heads, items, SEED)
+    parts = [replace(part, negatives=negatives) for part in parts]
+    done = list(gradient_rows(encoder, objective, parts, items, SEED))
+    out = [{"gradient": np.concatenate([rows[i] for *_, rows in done])} for i in range(len(parts))]
     if done[0][1] is not None:
-        out["embedding"] = np.concatenate([embedding for _, embedding, _ in done])
+        out[0]["embedding"] = np.concatenate([embedding for _, embedding, _ in done])
     return out
 
 
 def images() -> dict[str, np.ndarray]:
-    encoder, general = (load(MICRO, device="cpu", dtype="float32") for _ in range(2))
-    general.fast, found = False, {}
+    encoder = load(MICRO, device="cpu", dtype="float32")
+    general, found = replace(encoder, fast=False), {}
     for name, objective in IMAGES.items():
-        found[name] = gradients(encoder, objective, pictures())
+        (found[name],) = gradients(encoder, objective, pictures())
     for name in ("kl", "dino", "simclr"):
-        found[f"{name}, general path"] = gradients(general, IMAGES[name], pictures())
+        (found[f"{name}, general path"],) = gradients(general, IMAGES[name], pictures())
         for layer in ("blocks.0.attn.proj", "blocks.5.mlp.fc2"):
-            found[f"{name}, {layer}"] = gradients(encoder, IMAGES[name], pictures(), layer)
+            (found[f"{name}, {layer}"],) = gradients(encoder, IMAGES[name], pictures(), [layer])
         for kind in ("khatri-rao", "sketch", "exact"):
-            found[f"{name}, {kind}"] = gradients(encoder, IMAGES[name], pictures(), None, kind)
-    together = {
-        layer: fungi.draw_parts(encoder, IMAGES["kl"], SEED, layer)
-        for layer in ("blocks.1.mlp.fc1",)
-    }
-    (_, rows), *rest = fungi.layer_rows(encoder, IMAGES["kl"], together, pictures()[:2], SEED)
-    found["kl, layers together"] = {"gradient": rows["blocks.1.mlp.fc1"]}
+            (made,) = gradients(encoder, IMAGES[name], pictures(), kind=kind)
+            found[f"{name}, {kind}"] = made
+    layers = ["blocks.1.mlp.fc1", "blocks.5.mlp.fc2"]
+    together, _ = gradients(encoder, IMAGES["kl"], pictures(), layers)
+    found["kl, layers together"] = {"gradient": together["gradient"][:2]}
     return {
         f"image, {name}, {part}": block
         for name, blocks in found.items()
@@ -86,47 +89,42 @@ def images() -> dict[str, np.ndarray]:
 
 def transformer() -> dict[str, np.ndarray]:
     small = (IMAGES["kl"], IMAGES["dino"], IMAGES["simclr"])
-    made = fungi.Fungi(MICRO, objectives=small, pca=None, device="cpu", dtype="float32")
-    return {"Fungi": made.fit_transform(pictures())}
+    encoder = load(MICRO, device="cpu", dtype="float32")
+    return {"Fungi": Fungi(encoder, objectives=small, pca=None).fit_transform(pictures())}
 
 
 def texts() -> dict[str, np.ndarray]:
     encoder = load("all-MiniLM-L6-v2", device="cpu", dtype="float32")
-    named = {"kl": {}, "simclr": dict(negatives=3), "mlm": {}}
-    chosen = {name: objectives.by_name(name, "text", **more) for name, more in named.items()}
-    found = {name: gradients(encoder, one, TEXTS) for name, one in chosen.items()}
-    return {
-        f"text, {name}, {part}": block
-        for name, blocks in found.items()
-        for part, block in blocks.items()
-    }
+    found = {}
+    for name, more in {"kl": {}, "simclr": {"negatives": 3}, "mlm": {}}.items():
+        (blocks,) = gradients(encoder, named(name, encoder, **more), TEXTS)
+        found |= {f"text, {name}, {part}": block for part, block in blocks.items()}
+    return found
 
 
 def audio() -> dict[str, np.ndarray]:
     found = {}
-    names = [
-        "vit_micro.on_spectrograms",
-        *(["whisper-tiny.en"] if os.environ.get("FUNGI_DATA") else []),
-    ]
+    names = ["vit_micro.on_spectrograms"]
+    names += ["whisper-tiny.en"] if os.environ.get("FUNGI_DATA") else []
     for name in names:
         encoder = load(name, device="cpu", dtype="float32")
-        for kind, more in {"kl": {}, "simclr": dict(negatives=2)}.items():
-            blocks = gradients(encoder, objectives.by_name(kind, "audio", **more), sounds())
+        for kind, more in {"kl": {}, "simclr": {"negatives": 2}}.items():
+            (blocks,) = gradients(encoder, named(kind, encoder, **more), sounds())
             found |= {f"audio, {name}, {kind}, {part}": block for part, block in blocks.items()}
     return found
 
 
 def patches() -> dict[str, np.ndarray]:
-    encoder = tokens.encoder(MICRO, 32, device="cpu", dtype="float32")
+    encoder = tokens.for_patches(load(MICRO, device="cpu", dtype="float32"), 32)
     pixels = [np.asarray(image.resize((32, 32))) for image in pictures()]
-    found = {}
-    support = tokens.Extractor(encoder, ["embedding"], seed=SEED)(pixels[1:], ["1", "2"])[
-        "embedding"
-    ].flatten(0, 1)
-    for name, loss in {
+    embedding = tokens.Extractor(encoder, ["embedding"], seed=SEED)
+    support = embedding(pixels[1:], ["1", "2"])["embedding"].flatten(0, 1)
+    losses = {
         "": tokens.Loss(),
         ", published": tokens.Loss(denominator="published", neighbours="published"),
-    }.items():
+    }
+    found = {}
+    for name, loss in losses.items():
         kinds = tokens.KINDS if not name else ("rademacher",)
         blocks = tokens.Extractor(encoder, kinds, loss, SEED, support)(pixels[:1], ["0"])
         found |= {f"patches, {kind}{name}": block[0].numpy() for kind, block in blocks.items()}

@@ -21,8 +21,8 @@ import numpy as np
 
 from companion.data import corpora
 from companion.data.images import Split
-from fungi_core import views
 from fungi_core.audio import RATE
+from fungi_core.seeds import generator
 
 
 def esc50(root: Path, train: bool, download: bool, *, fold: int) -> Split:
@@ -134,7 +134,7 @@ class Synthesised(Sequence):
 
     def __getitem__(self, i: int) -> np.ndarray:
         kind = KINDS[i // EACH]
-        return synthesise(kind, views.generator("synthesised sound", kind, self.split, i % EACH))
+        return synthesise(kind, generator("synthesised sound", kind, self.split, i % EACH))
 
 
 def synthesised(root: Path, train: bool, download: bool) -> Split:

@@ -1,0 +1,1 @@
+"""Backbones by name: the paper's, the committed minis, and any timm name."""

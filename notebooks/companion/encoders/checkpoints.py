@@ -73,3 +73,6 @@ def load_into(model: torch.nn.Module, file: Path, convert) -> torch.nn.Module:
             f"{file} does not hold the weights it should: {type(error).__name__}: {reason}"
         ) from error
     return model
+
+
+CONVERT = {"torchvision": torchvision, "moco": moco}

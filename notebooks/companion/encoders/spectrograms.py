@@ -12,20 +12,15 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import try_to_load_from_cache
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from companion import paths
 from companion.encoders import checkpoints
-from fungi_core import audio as sounds
-from fungi_core import views
+from fungi_core.resampling import bicubic_matrix
 
-WHISPER = (
-    "openai/whisper-tiny.en",
-    "whisper_tiny_en_encoder.fp16.safetensors",
-)  # the hub's name; encoder alone, packed
-# where the paper's code gets it
+# The hub's name, and the encoder alone as a packed file.
+WHISPER = "openai/whisper-tiny.en", "whisper_tiny_en_encoder.fp16.safetensors"
+# Where the paper's code gets it.
 SSAST = "https://www.dropbox.com/s/ewrzpco95n9jdz6/SSAST-Base-Patch-400.pth?dl=1"
 
 
@@ -104,7 +99,7 @@ class ImageStem(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         image = x.transpose(1, 2).flip(1)  # (N, F, T)
-        rows, columns = (views.bicubic_matrix(n, self.size).to(image) for n in image.shape[1:])
+        rows, columns = (bicubic_matrix(n, self.size).to(image) for n in image.shape[1:])
         image = rows @ image @ columns.T  # (N, s, s)
         return self.patch_embed(image[:, None].expand(-1, 3, -1, -1))
 
@@ -225,47 +220,14 @@ def ssast_weights(checkpoint: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
     return out
 
 
-def load(spec, image_network, random: bool = False) -> tuple[VisionTransformer, sounds.Front]:
-    """Encoder and front end of an audio row of `backbones.BACKBONES`; with ``random`` weights from
-    a fixed seed.
-
-    ``image_network``: gives the untouched image network of a row that is one, by its name.
-    FileNotFoundError, in one line, where the weights are missing.
+def load(kind: str, file: Path | None) -> VisionTransformer:
+    """Return the "whisper" or "ssast" encoder with the weights of ``file``; None: seeded random
+    ones.
     """
-    if random and spec.front == "image":
-        raise ValueError(
-            f"{spec.name} is an image network with its own weights; it has no random version"
-        )
-    if get := how_to_get(spec, random):
-        raise FileNotFoundError(
-            f"the weights of {spec.name} are not on this machine; get them by: {get}"
-        )
-    if spec.front == "image":
-        return on_spectrograms(image_network(spec.timm)), sounds.FRONTS["image"]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = {"whisper": whisper, "ssast": ssast}[spec.front]()
-    convert = {"whisper": whisper_weights, "ssast": ssast_weights}[spec.front]
-    model = model if random else checkpoints.load_into(model, _file(spec), convert)
-    return model, sounds.FRONTS[spec.front]
-
-
-def how_to_get(spec, random: bool = False) -> str | None:
-    """What to do for the weights of ``spec``, in one line; None when they are here."""
-    if random or _file(spec):
-        return None
-    if spec.front == "whisper":
-        return f"hf download {WHISPER[0]} model.safetensors"
-    return f"into checkpoints, as SSAST-Base-Patch-400.pth: {SSAST}"
-
-
-def _file(spec) -> Path | None:
-    """Where the weights are."""
-    if spec.front == "image":
-        return paths.backbones_dir() / f"{spec.timm}.safetensors"
-    if spec.front == "ssast":
-        file = paths.downloads_dir() / "checkpoints" / "SSAST-Base-Patch-400.pth"
-        return file if file.is_file() else None
-    packed = paths.downloads_dir() / WHISPER[1]
-    cached = try_to_load_from_cache(WHISPER[0], "model.safetensors")
-    return packed if packed.is_file() else Path(cached) if isinstance(cached, str) else None
+        model = {"whisper": whisper, "ssast": ssast}[kind]()
+    if file is None:
+        return model
+    convert = {"whisper": whisper_weights, "ssast": ssast_weights}[kind]
+    return checkpoints.load_into(model, file, convert)

@@ -1,0 +1,133 @@
+"""The fast path: in the last block of a class-token transformer, only the class token's row
+matters.
+
+With the target layer at the last block's attention output projection, the loss gradient is zero on
+every other token. So every token's key and value is needed there, but only the class token's query,
+projection and MLP: embedding and KL gradient together cost no more than the stock embedding.
+"""
+
+import copy
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from timm.layers.attention import Attention
+from timm.models.vision_transformer import Block, VisionTransformer
+
+from .gradients import Factors, Loss, loss_gradients, per_sample
+
+
+def applies(model: torch.nn.Module, layers: Sequence[str]) -> bool:
+    """Say whether only the class token's row matters behind the target ``layers``."""
+    if type(model) is not VisionTransformer or model.attn_pool is not None:
+        return False
+    block = model.blocks[-1]
+    known = type(block) is Block and type(block.attn) is Attention and block.attn.gate is None
+    last = f"blocks.{len(model.blocks) - 1}.attn.proj"
+    return model.global_pool == "token" and known and list(layers) == [last]
+
+
+class Tail(torch.nn.Module):
+    """Run what lies behind the last attention's output projection, for the class token's row alone.
+
+    It is float32: one row an image costs next to nothing, and keeps its precision.
+    """
+
+    def __init__(self, model: VisionTransformer, head: bool):
+        super().__init__()
+        block = model.blocks[-1]
+        parts = {
+            "proj": block.attn.proj,
+            "ls1": block.ls1,
+            "norm2": block.norm2,
+            "mlp": block.mlp,
+            "ls2": block.ls2,
+            "norm": model.norm,
+            "fc_norm": model.fc_norm,
+            "head": model.head if head else torch.nn.Identity(),
+        }
+        for name, part in parts.items():
+            self.add_module(name, copy.deepcopy(part).float().eval())
+
+    def forward(self, output: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """Return embeddings (N, D) from the projection's output and the residual, (N, D) each."""
+        x = residual + self.ls1(output)
+        x = x + self.ls2(self.mlp(self.norm2(x)))
+        return self.head(self.fc_norm(self.norm(x)))
+
+
+def trunk(model: VisionTransformer, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run images (N, 3, s, s) up to the last attention's output projection, for the class token.
+
+    Returns the projection's input and the residual beside it, (N, D) each.
+    """
+    x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(x))))
+    for block in model.blocks[:-1]:
+        x = block(x)
+    block, attn = model.blocks[-1], model.blocks[-1].attn
+    h = block.norm1(x)
+    n, tokens, _ = h.shape
+    weight, bias = attn.qkv.weight, attn.qkv.bias
+    first, rest = (None, None) if bias is None else (bias[: attn.attn_dim], bias[attn.attn_dim :])
+    q = F.linear(h[:, :1], weight[: attn.attn_dim], first)
+    kv = F.linear(h, weight[attn.attn_dim :], rest)
+    q = q.reshape(n, 1, attn.num_heads, attn.head_dim).transpose(1, 2)  # (N, H, 1, d)
+    kv = kv.reshape(n, tokens, 2, attn.num_heads, attn.head_dim)
+    k, v = kv.permute(2, 0, 3, 1, 4)  # 2 x (N, H, T, d)
+    weights = attn.q_norm(q) * attn.scale @ attn.k_norm(k).transpose(-2, -1)  # (N, H, 1, T)
+    out = weights.softmax(-1) @ v  # (N, H, 1, d)
+    out = attn.norm(out.transpose(1, 2).reshape(n, attn.attn_dim))
+    return out, x[:, 0]
+
+
+def chunked_trunk(
+    model: VisionTransformer, views: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run `trunk` on views (B, V, 3, s, s) in chunks that fill the machine and not its cache.
+
+    Returns (B, V, D) twice, float32.
+    """
+    flat = views.flatten(0, 1)  # (B * V, 3, s, s)
+    proj = model.blocks[-1].attn.proj
+    attention = torch.empty(len(flat), proj.in_features, device=flat.device, dtype=torch.float32)
+    residual = torch.empty(len(flat), proj.out_features, device=flat.device, dtype=torch.float32)
+    tokens = model.patch_embed.num_patches + model.num_prefix_tokens
+    at_once = max(1, (65536 if flat.is_cuda else 3200) // tokens)
+    for i in range(0, len(flat), at_once):
+        rows = slice(i, i + at_once)
+        attention[rows], residual[rows] = trunk(model, flat[rows])
+    shape = views.shape[:2]
+    return attention.unflatten(0, shape), residual.unflatten(0, shape)
+
+
+def factors(
+    models: Sequence[VisionTransformer],
+    groups: Sequence[torch.Tensor],
+    tail: Tail,
+    losses: Sequence[Loss],
+) -> tuple[torch.Tensor, list[Factors]]:
+    """Take each loss's gradient at the last attention's output projection.
+
+    ``groups``: views (B, V, 3, s, s), one group for each size, with the network at that size in
+    ``models``. Each loss maps embeddings (B, V, D) to (B,). Returns the embeddings and one
+    `Factors` for each loss.
+    """
+    batch = len(groups[0])
+    with torch.inference_mode():
+        done = [chunked_trunk(model, views) for model, views in zip(models, groups, strict=True)]
+        joined = [torch.cat(parts, 1) for parts in zip(*done)]  # 2 x (B, V, D)
+    # Clones made outside inference mode are what autograd may read.
+    attention, residual = (part.flatten(0, 1).clone() for part in joined)  # (B * V, D)
+    bias = tail.proj.bias
+    with torch.enable_grad():
+        output = F.linear(attention, tail.proj.weight, bias).detach().requires_grad_()
+        embeddings = tail(output, residual).unflatten(0, (batch, -1))
+        found = [
+            loss_gradients(loss(embeddings), [output], keep=loss is not losses[-1])[0]
+            for loss in losses
+        ]
+    activations = per_sample(attention, batch)
+    made = [
+        Factors(activations, per_sample(gradient, batch), bias is not None) for gradient in found
+    ]
+    return embeddings.detach(), made
