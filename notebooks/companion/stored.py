@@ -31,7 +31,8 @@ def entries(root: Path) -> list[dict]:
 
 
 def check(root: Path, repair: bool = False) -> tuple[int, list[Path]]:
-    """Read every file of the store: the number of entries, and the files that are damaged or foreign.
+    """Read every file of the store: the number of entries, and the files that are damaged or
+    foreign.
 
     ``repair`` removes them, and only them, under each entry's lock.
     """
