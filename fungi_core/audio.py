@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from scipy.signal import resample_poly
 
+from .inputs import Inputs, Views
 from .objectives import SimCLR
 
 RATE = 16_000  # Hz
@@ -37,14 +38,13 @@ class FrontEnd(Protocol):
 
 
 @dataclass(frozen=True)
-class Noise:
+class Noise(Views):
     """Take noisy, shifted copies of a clip's filter bank (eq. 7; 16 of them, Table 12)."""
 
     copies: int = 16
     of: ClassVar[str] = "audio"
 
     def count(self, inputs: "AudioInputs") -> int:
-        """Return the number of copies of a clip."""
         return self.copies
 
     def draw(
@@ -65,29 +65,21 @@ class Noise:
         noisy = bank + x1 * (x2[:, None, None] / 10).astype(np.float32)
         return np.stack([np.roll(copy, shift, axis=0) for copy, shift in zip(noisy, shifts)])
 
-    def finish(
-        self, batch: torch.Tensor, inputs: "AudioInputs", dtype: torch.dtype
-    ) -> torch.Tensor:
-        """Return the copies in the model's dtype."""
-        return inputs.finish(batch, dtype)
-
 
 SIMCLR = SimCLR(views=Noise(), dim=768, negatives=64, negative_views=2)  # Table 12
 
 
 @dataclass(frozen=True)
-class AudioInputs:
+class AudioInputs(Inputs):
     """Say what sounds an encoder takes: filter banks of its front end."""
 
     front: FrontEnd
     kind: ClassVar[str] = "audio"
 
     def decode(self, item, name: str) -> np.ndarray:
-        """Return an item as a waveform: see `decode`."""
         return decode(item, name)
 
     def content(self, samples: np.ndarray) -> bytes:
-        """Return what identifies a waveform."""
         return np.ascontiguousarray(samples, np.float32).tobytes()
 
     def whole(self, samples: np.ndarray) -> np.ndarray:
@@ -100,7 +92,6 @@ class AudioInputs:
         return ((banks - mean) / divisor).astype(np.float32)
 
     def finish(self, batch: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Return filter banks in the model's dtype."""
         return batch.to(dtype)
 
     def stack(self, items: Sequence[np.ndarray]) -> torch.Tensor:
@@ -113,19 +104,12 @@ class AudioInputs:
         return torch.from_numpy(np.stack(items))
 
     def at_once(self, views: int, device: str) -> int:
-        """Return how many clips of so many views make a good batch."""
         return (16 if device == "cpu" else 512) // views
 
-    def fits(self, views: torch.Tensor) -> bool:
-        """Say that any length of clip is fine."""
-        return True
-
     def blank(self, device: str, dtype: torch.dtype) -> torch.Tensor:
-        """Return one silent filter bank, for the sake of its shape."""
         return torch.zeros(1, 128, self.front.bins, device=device, dtype=dtype)
 
     def identity(self) -> list:
-        """Return the settings that change a feature (part of the store key)."""
         return [self.front.name]
 
 

@@ -20,6 +20,7 @@ from . import store
 from .backbones import Backbone
 from .filling import Target, lacking, write
 from .gradients import Factors, linear_layer
+from .inputs import Whole
 from .objectives import Heads, Objective
 from .projection import factors_of
 from .rows import (
@@ -29,7 +30,6 @@ from .rows import (
     gradient_rows,
     negative_latents,
 )
-from .views import Whole
 
 EXTRACTION = 2  # raise when the same settings would give other features than before
 

@@ -14,7 +14,7 @@ from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.decomposition import PCA
 from sklearn.utils.validation import check_is_fitted
 
-from . import objectives, views
+from . import inputs, objectives, views
 from .backbones import Backbone, load
 from .features import PCA_SIZE, apply_pca, fit_pca, join
 from .projection import Rademacher
@@ -257,7 +257,7 @@ def kinds() -> tuple[dict[str, type], dict[str, type]]:
     from . import audio, text  # here: images need neither
 
     known = objectives.KL, objectives.DINO, objectives.SimCLR
-    seen = views.Whole, views.Crops, views.Patches, text.Deletions, audio.Noise
+    seen = inputs.Whole, views.Crops, views.Patches, text.Deletions, audio.Noise
     return {one.name: one for one in known}, {one.__name__: one for one in seen}
 
 

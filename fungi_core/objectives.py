@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 
 from .gradients import Factors
-from .views import Crops, Patches, Whole
+from .inputs import Views, Whole
+from .views import Crops, Patches
 
 Heads = dict[str, torch.Tensor]
 
@@ -118,25 +119,29 @@ class _LogSumExp(torch.autograd.Function):
 
 
 class Objective:
-    """What an objective must say of itself; subclass it as a frozen dataclass to add one.
+    """Say what an objective needs; subclass it as a frozen dataclass to add one.
 
-    ``views``: how an item becomes views (`views.Whole`, `views.Crops`, ...). ``negatives``: how
-    many training items the loss is compared with, and ``negative_views`` how many views of each (0:
-    all).
+    ``views``: what it sees of an item. ``dim``: units of its random linear head; ``normalize``: the
+    head's input is L2-normalised; ``head=False``: none, the loss takes the embedding itself (Table
+    6). ``negatives``: how many training items the loss is compared with, and ``negative_views`` how
+    many views of each (0: all).
     """
 
     name: ClassVar[str]
-    views = Whole()
+    views: Views = Whole()
+    dim: int = 768
+    normalize: bool = True
+    head: bool = True
     negatives: int = 0
     negative_views: int = 0
 
     def heads(self, backbone, generator: np.random.Generator) -> Heads:
-        """Draw the tensors that the loss needs besides embeddings; here none."""
-        return {}
+        """Draw the tensors that the loss needs besides embeddings: a linear head, or none."""
+        return linear_head(backbone.width, self.dim, generator) if self.head else {}
 
     def latents(self, embeddings: torch.Tensor, heads: Heads) -> torch.Tensor:
-        """Map embeddings (..., D) to latents (..., C); here they stay as they are."""
-        return embeddings
+        """Map embeddings (..., D) to latents (..., C)."""
+        return head_latents(embeddings, heads, self.normalize)
 
     def loss(
         self, embeddings: torch.Tensor, heads: Heads, negatives: torch.Tensor | None = None
@@ -156,8 +161,7 @@ class Objective:
         negatives: Sequence[torch.Tensor | None],
         layers: list[str],
     ) -> tuple[torch.Tensor, list[Factors]]:
-        """Return embeddings (B, V, D) and factors at every layer for each pair of heads and
-        negatives.
+        """Return embeddings (B, V, D), and factors at every layer for each heads and negatives.
 
         An objective that reads something else than the embedding overrides this.
         """
@@ -170,11 +174,7 @@ class Objective:
 
 @dataclass(frozen=True)
 class KL(Objective):
-    """Describe the KL divergence to the uniform distribution (Table 17).
-
-    One view, L2-normalised embedding, linear head. ``head=False`` computes the loss on the
-    embedding itself (Table 6); ``dim`` then means nothing.
-    """
+    """Describe the KL divergence to the uniform distribution (Table 17): one view, a linear head."""
 
     views: Whole = Whole()
     temperature: float = 15.0
@@ -184,16 +184,7 @@ class KL(Objective):
     head: bool = True
     name: ClassVar[str] = "kl"
 
-    def heads(self, backbone, generator: np.random.Generator) -> Heads:
-        """Draw the linear head, or none."""
-        return named_head(backbone.width, self.dim, generator) if self.head else {}
-
-    def latents(self, embeddings: torch.Tensor, heads: Heads) -> torch.Tensor:
-        """Map embeddings (..., D) to latents (..., C) through the head."""
-        return head_latents(embeddings, heads, self.normalize)
-
     def loss(self, embeddings, heads, negatives=None) -> torch.Tensor:
-        """Return the divergence of each sample, (B,)."""
         return kl_loss(self.latents(embeddings, heads), self.temperature, self.direction)
 
 
@@ -201,8 +192,8 @@ class KL(Objective):
 class DINO(Objective):
     """Describe self-distillation between crops (Table 17): independent student and teacher heads.
 
-    ``head=False``: both distributions are softmaxes of the embedding itself (Table 6), apart by
-    temperature and crop. ``independent_heads=False``: student and teacher share one (Table 15).
+    ``independent_heads=False``: both share one (Table 15). ``head=False``: both distributions are
+    softmaxes of the embedding itself, apart by temperature and crop.
     """
 
     views: Crops = Crops()
@@ -215,17 +206,12 @@ class DINO(Objective):
     name: ClassVar[str] = "dino"
 
     def heads(self, backbone, generator: np.random.Generator) -> Heads:
-        """Draw the student's head and the teacher's, or none."""
-        if not self.head:
-            return {}
-        student = named_head(backbone.width, self.dim, generator)
-        teacher = student
+        student = teacher = super().heads(backbone, generator)
         if self.independent_heads:
-            teacher = named_head(backbone.width, self.dim, generator)
+            teacher = super().heads(backbone, generator)
         return student | {f"teacher_{name}": tensor for name, tensor in teacher.items()}
 
     def loss(self, embeddings, heads, negatives=None) -> torch.Tensor:
-        """Return the cross-entropy of each sample, (B,)."""
         seen = embeddings[:, : self.views.global_count].detach()
         student = head_latents(embeddings, heads, self.normalize)
         teacher = head_latents(seen, heads, self.normalize, prefix="teacher_")
@@ -236,12 +222,11 @@ class DINO(Objective):
 class SimCLR(Objective):
     """Describe InfoNCE between views of one item and a fixed batch of negatives (eq. 5, Table 17).
 
-    ``head=False`` compares the embeddings themselves (Table 6); cosines normalise them either way.
-    Images are cut into overlapping patches; `text.SIMCLR` and `audio.SIMCLR` have the paper's
-    settings for sentences and sounds.
+    Cosines normalise the latents. Images are cut into overlapping patches; `text.SIMCLR` and
+    `audio.SIMCLR` have the paper's settings for sentences and sounds.
     """
 
-    views: Patches = Patches()
+    views: Views = Patches()
     temperature: float = 0.07
     dim: int = 96
     negatives: int = 256
@@ -251,48 +236,29 @@ class SimCLR(Objective):
     head: bool = True
     name: ClassVar[str] = "simclr"
 
-    def heads(self, backbone, generator: np.random.Generator) -> Heads:
-        """Draw the linear head, or none."""
-        return named_head(backbone.width, self.dim, generator) if self.head else {}
-
-    def latents(self, embeddings: torch.Tensor, heads: Heads) -> torch.Tensor:
-        """Map embeddings (..., D) to latents (..., C) through the head."""
-        return head_latents(embeddings, heads, self.normalize)
-
     def loss(self, embeddings, heads, negatives=None) -> torch.Tensor:
-        """Return InfoNCE of each sample, (B,); raises ValueError without negatives (M, C)."""
         if negatives is None:
             raise ValueError("SimCLR needs negatives: latents (M, dim) of training images")
         latents = self.latents(embeddings, heads)
         return info_nce(latents, negatives, self.temperature, self.denominator)
 
 
-def linear_head(
-    width: int, dim: int, generator: np.random.Generator
-) -> tuple[torch.Tensor, torch.Tensor]:
+def linear_head(width: int, dim: int, generator: np.random.Generator) -> Heads:
     """Draw a linear layer uniform in +-1/sqrt(width), as ``torch.nn.Linear`` starts.
 
-    Returns weight (dim, width) and bias (dim,), float32.
+    Returns "weight" (dim, width) and "bias" (dim,), float32.
     """
     bound = np.float32(1 / math.sqrt(width))
 
     def draw(*shape: int) -> torch.Tensor:
         return torch.from_numpy((generator.random(shape, dtype=np.float32) * 2 - 1) * bound)
 
-    return draw(dim, width), draw(dim)
-
-
-def named_head(width: int, dim: int, generator: np.random.Generator) -> Heads:
-    """Draw a linear head as a dictionary: "weight" (dim, width) and "bias" (dim,)."""
-    weight, bias = linear_head(width, dim, generator)
-    return {"weight": weight, "bias": bias}
+    return {"weight": draw(dim, width), "bias": draw(dim)}
 
 
 def head_latents(
     embeddings: torch.Tensor, heads: Heads, normalize: bool, prefix: str = ""
 ) -> torch.Tensor:
-    """Map embeddings (..., D) to latents (..., C) by the head called ``prefix``; no heads: as they
-    are.
-    """
+    """Map embeddings (..., D) to latents (..., C) by the head called ``prefix``, if any."""
     z = F.normalize(embeddings, dim=-1) if normalize else embeddings
     return F.linear(z, heads[f"{prefix}weight"], heads[f"{prefix}bias"]) if heads else z

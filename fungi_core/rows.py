@@ -13,10 +13,10 @@ import torch
 from .backbones import Backbone
 from .devices import fixed_teams
 from .gradients import LossNotFinite
+from .inputs import Whole
 from .objectives import Heads, Objective
 from .projection import Projection, draw
 from .seeds import content_id, generator
-from .views import Whole
 
 
 @dataclass

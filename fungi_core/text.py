@@ -18,11 +18,12 @@ import numpy as np
 import torch
 
 from .backbones import Backbone, freeze
+from .inputs import Inputs, Views
 from .objectives import SimCLR
 
 
 @dataclass(frozen=True)
-class Deletions:
+class Deletions(Views):
     """Take copies of a text with each word deleted at random (section 5.3, Table 19).
 
     ``p`` is the odds that a word is deleted. One word always stays.
@@ -33,7 +34,6 @@ class Deletions:
     of: ClassVar[str] = "text"
 
     def count(self, inputs: "TextInputs") -> int:
-        """Return the number of copies of a text."""
         return self.copies
 
     def draw(
@@ -53,16 +53,12 @@ class Deletions:
         keep[np.arange(self.copies), saved] |= ~keep.any(1)
         return [" ".join(w for w, stays in zip(words, row, strict=True) if stays) for row in keep]
 
-    def finish(self, batch: torch.Tensor, inputs: "TextInputs", dtype: torch.dtype) -> torch.Tensor:
-        """Return the batch as it is."""
-        return inputs.finish(batch, dtype)
-
 
 SIMCLR = SimCLR(views=Deletions(), dim=256, negative_views=2)  # Table 19
 
 
 @dataclass(frozen=True)
-class TextInputs:
+class TextInputs(Inputs):
     """Say what texts an encoder takes: its tokenizer and most tokens, and how it is read out.
 
     ``pool``: "first" token (the published code's read-out, of T5 too) or "mean" over tokens that
@@ -75,13 +71,11 @@ class TextInputs:
     kind: ClassVar[str] = "text"
 
     def decode(self, item, name: str) -> str:
-        """Return the item, which must be a str."""
         if not isinstance(item, str):
             raise ValueError(f"{name} is a {type(item).__name__}; a text backbone takes str")
         return item
 
     def content(self, text: str) -> bytes:
-        """Return what identifies a text."""
         return text.encode()
 
     def tokens(self, texts: list[str]) -> np.ndarray:
@@ -96,29 +90,18 @@ class TextInputs:
         """Return the tokens and mask of one text, (1, 2, T) int64."""
         return self.tokens([text])
 
-    def finish(self, batch: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Return the batch as it is: tokens need nothing more on the device."""
-        return batch
-
     def stack(self, items: Sequence[np.ndarray]) -> torch.Tensor:
         """Join the items of a batch, padded to the longest: (B, V, 2, T)."""
         longest = max(item.shape[-1] for item in items)
         return torch.from_numpy(np.stack([padded(item, longest) for item in items]))
 
     def at_once(self, views: int, device: str) -> int:
-        """Return how many texts make a good batch: few on a CPU, where padding costs more."""
         return min(256, (24 if device == "cpu" else 1024) // views)
 
-    def fits(self, views: torch.Tensor) -> bool:
-        """Say that any length of text is fine."""
-        return True
-
     def blank(self, device: str, dtype: torch.dtype) -> torch.Tensor:
-        """Return one short text, for the sake of its shape."""
         return torch.ones(1, 2, 1, device=device, dtype=torch.long)
 
     def identity(self) -> list:
-        """Return the settings that change a feature (part of the store key)."""
         vocabulary = repr(sorted(self.tokenizer.get_vocab().items())).encode()
         return [self.length, self.pool, hashlib.blake2b(vocabulary, digest_size=16).hexdigest()]
 

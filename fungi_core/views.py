@@ -4,10 +4,6 @@ A view never depends on the batch, its order or the number of workers: the gener
 view is named by the image's own pixels. Geometry that depends on an image's size happens in PIL (on
 a GPU: as two matrix products) and gives uint8; what is the same for every image (cutting and
 enlarging patches, normalisation) happens on the model's device.
-
-A kind of view has ``of`` ("image", "text", "audio" or "any"), ``count(inputs)``, ``draw(item,
-inputs, rng, device)`` for one item, and ``finish(batch, inputs, dtype)`` for a batch on the model's
-device.
 """
 
 import math
@@ -21,6 +17,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from .inputs import Inputs, Views
 from .resampling import bicubic_matrix, crops_on
 
 FILTERS = {"bicubic": Image.BICUBIC, "bilinear": Image.BILINEAR, "nearest": Image.NEAREST}
@@ -28,26 +25,7 @@ CROP_MODES = ("center", "squash", "border")
 
 
 @dataclass(frozen=True)
-class Whole:
-    """Take the one view that the backbone's own evaluation transform makes."""
-
-    of: ClassVar[str] = "any"
-
-    def count(self, inputs) -> int:
-        """Return the number of views of an item."""
-        return 1
-
-    def draw(self, item, inputs, rng: np.random.Generator, device: str):
-        """Return what the item contributes to a batch, with one view."""
-        return inputs.whole(item)
-
-    def finish(self, batch: torch.Tensor, inputs, dtype: torch.dtype) -> torch.Tensor:
-        """Return the views as the model takes them."""
-        return inputs.finish(batch, dtype)
-
-
-@dataclass(frozen=True)
-class Crops:
+class Crops(Views):
     """Take random resized crops, global ones first: DINO's views (Table 17), without flips or
     colours.
 
@@ -63,7 +41,6 @@ class Crops:
     of: ClassVar[str] = "image"
 
     def count(self, inputs: "ImageInputs") -> int:
-        """Return the number of crops of an image."""
         return self.global_count + self.local_count
 
     def draw(
@@ -104,7 +81,7 @@ class Crops:
 
 
 @dataclass(frozen=True)
-class Patches:
+class Patches(Views):
     """Take the overlapping patches of the squeezed image: SimCLR's views (Table 17, section B.1).
 
     ``grid`` patches a side before overlap; ``stride`` is how many steps make a patch: 49 views at
@@ -118,7 +95,6 @@ class Patches:
     of: ClassVar[str] = "image"
 
     def count(self, inputs: "ImageInputs") -> int:
-        """Return the number of patches of an image: 49 with the paper's settings."""
         patch, step = self._sides(inputs.size)
         return ((inputs.size - patch) // step + 1) ** 2
 
@@ -152,7 +128,7 @@ class Patches:
 
 
 @dataclass(frozen=True)
-class ImageInputs:
+class ImageInputs(Inputs):
     """Say what images a backbone takes: its evaluation transform.
 
     ``size``: pixels of a side; ``mean`` and ``std`` of the normalisation; ``crop``: share of the
@@ -175,11 +151,9 @@ class ImageInputs:
             )
 
     def decode(self, item, name: str) -> Image.Image:
-        """Return an item as an RGB image: see `to_image`."""
         return to_image(item, name)
 
     def content(self, image: Image.Image) -> bytes:
-        """Return what identifies a decoded image: its pixels and size."""
         return image.tobytes() + str(image.size).encode()
 
     def whole(self, image: Image.Image) -> np.ndarray:
@@ -214,17 +188,14 @@ class ImageInputs:
         return ((images - mean) / std).to(dtype)
 
     def stack(self, items: Sequence[np.ndarray | torch.Tensor]) -> torch.Tensor:
-        """Join what the items of a batch contribute into one tensor."""
         if isinstance(items[0], torch.Tensor):
             return torch.stack(items)
         return torch.from_numpy(np.stack(items))
 
     def at_once(self, views: int, device: str) -> int:
-        """Return how many images of so many views make a good batch."""
         return min(256, (2**22 if device == "cpu" else 2**26) // (views * self.size**2))
 
     def fits(self, views: torch.Tensor) -> bool:
-        """Say whether views (..., s, s) have the backbone's own size."""
         return views.shape[-1] == self.size
 
     def resized(self, size: int) -> "ImageInputs":
@@ -232,11 +203,9 @@ class ImageInputs:
         return replace(self, size=size)
 
     def blank(self, device: str, dtype: torch.dtype) -> torch.Tensor:
-        """Return one empty view, for the sake of its shape."""
         return torch.zeros(1, 3, self.size, self.size, device=device, dtype=dtype)
 
     def identity(self) -> list:
-        """Return the settings that change a feature (part of the store key)."""
         return [self.size, self.mean, self.std, self.crop, self.mode, self.interpolation]
 
 

@@ -25,10 +25,12 @@ from PIL import Image
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 
-from fungi_core.backbones import MINI
-
 HERE = Path(__file__).resolve().parent
 MEAN, STD = 0.5, 0.25
+MINI = {  # 64 px, patch 8: arguments of timm's ViT-Ti
+    "vit_mini": dict(img_size=64, patch_size=8, embed_dim=192, depth=9, num_heads=3),
+    "vit_micro": dict(img_size=64, patch_size=8, embed_dim=128, depth=6, num_heads=2),
+}
 # patch_drop: share of tokens dropped until `full_from` of the steps; after that the training sees
 # whole images
 RECIPES = {
@@ -236,7 +238,17 @@ def main():
     save_file(
         state,
         args.out / f"{args.name}.safetensors",
-        metadata={"name": args.name, "seed": str(args.seed)},
+        metadata={
+            "name": args.name,
+            "seed": str(args.seed),
+            "architecture": "vit_tiny_patch16_224",
+            "arguments": json.dumps(architecture),
+            "input": json.dumps(
+                {"size": 64, "mean": [MEAN] * 3, "std": [STD] * 3, "crop": 1.0, "mode": "center"}
+                | {"interpolation": "bicubic"}
+            ),
+            "licence": "trained on ImageNet images: non-commercial research",
+        },
     )
     card = dict(
         name=args.name,

@@ -35,8 +35,8 @@ from fungi_core.extract import (
     stored_negatives,
 )
 from fungi_core.filling import Target
+from fungi_core.inputs import Whole
 from fungi_core.rows import draw_parts, gradient_rows
-from fungi_core.views import Whole
 
 ALL = ("kl", "dino", "simclr")
 Names = Sequence  # of objectives: names, or objectives themselves

@@ -18,6 +18,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from fungi_core import DINO, KL, SimCLR, audio, text
 from fungi_core.gradients import tapped_factors
+from fungi_core.inputs import Views
 from fungi_core.objectives import Heads, Objective, head_latents, linear_head
 from fungi_core.views import Crops
 
@@ -101,8 +102,8 @@ class DeepCluster(Objective):
 
     def heads(self, backbone, generator: np.random.Generator) -> Heads:
         """Draw the projection."""
-        weight, _ = linear_head(backbone.width, self.dim, generator)
-        return {"weight": F.normalize(weight, dim=-1)}
+        drawn = linear_head(backbone.width, self.dim, generator)
+        return {"weight": F.normalize(drawn["weight"], dim=-1)}
 
     def latents(self, embeddings: torch.Tensor, heads: Heads) -> torch.Tensor:
         """Map embeddings (..., D) to latents (..., C) of unit length."""
@@ -217,7 +218,8 @@ def class_and_patches(backbone, views: torch.Tensor) -> torch.Tensor:
     pooled = getattr(model, "global_pool", None) != "token"
     if not first or pooled or patches != math.isqrt(patches) ** 2:
         raise ValueError(
-            f"{backbone.name} reads no class token or has no square grid of patches; iBOT needs both"
+            f"{backbone.name} reads no class token or has no square grid of patches; "
+            "iBOT needs both"
         )
     x = model.forward_features(views)  # (N, class token and registers, patches, D)
     return torch.cat([x[:, :1], x[:, first:]], 1)
@@ -238,7 +240,7 @@ def masked_crops(views: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class MaskedCopies:
+class MaskedCopies(Views):
     """Take copies of a text, each with some tokens behind the mask token, at least one.
 
     A batch is (B, V, 3, T): ids, attention mask, and the token behind each mask, elsewhere -1.
@@ -264,10 +266,6 @@ class MaskedCopies:
         chosen = chance < np.maximum(self.ratio, chance.min(1, keepdims=True) + 1e-9)
         hidden = np.where(chosen, tokenizer.mask_token_id, ids)
         return np.stack([hidden, np.ones_like(chosen, int), np.where(chosen, ids, -1)], 1)
-
-    def finish(self, batch: torch.Tensor, inputs: text.TextInputs, dtype) -> torch.Tensor:
-        """Return the batch as it is."""
-        return batch
 
 
 def masked_loss(

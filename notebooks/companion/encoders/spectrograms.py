@@ -42,9 +42,8 @@ class WhisperStem(nn.Module):
             1, 2
         )  # (N, T / 2, D)
         if x.shape[1] > len(self.positions):
-            raise ValueError(
-                f"whisper hears at most {len(self.positions) / 50:g} s of a clip, not {x.shape[1] / 50:g}"
-            )
+            most, found = len(self.positions) / 50, x.shape[1] / 50
+            raise ValueError(f"whisper hears at most {most:g} s of a clip, not {found:g}")
         return x + self.positions[: x.shape[1]]
 
 

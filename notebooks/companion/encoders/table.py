@@ -99,7 +99,7 @@ def row_of(name: str) -> Row:
 
 
 def pca_size(name: str, width: int) -> int:
-    """Return the PCA size of a backbone: the table's (Table 16), else 512 or the embedding's width."""
+    """Return the table's PCA size of a backbone (Table 16), else 512 or the embedding's width."""
     return table()[name].pca or width if name in table() else min(PCA_SIZE, width)
 
 
@@ -126,7 +126,7 @@ def load(name: str, *, device="auto", dtype="auto") -> Backbone:
 
 
 def local_file(name: str) -> Path | None:
-    """Return the checkpoint of a name in ``data/backbones`` or ``FUNGI_DATA/checkpoints``, if any."""
+    """Return a name's checkpoint in ``data/backbones`` or ``FUNGI_DATA/checkpoints``, if any."""
     for folder in (paths.backbones_dir(), checkpoints_dir()):
         if (file := folder / f"{name}.safetensors").is_file():
             return file
@@ -139,7 +139,7 @@ def checkpoints_dir() -> Path:
 
 
 def load_published(row: Row, options: dict) -> Backbone:
-    """Load weights that no hub of timm hosts, from their published file, with ImageNet's transform."""
+    """Load weights that timm does not host from their published file, for ImageNet's transform."""
     file = checkpoints_dir() / row.url.rpartition("/")[2]
     if not file.is_file():
         raise FileNotFoundError(f"{row.name} needs {unavailable(row.name)}")
@@ -151,7 +151,7 @@ def load_published(row: Row, options: dict) -> Backbone:
 
 
 def load_text(name: str, row: Row, random: bool, options: dict) -> Backbone:
-    """Load a text encoder from an installed package or the hub's cache, or one with random weights."""
+    """Load a text encoder from a package or the hub's cache, or one with random weights."""
     model = None
     if random:
         from transformers import AutoConfig, AutoModelForTextEncoding
@@ -228,7 +228,7 @@ def how_to_get_text(row: Row, random: bool) -> str | None:
 
 
 def unavailable(name: str) -> str | None:
-    """Return why ``name`` cannot be loaded here without a download, in one line; None when it can."""
+    """Return why ``name`` cannot be loaded here, in one line; None when it can."""
     get, row = how_to_get(name), row_of(name)
     size = f" ({row.gb:g} GB, {row.licence})" if row.gb else ""
     return f"its weights{size}: {get}" if get else None

@@ -1,0 +1,78 @@
+"""What a backbone takes and what an objective looks at: the two contracts that each modality fills
+in.
+
+`Inputs` decode items and join them into batches; `Views` say what an objective sees of an item.
+Images are in `views`, sentences in `text`, sounds in `audio`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+
+
+class Inputs:
+    """Say what items a backbone takes, and how they become batches."""
+
+    kind: ClassVar[str]  # "image", "text", "audio"
+
+    def decode(self, item, name: str):
+        """Return an item decoded; raise ValueError, with its ``name``, for anything else."""
+        raise NotImplementedError
+
+    def content(self, item) -> bytes:
+        """Return what identifies a decoded item: its random views are drawn by it."""
+        raise NotImplementedError
+
+    def whole(self, item) -> np.ndarray:
+        """Return the one view, (1, ...), that the backbone's own transform makes of an item."""
+        raise NotImplementedError
+
+    def stack(self, items: Sequence) -> torch.Tensor:
+        """Join what the items of a batch contribute, (V, ...) each, into one tensor (B, V, ...)."""
+        raise NotImplementedError
+
+    def finish(self, batch: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Return a batch on the model's device as the model takes it; here as it is."""
+        return batch
+
+    def at_once(self, views: int, device: str) -> int:
+        """Return how many items of so many views make a good batch."""
+        raise NotImplementedError
+
+    def fits(self, views: torch.Tensor) -> bool:
+        """Say whether views have the size that the network was loaded for; here any will do."""
+        return True
+
+    def blank(self, device: str, dtype: torch.dtype) -> torch.Tensor:
+        """Return one view of nothing, for the sake of its shape."""
+        raise NotImplementedError
+
+    def identity(self) -> list:
+        """Return the settings that change a feature (part of the store key)."""
+        raise NotImplementedError
+
+
+class Views:
+    """Say what an objective looks at: here the whole item, once."""
+
+    of: ClassVar[str] = "any"  # the kind of inputs that these are views of
+
+    def count(self, inputs: Inputs) -> int:
+        """Return the number of views of an item."""
+        return 1
+
+    def draw(self, item, inputs: Inputs, rng: np.random.Generator, device: str):
+        """Return what a decoded item contributes to a batch, (V, ...), on the CPU or the device."""
+        return inputs.whole(item)
+
+    def finish(self, batch: torch.Tensor, inputs: Inputs, dtype: torch.dtype):
+        """Return views (B, V, ...) of a batch on its device; a list where their sizes differ."""
+        return inputs.finish(batch, dtype)
+
+
+@dataclass(frozen=True)
+class Whole(Views):
+    """Take the one view that the backbone's own transform makes."""
