@@ -1,14 +1,18 @@
 # One batch: features, then every notebook, then the scoreboard.
 #     snakemake --cores all --config profile=mini
 #     snakemake --workflow-profile notebooks/profiles/slurm --config profile=paper     # the same on a cluster
-#     snakemake -n --config profile=paper                                              # the plan, with hours
+#     snakemake -n --config profile=paper                                              # the plan
 # Parameters come from the notebooks' own defaults and from notebooks/profiles/PROFILE.yaml. They are job parameters, so
 # a changed line of a profile runs again just the notebooks that it concerns.
 import json
+import os
 import re
 import sys
 
-sys.path[:0] = [workflow.basedir, f"{workflow.basedir}/notebooks"]
+# Jobs find this checkout's packages, installed or not.
+HOUSE = [workflow.basedir, str(Path(workflow.basedir) / "notebooks")]
+sys.path[:0] = HOUSE
+os.environ["PYTHONPATH"] = os.pathsep.join([*HOUSE, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 workdir: workflow.basedir
 
@@ -34,7 +38,7 @@ def made_plan():
     """Parameters and features jobs of each notebook, and the shards of each of these jobs: names of marker files."""
     from companion import plan, run
     from companion.data import datasets
-    from fungi_core import backbones
+    from companion.encoders.table import unavailable
 
     slugs = run.notebooks()
     try:
@@ -43,7 +47,7 @@ def made_plan():
     except ValueError as error:
         sys.exit(str(error))  # one line, under --quiet too
     present = {row["name"] for row in datasets.table() if row["available"]}  # the rest is "not run" in the notebooks
-    present |= {name for p in parameters.values() for name in p.get("backbones", ()) if not backbones.unavailable(name)}
+    present |= {name for p in parameters.values() for name in p.get("backbones", ()) if not unavailable(name)}
     rows = plan.groups(PROFILE) | plan.groups(PROFILE, "audio")
     if "rows_a_job" in config:  # --config rows_a_job=N: another size of the shards; 0: none
         rows = dict.fromkeys(rows, int(config["rows_a_job"]))
@@ -78,8 +82,8 @@ rule all:
 
 
 EXTRACT = (
-    "{sys.executable} -m fungi_core.extract {wildcards.backbone:q} {wildcards.dataset} {wildcards.split} {params.names}"
-    " --n-train {wildcards.n_train} --n-test {wildcards.n_test} --seed {wildcards.seed}"
+    "{sys.executable:q} -m companion.features {wildcards.backbone:q} {wildcards.dataset:q} {wildcards.split}"
+    " {params.names} --n-train {wildcards.n_train} --n-test {wildcards.n_test} --seed {wildcards.seed}"
 )
 FOLDER = RUNS + "/features/{backbone}/{dataset}/{split}-{n_train}-{n_test}-seed{seed}"
 
@@ -117,4 +121,4 @@ rule notebook:
     resources:
         gpu=GPU, mem_mb=lambda wc, attempt: MEMORY * attempt, runtime=lambda wc, attempt: 4 * MINUTES * attempt,
         slurm_extra=lambda wc: "--exclusive" if wc.slug in ALONE else ""
-    shell: "{sys.executable} -m companion.run {wildcards.slug} --profile {PROFILE} --out {output}"
+    shell: "{sys.executable:q} -m companion.run {wildcards.slug} --profile {PROFILE:q} --out {output:q}"

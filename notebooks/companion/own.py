@@ -14,11 +14,16 @@ import pandas as pd
 from PIL import Image, ImageOps, UnidentifiedImageError
 from threadpoolctl import threadpool_limits
 
+from companion import features as extraction
 from companion import protocol
 from companion.data import datasets
 from companion.data.images import Images, balanced, to_rgb
+from companion.encoders import table
 from companion.evaluate import knn as evaluate
-from fungi_core import backbones, extract, pca
+from companion.protocol import LETTERS, fungi_features, names_of, similarity
+from fungi_core.extract import Features
+from fungi_core.features import apply_pca, fit_pca
+from fungi_core.filling import progress
 
 SHORT = (
     512  # pixels: photographs whose shorter side is longer are reduced to it once, as they are read
@@ -31,7 +36,7 @@ LICENCE = "your own"
 class Album:
     """Photographs, what could not be read, and the features of those that could, row by row."""
 
-    rows: extract.Rows  # .data are the images, .blocks the features
+    rows: Features  # .data are the images, .blocks the features
     skipped: list[tuple[str, str]]  # (name, why)
     backbone: str
 
@@ -61,9 +66,7 @@ def album(
     crops. ``n``: at most so many images, drawn by ``seed``, classes as even as possible (0: all).
     ``layer``: as in `backbones.load`.
     """
-    encoder = backbones.load(
-        backbone, layer=layer or None
-    )  # an unknown one is an error before anything is read
+    encoder = table.load(backbone, layer=layer or None)  # an unknown one is an error at once
     if files:
         images, skipped = _read(_unpacked(files))
     elif folder:
@@ -78,7 +81,7 @@ def album(
         images = images.take(
             balanced(images.labels, n, seed), f"{n} of {len(images)} images, seed {seed}"
         )
-    return Album(extract.of_images(images, encoder, names, seed=seed), skipped, backbone)
+    return Album(extraction.of_images(images, encoder, names, seed=seed), skipped, backbone)
 
 
 def from_folder(folder: str | Path) -> tuple[Images, list[tuple[str, str]]]:
@@ -145,7 +148,7 @@ def _read(files: Sequence[tuple[str, Path | bytes]]) -> tuple[Images, list[tuple
             "no files there; give a folder with a sub-folder per class, or with image files only"
         )
     names, pixels, skipped = [], [], []
-    with extract.progress(len(files), "reading") as bar, ThreadPoolExecutor(2) as pool:
+    with progress(len(files), "reading") as bar, ThreadPoolExecutor(2) as pool:
         for (name, _), found in zip(
             files, pool.map(_decoded, [source for _, source in files]), strict=True
         ):
@@ -207,7 +210,7 @@ def cosines(album: Album, letters: str) -> np.ndarray:
     """Mean over the features of the cosine of every pair of images, (N, N) float32; -inf for an
     image with itself.
     """
-    out = extract.similarity(album.rows, album.rows, letters) / len(extract.named(letters))
+    out = similarity(album.rows, album.rows, letters) / len(names_of(letters))
     np.fill_diagonal(out, -np.inf)
     return out
 
@@ -271,9 +274,9 @@ def places(album: Album, letters: str, method: str = "t-SNE", seed: int = 0) -> 
     """Where a 2-D map puts each image, (N, 2): scikit-learn's t-SNE (perplexity 30, fewer for few
     images), or PCA.
     """
-    x = extract.fungi_features(album.rows, album.rows, letters)[0]
+    x = fungi_features(album.rows, album.rows, letters)[0]
     if method == "PCA":
-        return pca.fit_pca(x, 2).transform(x)
+        return apply_pca(fit_pca(x, 2), x)
     from sklearn.manifold import TSNE
 
     with threadpool_limits(
@@ -292,8 +295,8 @@ def save(album: Album, stem: Path) -> list[Path]:
     and ``fungi``: all of them normalised and joined, without PCA.
     """
     images, blocks = album.images, dict(album.rows.blocks)
-    letters = "+".join(extract.LETTERS[name] for name in blocks)
-    blocks["fungi"] = extract.fungi_features(album.rows, album.rows, letters)[0]
+    letters = "+".join(LETTERS[name] for name in blocks)
+    blocks["fungi"] = fungi_features(album.rows, album.rows, letters)[0]
     of = np.array(images.classes)[images.labels]
     stem.parent.mkdir(parents=True, exist_ok=True)
     np.savez(stem.with_suffix(".npz"), **{"name": np.array(images.names), "class": of}, **blocks)

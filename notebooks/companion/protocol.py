@@ -6,18 +6,27 @@ Chosen before any result was seen: k = 20 and the first 5 training images of eac
 gains as paired differences on the same images.
 """
 
-from collections.abc import Mapping, Sequence
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 
 import numpy as np
 import pandas as pd
 from IPython.display import display
+from tqdm.auto import tqdm
 
 from companion import explore, paths
+from companion import features as extraction
 from companion.data import datasets
+from companion.encoders import table
 from companion.evaluate import knn as evaluate
-from companion.figures import style as figures
-from fungi_core import backbones, extract, views
+from companion.figures.style import LETTERS
+from fungi_core import projection
+from fungi_core.extract import Features
+from fungi_core.features import apply_pca, fit_pca, join, normalize
+from fungi_core.gradients import Factors
+from fungi_core.seeds import generator
 
 QUANTITIES = [
     "value",
@@ -33,13 +42,13 @@ QUANTITIES = [
 COMBINATIONS = ("E", "E+K", "E+K+D", "E+K+D+S")  # Table 2's rows
 
 
-Run = tuple[str, str, extract.Rows, extract.Rows]  # backbone, data set, train, test
+Run = tuple[str, str, Features, Features]  # backbone, data set, train, test
 
 
 def collect(
     encoders: Sequence[str],
     sets: Sequence[str],
-    names: Sequence = extract.ALL,
+    names: Sequence = extraction.ALL,
     *,
     n_train: int,
     n_test: int,
@@ -59,14 +68,14 @@ def collect(
     sizes = dict(n_train=n_train, n_test=n_test, seed=seed)
     runs = []
     for backbone in encoders:
-        encoder = backbones.load(backbone)
+        encoder = table.load(backbone)
         for _, folds in groupby(
             sets, datasets.whole_name
         ):  # a set that is no fold is alone in its group
             if len(folds := list(folds)) > 1:
-                found = extract.fold_features(folds, encoder, names, **sizes, **options)
+                found = extraction.fold_features(folds, encoder, names, **sizes, **options)
             else:
-                found = [extract.features(folds[0], encoder, names, **sizes, **options)]
+                found = [extraction.features(folds[0], encoder, names, **sizes, **options)]
             runs += [(backbone, name, *rows) for name, rows in zip(folds, found, strict=True)]
     return runs
 
@@ -99,7 +108,7 @@ def of_modality(
     where none is left.
     """
     known = {row["name"]: row["modality"] for row in datasets.table()}
-    of = lambda name: known.get(name) or getattr(backbones.spec_of(name), "modality", "image")
+    of = lambda name: known.get(name) or table.row_of(name).modality
     if others := [name for name in (*encoders, *sets) if of(name) != modality]:
         print(f"Left out, no {modality}: {', '.join(others)}")
     found = [[name for name in names if of(name) == modality] for names in (encoders, sets)]
@@ -109,24 +118,6 @@ def of_modality(
             "from the profile."
         )
     return found[0], found[1]
-
-
-def provenance(notebook: str, started: float, runs: Sequence, **parameters) -> dict:
-    """`figures.provenance` of a notebook that evaluated ``runs`` (what `collect` gave), all its
-    parameters by name.
-    """
-    rows = [split for *_, train, test in runs for split in (train, test)]
-    stores = [key for split in rows for key in split.store_keys]
-    data = [split.data for split in rows]
-    return figures.provenance(
-        notebook, parameters, seed=parameters["seed"], stores=stores, datasets=data, started=started
-    )
-
-
-def on(runs: Sequence) -> str:
-    """What a claim was measured on, for the scoreboard: data sets; backbones."""
-    names = lambda i: ", ".join(dict.fromkeys(run[i] for run in runs))
-    return f"{names(1)}; {names(0)}"
 
 
 def missing(encoders: Sequence[str], sets: Sequence[str]) -> pd.DataFrame:
@@ -143,9 +134,7 @@ def missing(encoders: Sequence[str], sets: Sequence[str]) -> pd.DataFrame:
         if not x["available"]
     ]
     lacking = [
-        (backbones.spec_of(x), get)
-        for x in dict.fromkeys(encoders)
-        if (get := backbones.how_to_get(x))
+        (table.row_of(x), get) for x in dict.fromkeys(encoders) if (get := table.how_to_get(x))
     ]
     lines += [(spec.name, spec.gb, spec.licence, get) for spec, get in lacking]
     frame = pd.DataFrame(lines, columns=["name", "size", "licence", "how to get it"])
@@ -154,8 +143,8 @@ def missing(encoders: Sequence[str], sets: Sequence[str]) -> pd.DataFrame:
 
 
 def knn(
-    train: extract.Rows,
-    test: extract.Rows,
+    train: Features,
+    test: Features,
     letters: Sequence[str] = COMBINATIONS,
     *,
     k: int = 20,
@@ -177,7 +166,7 @@ def knn(
     return compare(correct, letters, *metric(test, shots), seed)
 
 
-def metric(test: extract.Rows, shots: int | None = None) -> tuple[str, np.ndarray | None]:
+def metric(test: Features, shots: int | None = None) -> tuple[str, np.ndarray | None]:
     """What the setting is called, and the labels where the data set's metric is the mean per class."""
     if test.data.metric == "mAP":
         raise ValueError(
@@ -203,7 +192,7 @@ def compare(
         return evaluate.bootstrap(
             scored[name],
             against,
-            generator=views.generator("bootstrap", seed, name, other),
+            generator=generator("bootstrap", seed, name, other),
             labels=labels,
         )
 
@@ -216,7 +205,7 @@ def compare(
 
 
 def variants(
-    pairs: Mapping[str, tuple[extract.Rows, extract.Rows]],
+    pairs: Mapping[str, tuple[Features, Features]],
     letters: str,
     default: str,
     *,
@@ -233,7 +222,7 @@ def variants(
     correct = {name: right_or_wrong(*pair, letters, k, None) for name, pair in pairs.items()}
     rows = []
     for name in pairs:
-        draw = lambda kind, n=name: views.generator("bootstrap", seed, "variant", letters, kind, n)
+        draw = lambda kind, n=name: generator("bootstrap", seed, "variant", letters, kind, n)
         own = evaluate.bootstrap(correct[name], generator=draw("own"), labels=per_class)
         gain = evaluate.bootstrap(
             correct[name], correct[default], generator=draw("paired"), labels=per_class
@@ -257,7 +246,7 @@ def contrast(
         for side in (a, b)
     ]
     return evaluate.bootstrap(
-        *share, generator=views.generator("bootstrap", seed, "contrast"), labels=per_class
+        *share, generator=generator("bootstrap", seed, "contrast"), labels=per_class
     )
 
 
@@ -274,7 +263,7 @@ def pooled(frame: pd.DataFrame, sign: int = 1) -> tuple[float, float, float]:
 
 def predict(train, test, letters, k, size=None) -> np.ndarray:
     """kNN labels of the test images from the feature set ``letters``, after PCA to ``size``."""
-    a, b = extract.fungi_features(train, test, letters, size)
+    a, b = fungi_features(train, test, letters, size)
     return evaluate.knn_predict(a, train.labels, b, k=k)
 
 
@@ -288,7 +277,7 @@ def mean_interval(values: Sequence[float], seed: int) -> tuple[float, float, flo
     between them.
     """
     values = np.asarray(values, dtype=float)
-    means = views.generator("runs", seed).choice(values, (2000, len(values))).mean(1)
+    means = generator("runs", seed).choice(values, (2000, len(values))).mean(1)
     return (
         (values.mean(), *np.percentile(means, [2.5, 97.5]))
         if len(values) > 1
@@ -325,3 +314,56 @@ def mean_over(
         return pd.Series(out)
 
     return frame.groupby(list(keys), sort=False)[QUANTITIES].apply(combine).reset_index()
+
+
+def names_of(letters: str) -> list[str]:
+    """Return the features that letters stand for: "E+K" -> ["embedding", "kl"].
+
+    Raises ValueError for an unknown letter.
+    """
+    by_letter = {letter: name for name, letter in LETTERS.items()}
+    unknown = [letter for letter in letters.split("+") if letter not in by_letter]
+    if unknown:
+        raise ValueError(
+            f"unknown feature letters {unknown}; there are {', '.join(by_letter)} joined by '+'"
+        )
+    return [by_letter[letter] for letter in letters.split("+")]
+
+
+def fungi_features(
+    train: Features, test: Features, letters: str, size: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the features called ``letters`` ("E", "K", "E+K+D+S") of both splits (eq. 2, 3).
+
+    Blocks are normalised and joined, and a PCA is fitted on train; it is skipped where ``size`` is
+    None or not below both rows and columns. The embedding alone gets it too (Table 16).
+    """
+    names = names_of(letters)
+    if any(isinstance(train.blocks[name], Factors) for name in names):
+        raise ValueError(
+            f"{letters} holds unprojected gradients, which have no feature vector; use similarity"
+        )
+    a, b = (join(rows.blocks, names) for rows in (train, test))
+    fitted = fit_pca(a, size)
+    return apply_pca(fitted, a), apply_pca(fitted, b)
+
+
+def similarity(a: Features, b: Features, letters: str) -> np.ndarray:
+    """Return the sum over the features of the cosines of all pairs, (len(a), len(b)) float32.
+
+    It is the inner product of eq. 2's joined vectors; unprojected gradients need no vector for it.
+    """
+    total = np.zeros((len(a.data), len(b.data)), np.float32)
+    for name in names_of(letters):
+        x, y = a.blocks[name], b.blocks[name]
+        if isinstance(x, Factors):
+            total += projection.exact_cosine(x, y).numpy()
+        else:
+            total += normalize(x) @ normalize(y).T
+    return total
+
+
+def each(items: Iterable, label: str) -> tqdm:
+    """Return ``items`` with a bar for people from the third second on; it is quiet in batch logs."""
+    watched = sys.stderr.isatty() or "JPY_SESSION_NAME" in os.environ
+    return tqdm(list(items), desc=label, mininterval=0.5, delay=2, leave=False, disable=not watched)

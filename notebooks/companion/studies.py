@@ -13,13 +13,27 @@ from companion import paths
 from companion.data import datasets
 from companion.evaluate import clustering, probe, retrieval
 from companion.evaluate import knn as evaluate
-from companion.protocol import COMBINATIONS, QUANTITIES, compare, metric, predict, right_or_wrong
-from fungi_core import extract, projection, views
+from companion.protocol import (
+    COMBINATIONS,
+    LETTERS,
+    QUANTITIES,
+    compare,
+    each,
+    fungi_features,
+    metric,
+    names_of,
+    predict,
+    right_or_wrong,
+    similarity,
+)
+from fungi_core import projection
+from fungi_core.extract import Features
+from fungi_core.seeds import generator
 
 
 def linear(
-    train: extract.Rows,
-    test: extract.Rows,
+    train: Features,
+    test: Features,
     letters: Sequence[str] = COMBINATIONS,
     *,
     shots: int | None = None,
@@ -36,8 +50,8 @@ def linear(
         train = train.take(evaluate.few_shot_indices(train.labels, shots))
     epochs = 30 if test.data.name == "imagenet1k" else probe.EPOCHS  # section A.3
     done = {}
-    for name in extract.each(dict.fromkeys(("E", *letters)), f"{test.data.name} probes"):
-        a, b = extract.fungi_features(train, test, name, pca)
+    for name in each(dict.fromkeys(("E", *letters)), f"{test.data.name} probes"):
+        a, b = fungi_features(train, test, name, pca)
         done[name] = probe.predict(a, train.labels, b, seed=seed, epochs=epochs)
     correct = {name: x.labels == test.labels for name, x in done.items()}
     return compare(correct, letters, *metric(test, shots), seed).assign(
@@ -46,8 +60,8 @@ def linear(
 
 
 def retrieve(
-    train: extract.Rows,
-    test: extract.Rows,
+    train: Features,
+    test: Features,
     letters: Sequence[str],
     *,
     pca: int | None = None,
@@ -62,7 +76,7 @@ def retrieve(
     truth, settings = relevant(train, test)
     rankings = {}
     for name in dict.fromkeys(("E", *letters)):
-        database, queries = extract.fungi_features(train, test, name, pca)
+        database, queries = fungi_features(train, test, name, pca)
         rankings[name] = retrieval.rank(queries, database)
     frames = []
     for setting, protocol in settings.items():
@@ -76,7 +90,7 @@ def retrieve(
     return pd.concat(frames, ignore_index=True)
 
 
-def relevant(train: extract.Rows, test: extract.Rows) -> tuple[list[dict], dict[str, str]]:
+def relevant(train: Features, test: Features) -> tuple[list[dict], dict[str, str]]:
     """The ground truth of every test row among the training rows (`retrieval`), and setting ->
     protocol to score.
     """
@@ -92,8 +106,8 @@ def relevant(train: extract.Rows, test: extract.Rows) -> tuple[list[dict], dict[
 
 
 def cluster(
-    train: extract.Rows,
-    test: extract.Rows,
+    train: Features,
+    test: Features,
     letters: Sequence[str] = COMBINATIONS,
     *,
     pca: int | None = None,
@@ -108,10 +122,10 @@ def cluster(
     found: it leaves out how clusters would change with other images. All feature sets have the same
     k-means seeds.
     """
-    seeds = views.generator("kmeans", seed).integers(2**31, size=runs).tolist()
+    seeds = generator("kmeans", seed).integers(2**31, size=runs).tolist()
     right, rows = {}, {}
-    for name in extract.each(dict.fromkeys(("E", *letters)), f"{test.data.name} clusters"):
-        x = extract.fungi_features(train, test, name, pca)[1]
+    for name in each(dict.fromkeys(("E", *letters)), f"{test.data.name} clusters"):
+        x = fungi_features(train, test, name, pca)[1]
         found = [clustering.kmeans(x, len(np.unique(test.labels)), s) for s in seeds]
         hits = np.stack(
             [clustering.match(clusters, test.labels) == test.labels for clusters in found]
@@ -126,7 +140,7 @@ def cluster(
 
 
 def over_seeds(
-    pairs: Sequence[tuple[extract.Rows, extract.Rows]],
+    pairs: Sequence[tuple[Features, Features]],
     letters: Sequence[str] = COMBINATIONS,
     *,
     k: int = 20,
@@ -143,7 +157,7 @@ def over_seeds(
     """
     test = pairs[0][1]
     _, per_class = metric(test)
-    names = extract.each(("E", *letters), f"{test.data.name} seeds")
+    names = each(("E", *letters), f"{test.data.name} seeds")
     correct = {
         name: np.array([right_or_wrong(*pair, name, k, pca) for pair in pairs]) for name in names
     }
@@ -156,7 +170,7 @@ def over_seeds(
     rows = []
     for name in letters:
         scores, base = ([score(hits) for hits in correct[n]] for n in (name, "E"))
-        draw = views.generator("bootstrap", seed, "seeds", name)
+        draw = generator("bootstrap", seed, "seeds", name)
         gain = evaluate.bootstrap(
             correct[name].mean(0), correct["E"].mean(0), generator=draw, labels=per_class
         )
@@ -168,8 +182,8 @@ def over_seeds(
 
 
 def shot_curve(
-    train: extract.Rows,
-    test: extract.Rows,
+    train: Features,
+    test: Features,
     letters: Sequence[str],
     shots: Sequence[int],
     draws: int,
@@ -184,9 +198,9 @@ def shot_curve(
     is at most the number of labelled images.
     """
     rows = []
-    for count in extract.each(shots, f"{test.data.name} shots"):
+    for count in each(shots, f"{test.data.name} shots"):
         picks = [
-            evaluate.few_shot_indices(train.labels, count, views.generator("shots", seed, d))
+            evaluate.few_shot_indices(train.labels, count, generator("shots", seed, d))
             for d in range(draws)
         ]
         for name in letters:
@@ -204,8 +218,8 @@ def shot_curve(
 
 
 def pca_curve(
-    train: extract.Rows,
-    test: extract.Rows,
+    train: Features,
+    test: Features,
     letters: Sequence[str],
     sizes: Sequence[int | None],
     *,
@@ -216,11 +230,11 @@ def pca_curve(
     PCA.
     """
     rows = []
-    for name in extract.each(letters, f"{test.data.name} PCA sizes"):
+    for name in each(letters, f"{test.data.name} PCA sizes"):
         plain = right_or_wrong(train, test, name, k, None)
         for size in sizes:
             correct = plain if size is None else right_or_wrong(train, test, name, k, size)
-            draw = lambda kind, n=name, s=size: views.generator("bootstrap", seed, kind, n, s)
+            draw = lambda kind, n=name, s=size: generator("bootstrap", seed, kind, n, s)
             value = evaluate.bootstrap(correct, generator=draw("own"))
             rows.append(
                 (name, size, *value, *evaluate.bootstrap(correct, plain, generator=draw("paired")))
@@ -234,8 +248,8 @@ PROJECTIONS = {"dense ±1": "rademacher", "rank-one ±1": "khatri-rao", "sketch"
 
 
 def projections(
-    train: extract.Rows,
-    test: extract.Rows,
+    train: Features,
+    test: Features,
     letter: str,
     *,
     draws: int,
@@ -252,15 +266,14 @@ def projections(
     distortion (root mean square error of the distance of two test images, percent), seconds (for
     1,000 images, from factors to features; for "exact" to all similarities).
     """
-    name = extract.named(letter)[0]
+    name = names_of(letter)[0]
     factors, width = (train.blocks[name], test.blocks[name]), train.blocks["embedding"].shape[1]
     shape = factors[0].output_gradients.shape[2], factors[0].activations.shape[2] + factors[0].bias
     exact = {
-        x: evaluate.knn_by_similarity(extract.similarity(test, train, x), train.labels, k)
-        == test.labels
+        x: evaluate.knn_by_similarity(similarity(test, train, x), train.labels, k) == test.labels
         for x in (letter, f"E+{letter}")
     }
-    draw = lambda *keys: views.generator("bootstrap", seed, "projection", *keys)
+    draw = lambda *keys: generator("bootstrap", seed, "projection", *keys)
     pairs = np.triu_indices(min(len(test.labels), 200), 1)
     length = lambda cosines: np.sqrt(np.maximum(2 - 2 * cosines[pairs], 0))
     true = length(projection.exact_cosine(factors[1], factors[1]).numpy())
@@ -268,9 +281,7 @@ def projections(
     projection.exact_cosine(*factors[::-1])
     seconds = 1000 * (time.perf_counter() - start) / sum(map(len, factors))
     rows = [("exact", "", *own, 0.0, 0.0, 0.0, 100 * exact[f"E+{letter}"].mean(), 0.0, seconds)]
-    for kind, multiple in extract.each(
-        product(PROJECTIONS, multiples), f"{test.data.name} projections"
-    ):
+    for kind, multiple in each(product(PROJECTIONS, multiples), f"{test.data.name} projections"):
         hits, joined, errors, seconds = [], [], [], []
         for i in range(draws):
             made = projection.draw(PROJECTIONS[kind], multiple * width, *shape, "draw", i)
@@ -279,7 +290,7 @@ def projections(
             blocks = [made.apply(f).numpy() for f in factors]
             seconds.append(1000 * (time.perf_counter() - start) / sum(map(len, factors)))
             a, b = (
-                extract.Rows(r.data, r.blocks | {name: x}, ())
+                Features(r.data, r.blocks | {name: x}, ())
                 for r, x in zip((train, test), blocks, strict=True)
             )
             hits.append(right_or_wrong(a, b, letter, k, None))
@@ -288,16 +299,16 @@ def projections(
             errors.append(
                 np.sqrt(np.mean((length(unit @ unit.T)[true > 0] / true[true > 0] - 1) ** 2))
             )
-        each = 100 * np.mean(hits, 1)
+        draws_of = 100 * np.mean(hits, 1)
         gain = evaluate.bootstrap(np.mean(hits, 0), exact[letter], generator=draw(kind, multiple))
         size = "d" if multiple == 1 else f"{multiple} d"
         rows.append(
             (
                 kind,
                 size,
-                each.mean(),
-                each.min(),
-                each.max(),
+                draws_of.mean(),
+                draws_of.min(),
+                draws_of.max(),
                 *gain,
                 100 * np.mean(joined),
                 100 * np.mean(errors),
@@ -309,8 +320,8 @@ def projections(
 
 
 def class_gains(
-    train: extract.Rows,
-    test: extract.Rows,
+    train: Features,
+    test: Features,
     letters: Sequence[str] = ("K", "D", "S"),
     *,
     k: int = 20,
@@ -321,7 +332,7 @@ def class_gains(
     return class_gains_over_folds([(train, test)], letters, k=k)
 
 
-def by_set(runs: Sequence) -> dict[tuple[str, str], list[tuple[extract.Rows, extract.Rows]]]:
+def by_set(runs: Sequence) -> dict[tuple[str, str], list[tuple[Features, Features]]]:
     """`protocol.collect`'s runs with folds gathered: {(backbone, data set): [(train, test) of each
     fold]}.
 
@@ -334,7 +345,7 @@ def by_set(runs: Sequence) -> dict[tuple[str, str], list[tuple[extract.Rows, ext
 
 
 def over_folds(
-    folds: Sequence[tuple[extract.Rows, extract.Rows]],
+    folds: Sequence[tuple[Features, Features]],
     letters: Sequence[str],
     *,
     k: int,
@@ -357,7 +368,7 @@ def over_folds(
 
 
 def class_gains_over_folds(
-    folds: Sequence[tuple[extract.Rows, extract.Rows]],
+    folds: Sequence[tuple[Features, Features]],
     letters: Sequence[str],
     *,
     k: int,
@@ -382,7 +393,7 @@ def class_gains_over_folds(
 
 
 def pairs(
-    train: extract.Rows, test: extract.Rows, *, k: int = 20, pca: int | None = None, seed: int = 0
+    train: Features, test: Features, *, k: int = 20, pca: int | None = None, seed: int = 0
 ) -> pd.DataFrame:
     """Fig. 2 for every pair of features: a, b, cka (unbiased, test rows), value, gain over the
     better one alone.
@@ -391,21 +402,19 @@ def pairs(
         cka as similarity,  # here: torchmetrics takes long to import, and a notebook that cannot run should end fast
     )
 
-    names = [extract.LETTERS[name] for name in test.blocks]
-    normalized = {
-        extract.LETTERS[name]: evaluate.normalize(block) for name, block in test.blocks.items()
-    }
+    names = [LETTERS[name] for name in test.blocks]
+    normalized = {LETTERS[name]: evaluate.normalize(block) for name, block in test.blocks.items()}
     cka = similarity.cka_matrix(normalized)
     correct = {x: right_or_wrong(train, test, x, k, pca) for x in names}
     rows = []
-    for i, j in extract.each(
+    for i, j in each(
         combinations_with_replacement(range(len(names)), 2), f"{test.data.name} pairs"
     ):
         a, b = names[i], names[j]
         both = correct[a] if i == j else right_or_wrong(train, test, f"{a}+{b}", k, pca)
         better = max((correct[a], correct[b]), key=np.mean)
         gain = evaluate.bootstrap(
-            both, better, generator=views.generator("bootstrap", seed, "pair", a, b)
+            both, better, generator=generator("bootstrap", seed, "pair", a, b)
         )
         rows.append((a, b, cka[i, j], 100 * both.mean(), *gain))
     return pd.DataFrame(rows, columns=["a", "b", "cka", "value", "gain", "gain_low", "gain_high"])
@@ -423,8 +432,8 @@ def square(frame: pd.DataFrame, column: str) -> tuple[list[str], np.ndarray]:
 
 
 def changed(
-    train: extract.Rows,
-    test: extract.Rows,
+    train: Features,
+    test: Features,
     letters: str,
     label: int,
     *,
@@ -441,8 +450,7 @@ def changed(
     rows = np.flatnonzero(test.labels == label)
     here = test.take(rows)
     near = {
-        x: np.argsort(-extract.similarity(here, train, x), 1, kind="stable")[:, :k]
-        for x in ("E", letters)
+        x: np.argsort(-similarity(here, train, x), 1, kind="stable")[:, :k] for x in ("E", letters)
     }
     right = {x: evaluate.vote(found, train.labels) == label for x, found in near.items()}
     votes = {x: (train.labels[found] == label).mean(1) for x, found in near.items()}

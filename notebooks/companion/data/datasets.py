@@ -19,7 +19,6 @@ import numpy as np
 from companion.data import clips, corpora, official, samples
 from companion.data.images import Images, Split, balanced
 from companion.paths import downloads_dir
-from fungi_core import audio as sounds
 
 SPLITS = ("train", "test")
 ITEMS = {"image": "images", "text": "texts", "audio": "clips"}
@@ -305,7 +304,7 @@ def _packed_file(entry: Entry) -> Path | None:
 def _missing(entry: Entry, download: bool) -> str:
     """Why the data set cannot be read without a packed file, in one line; "" if it can."""
     if entry.modality == "audio" and entry.folder and not find_spec("soundfile"):
-        return _line(entry, f"needs soundfile ({sounds.EXTRA})")
+        return _line(entry, "needs soundfile (pip install soundfile)")
     if entry.source and (
         not entry.folder
         or (downloads_dir() / entry.folder).exists()

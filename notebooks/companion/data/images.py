@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
-from fungi_core import audio as sounds
+from fungi_core import audio
 
 MANY_FILES = 50_000  # above it the fingerprint takes file sizes for contents
 
@@ -61,7 +61,7 @@ class Images:
             if self.modality == "image":
                 return picture(item, self.upright)
             found = DECODERS[self.modality](item)
-            return sounds.fit_length(found, self.seconds) if self.seconds else found
+            return audio.fit_length(found, self.seconds) if self.seconds else found
         except (
             Exception
         ) as error:  # Pillow raises OSError, SyntaxError, struct.error ... for a broken file
@@ -124,7 +124,7 @@ def picture(item: Path | bytes | np.ndarray, upright: bool = False) -> Image.Ima
 
 
 # an item of a `Split` of another modality to what its backbones take
-DECODERS = {"text": str, "audio": sounds.decode}
+DECODERS = {"text": str, "audio": audio.decode}
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

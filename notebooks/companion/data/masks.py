@@ -20,7 +20,7 @@ from PIL import Image
 
 from companion.data import datasets, images, samples
 from companion.paths import downloads_dir
-from fungi_core import views
+from fungi_core.seeds import generator
 
 VOID = 255  # Pascal VOC's value for pixels that are left out of the score
 ARRAYS = ("data", "offsets", "mask_data", "mask_offsets", "split", "names", "classes")
@@ -129,7 +129,7 @@ class Scenes:
             raise ValueError(
                 f"{self.name} {self.split} has {len(self)} images, {count} were asked for"
             )
-        order = views.generator("scenes", self.name, self.split, seed).permutation(len(self))
+        order = generator("scenes", self.name, self.split, seed).permutation(len(self))
         return self.take(
             np.sort(order[:count]), f"{count} of {len(self)} images, drawn by seed {seed}"
         )
@@ -295,8 +295,7 @@ def composed(folder: Path, train: bool) -> Pairs:
     test textures from its right half; digits likewise.
     """
     pairs = [
-        _compose(views.generator("composed scene", train, i), train)
-        for i in range(64 if train else 48)
+        _compose(generator("composed scene", train, i), train) for i in range(64 if train else 48)
     ]
     names = [f"{'train' if train else 'test'}_{i:02d}" for i in range(len(pairs))]
     return Pairs(

@@ -103,13 +103,13 @@ def pca_size(name: str, width: int) -> int:
     return table()[name].pca or width if name in table() else min(PCA_SIZE, width)
 
 
-def load(name: str, *, device="auto", dtype="auto") -> Backbone:
+def load(name: str, *, layer: str | None = None, device="auto", dtype="auto") -> Backbone:
     """Return a named backbone, frozen; see the module.
 
     Raises FileNotFoundError, in one line, where weights are missing, ValueError for unknown names.
     """
     row, random = row_of(name), name.startswith("random:")
-    options = dict(device=device, dtype=dtype)
+    options = dict(layer=layer, device=device, dtype=dtype)
     if row.modality != "image":
         if get := how_to_get(name):
             raise FileNotFoundError(f"{name} is not on this machine; get it by: {get}")

@@ -1,22 +1,15 @@
-"""The one plotting style, and how a figure or a table is written: PNG, PDF, its numbers as CSV, its
-provenance as JSON.
+"""The one plotting style, and how a figure or a table is written.
 
-The drawings are in `plots`, `grids` and `diagram`; no other module imports matplotlib. Writing is
-atomic (a file is whole or absent), and a second run writes the same PNG, PDF and CSV byte for byte;
-the JSON holds times.
+A figure is PNG, PDF, its numbers as CSV and its provenance as JSON; a table is CSV and JSON. The
+drawings are in `plots` and `grids`; no other module imports matplotlib. Writing is atomic (a file is
+whole or absent), and a second run writes the same PNG, PDF and CSV byte for byte; the JSON holds times.
 """
 
 import io
-import json
 import os
-import platform
 import re
-import subprocess
-import textwrap
-import time
-from collections.abc import Iterable, Mapping
-from importlib import metadata
-from pathlib import Path, PurePath
+from collections.abc import Mapping
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -25,12 +18,13 @@ from IPython.display import Image
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from pandas.io.formats.style import Styler
 from PIL import Image as Picture
 
 from companion import paths
+from companion.provenance import as_json
 
 COLUMN, WIDE = 3.3, 6.2  # widths in inches: one column of a page, and two
-MOST = 50  # rows of a table that are drawn
 
 # After Okabe and Ito (2008), safe for colour-blind readers: embedding neutral, a hue a gradient,
 # FUNGI vermillion.
@@ -53,6 +47,15 @@ VERDICTS = {  # the disagreements first
     "agrees": "#0072B2",
     "not testable here": "#333333",
     "not run": "#999999",
+}
+LETTERS = {
+    "embedding": "E",
+    "kl": "K",
+    "dino": "D",
+    "simclr": "S",
+    "deepcluster": "C",
+    "ibot": "I",
+    "mlm": "M",
 }
 NAMES = {
     "E": "embedding",
@@ -96,30 +99,25 @@ STYLE = {
 
 
 def use_style() -> None:
-    """Set matplotlib's rcParams to the project's style; `figure` does so itself."""
+    """Set matplotlib's parameters to the project's style; `figure` does so itself."""
     plt.rcParams.update(STYLE)
 
 
 def figure(
     rows: int = 1, cols: int = 1, *, width: float = WIDE, height: float = 2.4, **subplots
 ) -> tuple[Figure, np.ndarray]:
-    """A styled figure of `width` x `height` inches and its axes, (rows, cols); `subplots` as in
-    `Figure.subplots`.
-    """
+    """Return a styled figure of ``width`` x ``height`` inches and its axes, (rows, cols)."""
     use_style()
     fig = plt.figure(figsize=(width, height), layout="constrained")
-    plt.close(
-        fig
-        # pyplot forgets it: a notebook shows it once, as its cell's value, and its memory is freed
-        # with
-        # it
-    )
+    # pyplot forgets it: a notebook shows it once, as its cell's value, and its memory is freed.
+    plt.close(fig)
     return fig, fig.subplots(rows, cols, squeeze=False, **subplots)
 
 
 def colour(features: str) -> str:
-    """Hex colour of a feature set in letters ("E", "K", "E+K+D"); sets not listed share the colour
-    of their size.
+    """Return the hex colour of a feature set in letters ("E", "K", "E+K+D").
+
+    Sets not listed share the colour of their size. Raises ValueError for an unknown letter.
     """
     letters = features.split("+")
     if unknown := [x for x in letters if x not in NAMES]:
@@ -130,95 +128,95 @@ def colour(features: str) -> str:
 
 
 def contrast(fill) -> str:
-    """Black or white, whichever reads better on the colour `fill` (WCAG relative luminance)."""
+    """Return black or white, whichever reads better on a colour (WCAG relative luminance)."""
     rgb = np.asarray(to_rgb(fill))
     linear = np.where(rgb <= 0.03928, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
     return "black" if linear @ [0.2126, 0.7152, 0.0722] > 0.179 else "white"
 
 
-def provenance(
-    notebook: str,
-    parameters: Mapping,
-    *,
-    seed: int,
-    stores: Iterable = (),
-    datasets: Iterable = (),
-    started: float | None = None,
-) -> dict:
-    """Where a figure comes from, as a dict that JSON can hold.
-
-    `stores` are store keys or opened rows (`.key`), `datasets` are `datasets.Images`, `started` is
-    `time.time()` at the notebook's start. "dirty" tells whether the working tree, figures apart,
-    differs from the commit; commit and dirty are None outside a git checkout.
-    """
-    import torch  # here, so that plotting alone does not wait for it
-
-    def known(d) -> dict:
-        return {
-            "name": d.name,
-            "split": d.split,
-            "n": len(d),
-            "fingerprint": d.fingerprint,
-            "note": d.note,
-        }
-
-    packages = ("torch", "timm", "numpy", "scikit-learn", "matplotlib", "fungi_core")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    record = {
-        "notebook": notebook,
-        "parameters": dict(parameters),
-        "seed": seed,
-        "stores": [getattr(s, "key", s) for s in stores],
-        "datasets": [known(d) for d in datasets],
-        **_git(),
-        "versions": {"python": platform.python_version()} | {p: _version(p) for p in packages},
-        "device": {"cpu": cpu(), "cores": cores, "cuda": cuda},
-        "wall_seconds": None if started is None else round(time.time() - started, 1),
-    }
-    return json.loads(_json(record))
-
-
 def save_figure(
-    fig: Figure,
-    name: str,
-    data: pd.DataFrame,
-    provenance: Mapping,
-    folder: Path | str | None = None,
+    fig: Figure, name: str, data: pd.DataFrame, provenance: Mapping, folder: Path | None = None
 ) -> dict[str, Path]:
-    """Write NAME.png, .pdf, .csv (`data`: the numbers drawn) and .json, and return their paths by
-    suffix. The JSON holds `provenance` and, as "alt", what the image shows.
+    """Write NAME.png, .pdf, .csv (``data``: the numbers drawn) and .json; return their paths by suffix.
 
-    `folder` defaults to `paths.figures_dir()` / the profile among the provenance's parameters.
-    `name` is lower-case letters, digits and underscores. Everything is rendered before the first
-    file is touched.
+    The JSON holds ``provenance`` and, as "alt", what the image shows. ``folder`` defaults to the figures
+    of the provenance's profile. Everything is rendered before the first file is touched. Raises
+    ValueError for a name that is not lower-case letters, digits and underscores.
     """
-    if not re.fullmatch(r"[a-z0-9_]+", name):
-        raise ValueError(
-            f"figure name {name!r}: use lower-case letters, digits and underscores only"
-        )
     png, pdf = io.BytesIO(), io.BytesIO()
     fig.savefig(png, format="png", metadata={"Software": None})
     fig.savefig(pdf, format="pdf", metadata={"CreationDate": None})
-    if any(n is not None for n in data.index.names):
+    images = {"png": png.getvalue(), "pdf": pdf.getvalue()}
+    record = dict(provenance) | {"alt": describe(fig)}
+    return write_all(name, images | numbers(data, record), record, folder)
+
+
+def save_table(
+    table: pd.DataFrame,
+    name: str,
+    provenance: Mapping,
+    folder: Path | None = None,
+    *,
+    decimals: int = 1,
+) -> Styler:
+    """Write a table as NAME.csv and NAME.json; return it styled, for display."""
+    heads = ", ".join(map(str, table.columns))
+    record = dict(provenance) | {"alt": f"Table of {len(table)} rows with the columns {heads}."}
+    write_all(name, numbers(table, record), record, folder)
+    return show_table(table, decimals).set_uuid(name)  # a fixed id: the notebook repeats
+
+
+def show_table(table: pd.DataFrame, decimals: int = 1) -> Styler:
+    """Return a table styled for reading: text left, numbers right, no index, no NaN.
+
+    Columns named "paper ..." are grey, verdicts have their colours, and long texts wrap.
+    """
+    if any(table.index.names):
+        table = table.reset_index()
+    table = table.rename(columns=lambda name: str(name).replace("_", " "))
+    texts = [name for name in table if not pd.api.types.is_numeric_dtype(table[name])]
+    verdict = lambda word: f"color: {VERDICTS[word]}; font-weight: bold" if word in VERDICTS else ""
+    styled = table.style.format(precision=decimals, na_rep="–").hide(axis="index")
+    styled.set_properties(subset=texts, **{"text-align": "left", "white-space": "normal"})
+    styled.map(verdict, subset=texts)
+    grey = [name for name in table if name.startswith("paper")]
+    styled.set_properties(subset=grey, color="#777777")
+    left = [{"selector": "th", "props": "text-align: left; vertical-align: bottom"}]
+    return styled.set_table_styles([*left, {"selector": "td", "props": "max-width: 36em"}])
+
+
+def numbers(data: pd.DataFrame, record: Mapping) -> dict[str, bytes]:
+    """Return the CSV of what was drawn, and the JSON of where it comes from."""
+    if any(name is not None for name in data.index.names):
         data = data.reset_index()  # a named index carries numbers too
     csv = data.to_csv(index=False, float_format="%.6g", lineterminator="\n")
-    text = {
-        "csv": csv.encode(),
-        "json": (_json(dict(provenance) | {"alt": describe(fig)}) + "\n").encode(),
-    }
-    contents = {"png": png.getvalue(), "pdf": pdf.getvalue()} | text
-    folder = Path(folder) if folder is not None else _profile_folder(name, provenance)
+    return {"csv": csv.encode(), "json": (as_json(record) + "\n").encode()}
+
+
+def write_all(
+    name: str, contents: Mapping[str, bytes], record: Mapping, folder: Path | None
+) -> dict[str, Path]:
+    """Write NAME.suffix for each content, each file whole or not at all; return the paths."""
+    if not re.fullmatch(r"[a-z0-9_]+", name):
+        raise ValueError(f"figure name {name!r}: use lower-case letters, digits, underscores only")
+    if folder is None:
+        profile = record.get("parameters", {}).get("profile")
+        if not profile:
+            raise ValueError(f"{name}: the provenance names no profile; pass folder=...")
+        folder = paths.figures_dir() / profile
     folder.mkdir(parents=True, exist_ok=True)
-    return {
-        suffix: _write(folder / f"{name}.{suffix}", content) for suffix, content in contents.items()
-    }
+    for suffix, content in contents.items():
+        part = folder / f".{name}.{suffix}.{os.getpid()}.part"
+        try:
+            part.write_bytes(content)
+            os.replace(part, folder / f"{name}.{suffix}")
+        finally:
+            part.unlink(missing_ok=True)
+    return {suffix: folder / f"{name}.{suffix}" for suffix in contents}
 
 
 def describe(fig: Figure) -> str:
-    """Alternative text of a figure, for those who cannot see it: its label where a drawing has set
-    one (`fig.set_label`), else the texts of its titles, axes and key.
-    """
+    """Return a figure's alternative text: its label, else the texts of its titles, axes and key."""
     if fig.get_label():
         return fig.get_label()
     axes = fig.axes
@@ -245,180 +243,15 @@ def describe(fig: Figure) -> str:
 
 
 def photographs(fig: Figure) -> Image:
-    """A figure of photographs for a notebook's output, as JPEG: a fifth of the PNG that would be
-    kept in it.
-    """
+    """Return a figure of photographs for a notebook's output, as JPEG: a fifth of the PNG."""
     fig.savefig(file := io.BytesIO(), format="jpeg", dpi=fig.dpi, pil_kwargs={"quality": 72})
     return Image(data=file.getvalue(), format="jpeg")
 
 
 def compact(fig: Figure) -> Image:
-    """A tall drawing for a notebook's output, as PNG of 64 colours: a third of what would be kept
-    in it.
-    """
+    """Return a tall drawing for a notebook's output, as PNG of 64 colours: a third of the size."""
     fig.savefig(file := io.BytesIO(), format="png", dpi=fig.dpi)
-    few = (
-        Picture.open(file)
-        .convert("RGB")
-        .quantize(64, Picture.Quantize.MAXCOVERAGE, dither=Picture.Dither.NONE)
-    )
+    colours, dither = Picture.Quantize.MAXCOVERAGE, Picture.Dither.NONE
+    few = Picture.open(file).convert("RGB").quantize(64, colours, dither=dither)
     few.save(file := io.BytesIO(), "png", optimize=True)
     return Image(data=file.getvalue(), format="png")
-
-
-def save_table(
-    table: pd.DataFrame,
-    name: str,
-    provenance: Mapping,
-    folder: Path | str | None = None,
-    *,
-    decimals: int = 1,
-) -> "pd.io.formats.style.Styler":
-    """Write a table as `save_figure` writes a figure; returns it styled, for display. Missing cells
-    read as a dash.
-    """
-    save_figure(table_figure(table, decimals=decimals), name, table, provenance, folder)
-    styled = table.style.format(precision=decimals, na_rep="–").set_uuid(
-        name
-    )  # a fixed id: the notebook repeats
-    return styled if any(table.index.names) else styled.hide(axis="index")
-
-
-def table_figure(table: pd.DataFrame, *, decimals: int = 1) -> Figure:
-    """A table drawn as text between three rules, as wide as its contents need; columns named
-    "paper..." are grey.
-
-    Long texts are wrapped; of more than `MOST` rows the first are drawn, and a last line counts
-    those in the CSV alone.
-    """
-    if table.columns.nlevels > 1 or table.empty:
-        found = f"{len(table)} rows, {table.columns.nlevels} levels"
-        raise ValueError(f"a table needs rows and one level of column names; this one has {found}")
-    table = table.reset_index() if any(table.index.names) else table
-    cells = table.map(lambda v: _cell(v, decimals)).astype(str)
-    said = f"Table of {len(table)} rows with the columns {', '.join(map(str, table.columns))}."
-    if rest := max(0, len(cells) - MOST):
-        cells = cells.head(MOST)
-    cells = cells.map(lambda text: textwrap.fill(text, 44))
-    heads = [
-        textwrap.fill(
-            str(c).replace("_", " "),
-            max(cells.iloc[:, j].str.len().max(), 9),
-            break_long_words=False,
-        )
-        for j, c in enumerate(table.columns)
-    ]
-    fig, [[ax]] = figure(width=1, height=1)
-    fig.set_label(said)
-    em = STYLE["font.size"] / 72  # inches: one font size
-
-    def inches(text: str, **font) -> float:
-        return ax.text(0, 0, text, **font).get_window_extent().width / fig.dpi
-
-    widths = [
-        max(inches(head, weight="bold"), *map(inches, set(cells.iloc[:, j]))) + 1.6 * em
-        for j, head in enumerate(heads)
-    ]
-    ax.clear()
-    lines = lambda texts: max(text.count("\n") + 1 for text in texts)
-    top = 1.25 * em * lines(heads) + 0.6 * em
-    rows = np.array([0.45 * em + 1.25 * em * lines(row) for row in cells.to_numpy()])
-    edges = -top - np.concatenate([[0], rows.cumsum()])
-    width, height = sum(widths), -edges[-1] + 1.7 * em * bool(rest)
-    fig.set_layout_engine("none")
-    fig.set_size_inches(width + 2 * em, height + 2 * em)
-    ax.set(position=[0, 0, 1, 1], xlim=(-em, width + em), ylim=(-height - em, em))
-    ax.axis("off")
-    ax.hlines([0, -top, edges[-1]], 0, width, color="black", linewidth=[1, 0.6, 1])
-    if rest:
-        ax.text(
-            0.8 * em,
-            -height + 0.5 * em,
-            f"and {rest} more rows in the CSV",
-            color="#666666",
-            style="italic",
-        )
-    right = 0.0
-    for j, head in enumerate(heads):
-        left, right = right + 0.8 * em, right + widths[j]
-        numeric = pd.api.types.is_numeric_dtype(table.dtypes.iloc[j])
-        x, align = (right - 0.8 * em, "right") if numeric else (left, "left")
-        ink = "#666666" if str(table.columns[j]).lower().startswith("paper") else "black"
-        ax.text(x, -top + 0.6 * em, head, ha=align, va="baseline", color=ink, weight="bold")
-        for i, text in enumerate(cells.iloc[:, j]):
-            ax.text(x, (edges[i] + edges[i + 1]) / 2, text, ha=align, va="center", color=ink)
-    return fig
-
-
-def _cell(value, decimals: int) -> str:
-    if pd.isna(value):
-        return "–"
-    return (
-        f"{value:.{decimals}f}".replace("-", "−")
-        if isinstance(value, float | np.floating)
-        else str(value)
-    )
-
-
-def _profile_folder(name: str, provenance: Mapping) -> Path:
-    profile = provenance.get("parameters", {}).get("profile")
-    if not (isinstance(profile, str) and re.fullmatch(r"[a-z0-9_]+", profile)):
-        raise ValueError(
-            f"cannot place {name!r}: the parameters hold profile={profile!r}; give its name or a folder"
-        )
-    return paths.figures_dir() / profile
-
-
-def _write(path: Path, content: bytes) -> Path:
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(content)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-    return path
-
-
-def _json(record: Mapping) -> str:
-    def plain(value):
-        if isinstance(value, np.generic | np.ndarray):
-            return value.tolist()
-        if isinstance(value, PurePath):
-            return str(value)
-        raise TypeError(f"provenance holds a {type(value).__name__}, which JSON cannot: {value!r}")
-
-    return json.dumps(record, indent=2, default=plain, allow_nan=False, ensure_ascii=False)
-
-
-def _git() -> dict:
-    command = ["git", "status", "--porcelain=v2", "--branch", "--", ".", ":!figures"]
-    try:
-        done = subprocess.run(command, cwd=paths.ROOT, capture_output=True, text=True)
-    except FileNotFoundError:  # no git on this machine
-        return {"commit": None, "dirty": None}
-    if done.returncode:  # no checkout: an unpacked archive or an installed package
-        return {"commit": None, "dirty": None}
-    head = re.search(
-        r"^# branch.oid ([0-9a-f]+)$", done.stdout, re.MULTILINE
-    )  # "(initial)" before the first commit
-    return {
-        "commit": head and head[1],
-        "dirty": any(not line.startswith("#") for line in done.stdout.splitlines()),
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    model = (
-        re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE)
-        if info.exists()
-        else None
-    )
-    return model[1] if model else platform.processor() or platform.machine()

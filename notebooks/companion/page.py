@@ -1,0 +1,112 @@
+"""A notebook's page: what every notebook does with its parameters, runs, figures, tables and claims."""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from companion import paper, protocol, run
+from companion.features import ALL
+from companion.figures import style
+from companion.provenance import provenance
+
+SHOWN = ("notebook", "seed", "commit", "versions")  # of the provenance, at a page's end
+
+
+class Page:
+    """Hold what a notebook was opened with; the set-up cell makes one from its slug and ``globals()``.
+
+    ``parameters``: the values of the parameters that the notebook declares. ``used``: every run that
+    was handed out, for the provenance of figures and tables.
+    """
+
+    def __init__(self, slug: str, namespace: Mapping):
+        declared = run.declared(slug)
+        self.slug, self.started, self.used = slug, time.time(), []
+        self.parameters = {name: namespace[name] for name in declared}
+        self.as_declared = all(
+            self.parameters[name] == known["default"] for name, known in declared.items()
+        )
+        said = [f"{name} {value}" for name, value in self.parameters.items() if name != "profile"]
+        print(f"profile {self.parameters['profile']}: {', '.join(said)}")
+
+    def sizes(self) -> dict:
+        """Return the parameters that say how many rows are taken, and the seed."""
+        names = ("n_train", "n_test", "seed")
+        return {name: self.parameters[name] for name in names if name in self.parameters}
+
+    def runs(self, objectives: Sequence = ALL, **options) -> list[protocol.Run]:
+        """Return features of every backbone and data set of the page that can be run here.
+
+        What is missing is shown. ``options`` replace parameters (``seed``) or go to
+        `protocol.collect` (``modality``, ``projection``).
+        """
+        chosen = self.parameters["backbones"], self.parameters["datasets"]
+        return self.use(protocol.collect(*chosen, objectives, **self.sizes() | options))
+
+    def use(self, runs: Sequence[tuple]) -> Sequence[tuple]:
+        """Remember runs (backbone, data set, train, test) that were made otherwise; return them."""
+        self.used += runs
+        return runs
+
+    def proof(self) -> dict:
+        """Return where this page's numbers come from: parameters, stores, data, commit, versions."""
+        rows = [split for *_, train, test in self.used for split in (train, test)]
+        data = {
+            (part.data.name, part.data.split, part.data.fingerprint): part.data for part in rows
+        }
+        return provenance(
+            self.slug,
+            self.parameters,
+            seed=self.parameters["seed"],
+            stores=list(dict.fromkeys(key for part in rows for key in part.keys)),
+            datasets=data.values(),
+            started=self.started,
+        )
+
+    def figure(self, fig: Figure, name: str, numbers: pd.DataFrame) -> Figure:
+        """Save a figure with its numbers and provenance; return it, so that it is shown."""
+        style.save_figure(fig, name, numbers, self.proof())
+        return fig
+
+    def table(self, table: pd.DataFrame, name: str, decimals: int = 1):
+        """Save a table with its provenance; return it styled, so that it is shown."""
+        return style.save_table(table, name, self.proof(), decimals=decimals)
+
+    def claims(self, measured: Mapping[str, tuple], runs: Sequence[tuple] | str | None = None):
+        """Write what was measured for claims to the scoreboard, and return it as a table.
+
+        ``measured``: {claim: (value, low, high)}, or with a fourth entry, what it was measured on
+        (default: ``runs``, else all of the page); NaN where a claim cannot be tested.
+        """
+        on = runs if isinstance(runs, str) else where(self.used if runs is None else runs)
+        rows = [(name, *numbers, on)[:5] for name, numbers in measured.items()]
+        frame = pd.DataFrame(rows, columns=paper.MEASURED)
+        profile = self.parameters["profile"]
+        paper.save_measured(frame, self.slug, profile)
+        board = paper.scoreboard(profile).merge(frame[["id"]], on="id", how="right")
+        columns = ["claim", "paper_delta", "value", "low", "high", "verdict"]
+        names = {"paper_delta": "paper", "value": "ours"}
+        return style.show_table(board[columns].rename(columns=names), decimals=1)
+
+    def check(self, what: str, value: float, stored: float, within: float) -> None:
+        """Say whether a headline number is where it was, with the parameters as declared."""
+        if not self.as_declared:
+            print(f"{what}: other parameters than the stored number's")
+            return
+        same = bool(np.abs(value - stored) <= within)
+        print(f"{what}: within {within:g} of {stored:g}: {same}")
+
+    def provenance(self) -> dict:
+        """Return the provenance in short; it is whole in each figure's JSON."""
+        proof = self.proof()
+        return json.loads(json.dumps({key: proof[key] for key in SHOWN}))
+
+
+def where(runs: Sequence[tuple]) -> str:
+    """Return what claims were measured on, for the scoreboard: data sets; backbones."""
+    names = lambda i: ", ".join(dict.fromkeys(one[i] for one in runs))
+    return f"{names(1)}; {names(0)}"
