@@ -15,10 +15,33 @@ from PIL import Image, ImageFilter
 from timm.data import create_transform
 from torchvision.transforms import v2
 
-from fungi_core import backbones, views
-from fungi_core import objectives as O
+from companion.encoders import objectives as companions
+from companion.encoders.objectives import FullAugmentation, distort, masked_crops
+from companion.encoders.table import table
+from fungi_core import DINO, KL, SimCLR, resampling, views
+from fungi_core.inputs import Whole
+from fungi_core.rows import view_batches
+from fungi_core.seeds import content_id, generator
+from fungi_core.views import Crops, ImageInputs, Patches
 
 BICUBIC = v2.InterpolationMode.BICUBIC
+
+
+def inputs(size, crop=1.0, mean=(0.0,) * 3, std=(1.0,) * 3):
+    return ImageInputs(size, mean, std, crop)
+
+
+def drawn(image, kind, size=32, name="dino", seed=0, device="cpu"):
+    """What one image contributes to a batch, as `rows.view_batches` draws it."""
+    takes = inputs(size)
+    rng = generator(seed, name, content_id(takes.content(image)))
+    return kind.draw(image, takes, rng, device)
+
+
+def patches(x, **settings):
+    """Cut patches of normalised images (B, 1, 3, s, s)."""
+    pixels = (x.permute(0, 1, 3, 4, 2) * 255).contiguous()
+    return Patches(**settings).finish(pixels, inputs(x.shape[-1]), torch.float32)
 
 
 def picture(width=90, height=70, seed=0):
@@ -123,9 +146,9 @@ def test_one_pixel_and_every_small_size():
 
 
 def test_crops_are_torchvisions_resized_crops():
-    image, objective = noise(80, 60), O.DINO()
-    batch = views.crops(image, 32, objective, np.random.default_rng(3))
-    scales = np.array([objective.global_scale] * 2 + [objective.local_scale] * 10)
+    image, kind = noise(80, 60), Crops()
+    batch = kind.draw(image, inputs(32), np.random.default_rng(3), "cpu")
+    scales = np.array([kind.global_scale] * 2 + [kind.local_scale] * 10)
     boxes = views.crop_boxes(80, 60, scales, np.random.default_rng(3))
     for view, (left, top, right, bottom) in zip(batch, boxes, strict=True):
         expected = v2.functional.resized_crop(
@@ -159,20 +182,20 @@ def test_each_step_of_the_full_augmentation_is_torchvisions():
     same = lambda got, expected: np.testing.assert_array_equal(
         np.asarray(got), np.asarray(expected)
     )
-    same(views.distort(image, 1, numbers()), image)
-    same(views.distort(image, 1, numbers(flip=True)), tf.horizontal_flip(image))
-    same(views.distort(image, 1, numbers(grey=True)), tf.rgb_to_grayscale(image, 3))
-    same(views.distort(image, 1, numbers(solarize=True)), tf.solarize(image, 128))
+    same(distort(image, 1, numbers()), image)
+    same(distort(image, 1, numbers(flip=True)), tf.horizontal_flip(image))
+    same(distort(image, 1, numbers(grey=True)), tf.rgb_to_grayscale(image, 3))
+    same(distort(image, 1, numbers(solarize=True)), tf.solarize(image, 128))
     radius = 1.5 * 64 / 224
     same(
-        views.distort(image, 1, numbers(blur=True, radius=1.5)),
+        distort(image, 1, numbers(blur=True, radius=1.5)),
         image.filter(ImageFilter.GaussianBlur(radius)),
     )
     jitter = tf.adjust_brightness(
         tf.adjust_hue(tf.adjust_contrast(tf.adjust_saturation(image, 1.1), 0.7), 0.05), 1.3
     )
     drawn = numbers(jitter=True, amounts=[1.3, 0.7, 1.1, 0.05], order=[2, 1, 3, 0])
-    same(views.distort(image, 1, drawn), jitter)
+    same(distort(image, 1, drawn), jitter)
 
 
 def test_the_full_augmentation_has_the_odds_of_dino(monkeypatch):
@@ -186,17 +209,17 @@ def test_the_full_augmentation_has_the_odds_of_dino(monkeypatch):
         "rgb_to_grayscale": 0.2,
     }
     for step in steps:
-        monkeypatch.setattr(views.TF, step, keep(step))
-    monkeypatch.setattr(views.ImageOps, "solarize", keep("solarize"))
+        monkeypatch.setattr(companions.TF, step, keep(step))
+    monkeypatch.setattr(companions.ImageOps, "solarize", keep("solarize"))
     blur = ImageFilter.GaussianBlur
     monkeypatch.setattr(
-        views.ImageFilter, "GaussianBlur", lambda r: (calls.append(("blur", r)), blur(r))[1]
+        companions.ImageFilter, "GaussianBlur", lambda r: (calls.append(("blur", r)), blur(r))[1]
     )
     image, rng = picture(56, 56), np.random.default_rng(0)
     for place, odds in enumerate([(1.0, 0.0), (0.1, 0.2), (0.5, 0.0)]):
         calls.clear()
         for _ in range(n):
-            views.distort(image, place, rng)
+            distort(image, place, rng)
         for step, expected in (steps | dict(zip(("blur", "solarize"), odds, strict=True))).items():
             share = sum(name == step for name, *_ in calls) / n
             assert abs(share - expected) < 0.05 and (share > 0) == (expected > 0), (
@@ -211,24 +234,19 @@ def test_the_full_augmentation_has_the_odds_of_dino(monkeypatch):
 
 
 def test_the_full_augmentation_changes_colours_and_no_box():
-    image, full = picture(), O.DINO(augmentation="full")
-    plain, coloured = (
-        views.prepare(image, 32, 1.0, objective, 0) for objective in (O.DINO(), full)
-    )
-    np.testing.assert_array_equal(coloured, views.prepare(image, 32, 1.0, full, 0))
+    image, full = picture(), FullAugmentation()
+    plain, coloured = drawn(image, Crops()), drawn(image, full)
+    np.testing.assert_array_equal(coloured, drawn(image, full))
     assert plain.shape == coloured.shape and not np.array_equal(plain, coloured)
     places = [0, 1] + [2] * 10
-    rng = views.generator(0, "dino", views.sample_id(image))
+    rng = generator(0, "dino", content_id(inputs(32).content(image)))
     views.crop_boxes(
         *image.size, np.ones((12, 2)) * 0.5, rng
-    )  # as many numbers as the boxes of the crops
+    )  # as many numbers as the crops' boxes
     expected = [
-        views.distort(Image.fromarray(v), place, rng)
-        for v, place in zip(plain, places, strict=True)
+        distort(Image.fromarray(v), place, rng) for v, place in zip(plain, places, strict=True)
     ]
     np.testing.assert_array_equal(coloured, np.stack([np.asarray(v) for v in expected]))
-    with pytest.raises(ValueError, match="augmentation 'mild' is unknown; use 'crops' or 'full'"):
-        views.prepare(image, 32, 1.0, O.DINO(augmentation="mild"), 0)
 
 
 def test_masked_crops_lose_whole_patches_and_the_teacher_sees_all():
@@ -237,7 +255,7 @@ def test_masked_crops_lose_whole_patches_and_the_teacher_sees_all():
     )  # two global, two local crops
     masks = torch.zeros(2, 9, dtype=torch.bool)
     masks[0, 1] = masks[1, 8] = masks[1, 3] = True
-    got, expected = views.masked(batch, masks), torch.cat([batch, batch[:, :2]], 1)
+    got, expected = masked_crops(batch, masks), torch.cat([batch, batch[:, :2]], 1)
     expected[:, 0, :, :4, 4:8] = 0  # patches row by row
     expected[:, 1, :, 8:, 8:] = expected[:, 1, :, 4:8, :4] = 0
     assert torch.equal(got, expected)
@@ -252,8 +270,8 @@ def test_masked_crops_lose_whole_patches_and_the_teacher_sees_all():
 )
 def test_bicubic_matrix_is_torch_and_pil(source, target):
     across, down = (
-        views.bicubic_matrix(source, target),
-        views.bicubic_matrix(source + 3, target + 2),
+        resampling.bicubic_matrix(source, target),
+        resampling.bicubic_matrix(source + 3, target + 2),
     )
     basis = np.eye(
         source, dtype=np.float32
@@ -283,8 +301,8 @@ def test_bicubic_matrix_is_torch_and_pil(source, target):
 def test_patches_are_slices_that_torchvision_enlarges(size):
     x = torch.randn(2, 1, 3, size, size, generator=torch.Generator().manual_seed(0))
     patch, stride = size // 2, size // 12
-    got = views.patches(x)
-    assert got.shape == (2, 49, 3, size, size) and views.patch_count(size) == 49
+    got = patches(x)
+    assert got.shape == (2, 49, 3, size, size) and Patches().count(inputs(size)) == 49
     resize = v2.Resize([size, size], BICUBIC, antialias=True)
     corners = [(i * stride, j * stride) for i in range(7) for j in range(7)]  # row by row
     for view in (0, 1, 7, 30, 48):
@@ -293,18 +311,16 @@ def test_patches_are_slices_that_torchvision_enlarges(size):
         torch.testing.assert_close(got[:, view], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_number_of_patches_by_stride_scale():
-    counts = [views.patch_count(224, stride_scale=scale) for scale in range(1, 9)]
+def test_number_of_patches_by_stride():
+    counts = [Patches(stride=n).count(inputs(224)) for n in range(1, 9)]
     assert counts == [4, 9, 16, 25, 36, 49, 64, 81]  # the x-axis of Fig. 12
     x = torch.zeros(1, 1, 3, 96, 96)
-    assert [views.patches(x, stride_scale=s).shape[1] for s in range(1, 9)] == [
-        views.patch_count(96, 2, s) for s in range(1, 9)
-    ]
-    assert views.patches(x, grid=1, stride_scale=1).shape[1] == 1
-    with pytest.raises(
-        ValueError, match="stride scale 49 is too fine for 48 px patches; the largest is 48"
-    ):
-        views.patches(x, stride_scale=49)
+    cut = [patches(x, stride=n).shape[1] for n in range(1, 9)]
+    assert cut == [Patches(stride=n).count(inputs(96)) for n in range(1, 9)]
+    assert patches(x, grid=1, stride=1).shape[1] == 1
+    assert patches(x, native=True).shape == (1, 49, 3, 48, 48)
+    with pytest.raises(ValueError, match="stride 49 is too fine for 48 px .* largest is 48"):
+        patches(x, stride=49)
 
 
 @pytest.mark.parametrize(
@@ -318,38 +334,38 @@ def test_whole_is_the_transform_of_timm(width, height, size, ratio):
         (3, size, size), interpolation="bicubic", crop_pct=ratio, mean=(0,) * 3, std=(1,) * 3
     )
     expected = (eval_transform(image) * 255).round().byte().permute(1, 2, 0).numpy()
-    got = views.whole(image, size, ratio)
+    got = inputs(size, ratio).whole(image)
     assert got.shape == (1, size, size, 3) and got.dtype == np.uint8
     np.testing.assert_array_equal(got[0], expected)
 
 
 @pytest.mark.parametrize(
-    "name", [n for n, spec in backbones.BACKBONES.items() if spec.size == 224 and not spec.url]
+    "name",
+    [n for n, row in table().items() if row.modality == "image" and row.gb and not row.url],
 )
 def test_the_papers_backbones_ask_for_the_transform_that_whole_makes(name):
     config = timm.get_pretrained_cfg(name)
     assert (config.crop_mode, config.interpolation) == ("center", "bicubic")
 
 
-def test_square_squeezes_the_whole_image():
+def test_patches_are_cut_from_the_squeezed_image():
     image = noise(90, 40)
     expected = v2.functional.resize(image, [32, 32], BICUBIC)
-    np.testing.assert_array_equal(views.square(image, 32)[0], np.asarray(expected))
-    assert views.square(noise(32, 32), 32)[0].tolist() == np.asarray(noise(32, 32)).tolist()
+    np.testing.assert_array_equal(drawn(image, Patches())[0], np.asarray(expected))
+    assert drawn(noise(32, 32), Patches())[0].tolist() == np.asarray(noise(32, 32)).tolist()
 
 
-@pytest.mark.parametrize(
-    "objective", [None, O.KL(), O.DINO(), O.SimCLR()], ids=["embedding", "kl", "dino", "simclr"]
-)
+@pytest.mark.parametrize("objective", [KL(), DINO(), SimCLR()], ids=lambda o: o.name)
 def test_finish_normalises_channel_by_channel(objective):
-    prepared = views.prepare(picture(), 24, 1.0, objective, 0)
-    mean, std = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.5, 0.6, 0.7])
-    batch = torch.from_numpy(np.stack([prepared] * 2))
-    got = views.finish(batch, objective, mean, std, torch.float32)
-    count = {None: 1, "kl": 1, "dino": 12, "simclr": 49}[objective and objective.name]
-    assert got.shape == (2, count, 3, 24, 24)
-    norm = v2.Normalize(mean.tolist(), std.tolist())(batch[0].permute(0, 3, 1, 2).float() / 255)
-    expected = views.patches(norm[None])[0] if count == 49 else norm
+    mean, std = [0.1, 0.2, 0.3], [0.5, 0.6, 0.7]
+    takes, kind = inputs(24, mean=mean, std=std), objective.views
+    prepared = kind.draw(picture(), takes, generator(0), "cpu")
+    batch = takes.stack([prepared] * 2)
+    got = kind.finish(batch, takes, torch.float32)
+    count = {"kl": 1, "dino": 12, "simclr": 49}[objective.name]
+    assert got.shape == (2, count, 3, 24, 24) and kind.count(takes) == count
+    norm = v2.Normalize(mean, std)(batch[0].permute(0, 3, 1, 2).float() / 255)
+    expected = patches(norm[None])[0] if count == 49 else norm
     torch.testing.assert_close(got, torch.stack([expected] * 2))
 
 
@@ -357,54 +373,50 @@ def test_finish_normalises_channel_by_channel(objective):
 
 
 def test_views_depend_on_content_seed_and_objective_alone(tmp_path):
-    image, objective = picture(), O.DINO()
-    one = views.prepare(image, 32, 1.0, objective, 0)
+    image, kind = picture(), Crops()
+    one = drawn(image, kind)
     for name in ("a.png", "folder_b.png"):
         image.save(tmp_path / name)
-        again = views.prepare(views.to_image(tmp_path / name), 32, 1.0, objective, 0)
-        np.testing.assert_array_equal(again, one)
-    views.prepare(
-        picture(seed=1), 32, 1.0, objective, 0
-    )  # another image in between changes nothing
-    np.testing.assert_array_equal(views.prepare(image, 32, 1.0, objective, 0), one)
-    assert not np.array_equal(views.prepare(image, 32, 1.0, objective, 1), one)
+        np.testing.assert_array_equal(drawn(views.to_image(tmp_path / name), kind), one)
+    drawn(picture(seed=1), kind)  # another image in between changes nothing
+    np.testing.assert_array_equal(drawn(image, kind), one)
+    assert not np.array_equal(drawn(image, kind, seed=1), one)
+    assert not np.array_equal(drawn(image, kind, name="ibot"), one)
     pixel = np.array(image)
     pixel[-1, -1, -1] ^= 1
-    other = views.prepare(Image.fromarray(pixel), 32, 1.0, objective, 0)
-    assert not np.array_equal(other, one)
-    names = {
-        name: views.generator(0, name, views.sample_id(image)).random()
-        for name in ("dino", "kl", "simclr")
-    }
-    assert len(set(names.values())) == 3
+    assert not np.array_equal(drawn(Image.fromarray(pixel), kind), one)
 
 
-def test_sample_ids_see_the_shape():
-    flat = np.zeros((2, 8, 3), np.uint8)
-    ids = {
-        views.sample_id(Image.fromarray(flat.reshape(h, w, 3))) for h, w in ((2, 8), (4, 4), (8, 2))
-    }
-    assert len(ids) == 3
+def test_content_ids_see_the_shape():
+    flat, takes = np.zeros((2, 8, 3), np.uint8), inputs(8)
+    shapes = [Image.fromarray(flat.reshape(h, w, 3)) for h, w in ((2, 8), (4, 4), (8, 2))]
+    assert len({content_id(takes.content(image)) for image in shapes}) == 3
 
 
 def test_the_generator_is_the_same_on_every_platform():
     assert (
-        views.generator("a", 1).integers(0, 1000, 6).tolist()
-        == views.generator("a", 1).integers(0, 1000, 6).tolist()
+        generator("a", 1).integers(0, 1000, 6).tolist()
+        == generator("a", 1).integers(0, 1000, 6).tolist()
     )
-    assert views.generator("a", 1).integers(0, 1000, 6).tolist() == FROZEN
-    assert views.generator("a", 2).integers(0, 1000, 6).tolist() != FROZEN
+    assert generator("a", 1).integers(0, 1000, 6).tolist() == FROZEN
+    assert generator("a", 2).integers(0, 1000, 6).tolist() != FROZEN
 
 
 FROZEN = [364, 556, 593, 399, 304, 195]
 
 
-def test_unknown_kind_of_views():
-    class Odd:
-        views, name = "rotations", "odd"
+def test_views_of_other_data_are_refused_in_one_line():
+    from types import SimpleNamespace as Some
 
-    with pytest.raises(ValueError, match="'rotations'; there are 'whole', 'crops' and 'patches'"):
-        views.prepare(picture(), 32, 1.0, Odd(), 0)
+    from fungi_core.text import Deletions
+
+    backbone = Some(inputs=inputs(32), name="net", device="cpu", dtype=torch.float32)
+    with pytest.raises(
+        ValueError, match="simclr takes Deletions, views of text data; net reads im"
+    ):
+        next(view_batches(backbone, Deletions(), "simclr", [picture()], 0))
+    ((start, batch),) = view_batches(backbone, Whole(), "kl", [picture()], 0)
+    assert start == 0 and batch.shape == (1, 1, 3, 32, 32)
 
 
 # --- whatever an image comes as
@@ -536,7 +548,7 @@ def test_crops_as_products_of_matrices_are_pils(shape):
     boxes = views.crop_boxes(
         *image.size, np.array([[0.25, 1.0]] * 4 + [[0.05, 0.25]] * 8), np.random.default_rng(1)
     )
-    found = views.crops_on("cpu", image, 32, boxes)
+    found = resampling.crops_on("cpu", image, 32, boxes)
     assert found.shape == (12, 32, 32, 3) and found.dtype == torch.uint8
     cut = [
         np.asarray(image.crop(tuple(map(int, box))).resize((32, 32), Image.BICUBIC))
@@ -549,24 +561,22 @@ def test_crops_as_products_of_matrices_are_pils(shape):
 def test_a_gpu_cuts_the_same_boxes(monkeypatch):
     """Which way is taken depends on the device's name alone; the same boxes either way."""
     calls = []
-    monkeypatch.setattr(
-        views, "crops_on", lambda *args: calls.append(args) or torch.zeros(12, 32, 32, 3)
-    )
-    views.prepare(picture(), 32, 1.0, O.DINO(), 3, "cuda")
+    fake = lambda *args: calls.append(args) or torch.zeros(12, 32, 32, 3)
+    monkeypatch.setattr(views, "crops_on", fake)
+    drawn(picture(), Crops(), seed=3, device="cuda")
     ((device, image, size, boxes),) = calls
     assert device == "cuda" and size == 32
-    plain = views.prepare(picture(), 32, 1.0, O.DINO(), 3)
+    plain = drawn(picture(), Crops(), seed=3)
     cut = [
         np.asarray(image.crop(tuple(map(int, box))).resize((32, 32), Image.BICUBIC))
         for box in boxes
     ]
     np.testing.assert_array_equal(plain, np.stack(cut))
-    assert isinstance(
-        views.prepare(picture(), 32, 1.0, O.DINO(augmentation="full"), 3, "cuda"), np.ndarray
-    )
+    full = drawn(picture(), FullAugmentation(), seed=3, device="cuda")
+    assert isinstance(full, np.ndarray)
 
 
 @pytest.mark.cuda
 def test_crops_of_a_gpu_are_those_of_the_cpu():
-    on_card = views.prepare(picture(), 32, 1.0, O.DINO(), 3, "cuda").cpu().numpy().astype(int)
-    assert np.abs(on_card - views.prepare(picture(), 32, 1.0, O.DINO(), 3).astype(int)).max() <= 2
+    on_card = drawn(picture(), Crops(), seed=3, device="cuda").cpu().numpy().astype(int)
+    assert np.abs(on_card - drawn(picture(), Crops(), seed=3).astype(int)).max() <= 2
