@@ -80,7 +80,7 @@ def scripts(root: Path) -> Sources:
     return {path.relative_to(root).as_posix(): ast.parse(path.read_text()) for path in own}
 
 
-def imports(tree: ast.Module, modules: set[str]) -> Iterator[tuple[str, str | None, str, int]]:
+def imports(name: str, tree: ast.Module, modules: set[str]) -> Iterator[tuple]:
     """Yield (module, name or None, name bound here, line) of every import, at whatever depth.
 
     ``from companion.data import masks`` imports the module ``companion.data.masks`` where there is
@@ -89,15 +89,23 @@ def imports(tree: ast.Module, modules: set[str]) -> Iterator[tuple[str, str | No
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
-                bound = alias.asname or alias.name.split(".")[0]
-                yield alias.name, None, bound, node.lineno
+                yield alias.name, None, alias.asname or alias.name.split(".")[0], node.lineno
         if isinstance(node, ast.ImportFrom):
+            source = node.module if not node.level else absolute(name, node, modules)
             for alias in node.names:
-                source, bound = node.module or ".", alias.asname or alias.name
-                if f"{source}.{alias.name}" in modules:
-                    yield f"{source}.{alias.name}", None, bound, node.lineno
+                whole, bound = f"{source}.{alias.name}", alias.asname or alias.name
+                if whole in modules:
+                    yield whole, None, bound, node.lineno
                 else:
                     yield source, alias.name, bound, node.lineno
+
+
+def absolute(name: str, node: ast.ImportFrom, modules: set[str]) -> str:
+    """Return the module that a relative import in the module ``name`` means."""
+    is_package = any(module.startswith(f"{name}.") for module in modules)
+    parts = name.split(".")
+    above = parts[: len(parts) - node.level + is_package]
+    return ".".join([*above, node.module] if node.module else above)
 
 
 def dotted(node: ast.expr) -> list[str]:
@@ -108,12 +116,12 @@ def dotted(node: ast.expr) -> list[str]:
     return [*inner, node.attr] if inner else []
 
 
-def uses(tree: ast.Module, modules: set[str]) -> Iterator[tuple[str, str, int]]:
+def uses(name: str, tree: ast.Module, modules: set[str]) -> Iterator[tuple[str, str, int]]:
     """Yield (module of ours, name in it, line) of everything taken from another module."""
     bound = {}
-    for module, name, here, line in imports(tree, modules):
-        if name is not None:
-            yield module, name, line
+    for module, taken, here, line in imports(name, tree, modules):
+        if taken is not None:
+            yield module, taken, line
         else:
             bound[here] = module if here != module.split(".")[0] else here
     for node in ast.walk(tree):
@@ -145,7 +153,7 @@ def core_imports_no_companion_and_nothing_heavy(root: Path) -> list[str]:
     return [
         f"{name}:{line} imports {module}"
         for name, tree in core.items()
-        for module, _, _, line in imports(tree, set(core))
+        for module, _, _, line in imports(name, tree, set(core))
         if module.split(".")[0] in NOT_IN_THE_CORE
     ]
 
@@ -156,7 +164,7 @@ def data_does_not_import_evaluate(root: Path) -> list[str]:
         f"{name}:{line} imports {module}"
         for name, tree in companion.items()
         if name.startswith("companion.data")
-        for module, _, _, line in imports(tree, set(companion))
+        for module, _, _, line in imports(name, tree, set(companion))
         if module.startswith("companion.evaluate")
     ]
 
@@ -166,7 +174,7 @@ def only_figures_draws_and_it_draws_only(root: Path) -> list[str]:
     faults = []
     for name, tree in companion.items():
         drawing = name.startswith("companion.figures")
-        for module, _, _, line in imports(tree, set(companion)):
+        for module, _, _, line in imports(name, tree, set(companion)):
             top = module.split(".")[0]
             apart = top == "torch" or module.startswith("companion.data")
             if apart if drawing else top in DRAWING:
@@ -179,7 +187,7 @@ def no_private_name_crosses_a_module(root: Path) -> list[str]:
     return [
         f"{name}:{line} takes {used} of {module}"
         for name, tree in (own | scripts(root) | pages(root)).items()
-        for module, used, line in uses(tree, set(own))
+        for module, used, line in uses(name, tree, set(own))
         if used.startswith("_") and not used.startswith("__") and module != name
     ]
 
@@ -187,7 +195,7 @@ def no_private_name_crosses_a_module(root: Path) -> list[str]:
 def no_import_circle(root: Path) -> list[str]:
     own = both(root)
     graph = {
-        name: {module for module, *_ in imports(tree, set(own)) if module in own}
+        name: {module for module, *_ in imports(name, tree, set(own)) if module in own}
         for name, tree in own.items()
     }
     try:
@@ -204,7 +212,7 @@ def every_public_name_of_the_core_is_used(root: Path) -> list[str]:
     used = {
         (module, name)
         for other, tree in others.items()
-        for module, name, _ in uses(tree, set(core))
+        for module, name, _ in uses(other, tree, set(core))
         if module != other
     }
     used |= {(module, "main") for module in re.findall(r"-m (fungi_core\.\w+)", readme)}
@@ -384,11 +392,11 @@ COMPANION = "notebooks/companion"
 PHOTOS, PLOTS = f"{COMPANION}/data/photos.py", f"{COMPANION}/figures/plots.py"
 TEST = "tests/test_a.py"
 CLEAN = {
-    "fungi_core/__init__.py": "from fungi_core.fungi import Fungi, load\n",
+    "fungi_core/__init__.py": "from .fungi import Fungi, load\n",
     FUNGI: """
 import torch
 
-from fungi_core import gradients
+from . import gradients
 
 NOTE = "a string may say # fmt: skip, or import pandas"
 
@@ -456,19 +464,22 @@ PLANTED = {  # rule -> [(file, what is put at its end, the fault that must be fo
         (CORE, "from scipy.linalg import svd", "scipy.linalg"),
         (CORE, "from companion.data import photos", "companion.data"),
         (CORE, "def f():\n    import seaborn", "seaborn"),
+        (CORE, "import papermill.inspection as p", "papermill"),
     ],
     data_does_not_import_evaluate: [
         (PHOTOS, "from companion.evaluate import knn", "companion.evaluate.knn"),
         (PHOTOS, "def f():\n    from companion import evaluate", "companion.evaluate"),
+        (PHOTOS, "from ..evaluate.knn import near", "companion.evaluate.knn"),
     ],
     only_figures_draws_and_it_draws_only: [
         (f"{COMPANION}/site.py", "def f():\n    import matplotlib", "companion.site:2"),
         (PLOTS, "from torch import nn", "imports torch"),
-        (PLOTS, "from companion import data", "imports companion.data"),
+        (PLOTS, "from ..data import photos", "imports companion.data.photos"),
     ],
     no_private_name_crosses_a_module: [
         (FUNGI, "gradients._tap()", "takes _tap of fungi_core.gradients"),
         (FUNGI, "from fungi_core.gradients import _tap", "takes _tap"),
+        (FUNGI, "def f():\n    from .gradients import _tap", "takes _tap"),
         (BENCHMARK, "g._tap()", "benchmarks/run.py:4 takes _tap"),
         (PHOTOS, "fungi_core.gradients._tap", "takes _tap"),
         ("notebooks/02_b.ipynb", notebook("import fungi_core as f; f._x"), "02_b.ipynb:1 takes _x"),
@@ -476,6 +487,8 @@ PLANTED = {  # rule -> [(file, what is put at its end, the fault that must be fo
     no_import_circle: [
         (CORE, "from fungi_core import fungi", "circle: fungi_core."),
         (CORE, "def f():\n    from fungi_core.fungi import load", "circle: fungi_core."),
+        (CORE, "def f():\n    from .fungi import load", "circle: fungi_core."),
+        (CORE, "from . import Fungi", "circle: fungi_core"),
         (PHOTOS, "import companion.evaluate.knn", "circle: companion."),
     ],
     every_public_name_of_the_core_is_used: [
