@@ -134,10 +134,8 @@ def against_published(backbone: str, device: str) -> dict:
         speed = {which: one["images_per_second"] for which, one in pair.items()}
         peak = {which: one["peak_bytes"] >> 20 for which, one in pair.items()}
         ratio = speed["ours"] / speed["published"]
-        print(
-            f"{name}: {speed['ours']:.2f} images/s, published {speed['published']:.2f}, {ratio:.1f}"
-        )
-        print(f"    times; peak {peak['ours']} against {peak['published']} MiB")
+        print(f"{name}: {speed['ours']:.2f} images/s, {ratio:.1f} times the published", end=" ")
+        print(f"{speed['published']:.2f}; peak {peak['ours']} against {peak['published']} MiB")
         found[name] = pair | {"ratio": ratio}
     return found
 
