@@ -48,3 +48,15 @@ def scratch_folders(tmp_path_factory):
             if not os.environ.get(variable, "").strip():
                 patch.setenv(variable, str(tmp_path_factory.mktemp(variable.lower())))
         yield
+
+
+@pytest.fixture(scope="session")
+def fresh_checkout(tmp_path_factory) -> Path:
+    """Return a folder of links to this checkout without what a run leaves in it.
+
+    Plans depend on the jobs done already; made in there, they are those of a fresh clone.
+    """
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in ("Snakefile", "fungi_core", "notebooks", "requirements.lock"):
+        (folder / name).symlink_to(ROOT / name)
+    return folder

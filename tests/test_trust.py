@@ -9,6 +9,7 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -462,6 +463,8 @@ socket.socket.connect = guarded(socket.socket.connect, of_address)
 socket.socket.connect_ex = guarded(socket.socket.connect_ex, of_address)
 socket.getaddrinfo = guarded(socket.getaddrinfo, lambda host, *rest: host)
 """
+# The command that the Snakefile gives an extraction.
+EXTRACTION = re.search(r"-m ([\w.]+) \{wildcards", (paths.ROOT / "Snakefile").read_text())[1]
 # What the tools write into any home: their own caches.
 CACHES = (".cache/matplotlib", ".config/matplotlib", ".ipython", ".local/share/jupyter", ".jupyter")
 
@@ -521,7 +524,7 @@ def test_a_run_of_mini_needs_no_network_and_writes_the_store_figures_and_runs_al
     assert found.stdout.split() == [str(file) for file in own]
     before = states(project)
     sizes = ("--n-train", "20", "--n-test", "20")
-    done = run("-m", "fungi_core.extract", "vit_micro.sup_tin100", "digits", "test", "kl", *sizes)
+    done = run("-m", EXTRACTION, "vit_micro.sup_tin100", "digits", "test", "kl", *sizes)
     assert done.returncode == 0, done.stderr
     done = run("-m", "companion.run", "01_method")
     assert done.returncode == 0, done.stderr
