@@ -75,11 +75,8 @@ def wrongs(source: str) -> list[str]:
             out.append(name)
         if keyword(call, "trust_remote_code") not in (None, "False"):
             out.append(f"{name} with trust_remote_code")
-        if (
-            last in ("extractall", "extract")
-            and "filter" not in {k.arg for k in call.keywords}
-            and "zip" not in source
-        ):
+        unpacks = last == "extractall" or last == "extract" and "tarfile" in source
+        if unpacks and not keyword(call, "filter") and "zip" not in source:
             out.append(f"{name} without a filter")
     for node in ast.walk(tree):
         names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
@@ -128,6 +125,7 @@ RISKY = [
     "AutoModel.from_pretrained(n, trust_remote_code=True)",
     "torch.hub.load('a', 'b')",
     "tar.extractall(p)",
+    "from tarfile import open; open(f).extract(m)",
 ]
 
 
