@@ -1,8 +1,9 @@
-"""Write data/LICENCES.md: licences of data, weights and locked dependencies. ``python
-data/licences.py``
+"""Write data/LICENCES.md: the licences of data, weights and locked dependencies.
 
-Data and weights are those of the code's tables, dependencies those of requirements.lock as their
-installed metadata describes them.
+    python data/licences.py
+
+Data and weights are those of the companion's tables, dependencies those of requirements.lock as
+their installed metadata describes them.
 """
 
 import re
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from companion import paths
 from companion.data import datasets, masks
-from fungi_core import backbones
+from companion.encoders import table as backbones
 
 FILE = Path(__file__).with_name("LICENCES.md")
 SHORT = {  # what old classifiers and free text say, as SPDX has it
@@ -32,93 +33,77 @@ SHORT = {  # what old classifiers and free text say, as SPDX has it
 
 
 def pins() -> dict[str, str]:
-    """Locked packages: name -> version."""
+    """Return the locked packages: name -> version."""
     lines = (paths.ROOT / "requirements.lock").read_text().splitlines()
     found = (re.match(r"([\w.-]+)==([\w.]+)", line) for line in lines)
     return {match[1]: match[2] for match in found if match}
 
 
 def licence(package: str) -> str:
-    """What the installed package says: SPDX expression, else a short text, else classifiers."""
+    """Return what the package says: an SPDX expression, else a short text, else classifiers."""
     try:
         about = metadata.metadata(package)
     except metadata.PackageNotFoundError:
         return "not installed on this platform"
     text = " ".join((about.get("License") or "").split())
-    classes = [
-        c.rpartition(" :: ")[2]
-        for c in about.get_all("Classifier") or []
-        if c.startswith("License")
-    ]
-    classes = [SHORT.get(c, c) for c in classes if c != "OSI Approved"]
     free = SHORT.get(text, text) if 0 < len(text) < 60 else ""
-    return (
-        about.get("License-Expression")
-        or free
-        or " AND ".join(classes)
-        or "not stated in its metadata"
-    )
+    lines = about.get_all("Classifier") or []
+    classes = [line.rpartition(" :: ")[2] for line in lines if line.startswith("License")]
+    classes = " AND ".join(SHORT.get(name, name) for name in classes if name != "OSI Approved")
+    return about.get("License-Expression") or free or classes or "not stated in its metadata"
 
 
 def table(header: str, rows) -> str:
-    names = header.split(" | ")
-    lines = [f"| {header} |", "|---" * len(names) + "|"]
-    return "\n".join(
-        lines + ["| " + " | ".join(str(x).replace("|", "/") for x in row) + " |" for row in rows]
-    )
+    """Return rows as a Markdown table."""
+    lines = [f"| {header} |", "|---" * len(header.split(" | ")) + "|"]
+    for row in rows:
+        lines.append("| " + " | ".join(str(cell).replace("|", "/") for cell in row) + " |")
+    return "\n".join(lines)
 
 
 def data_and_weights() -> str:
-    """The part that the code's own tables give."""
+    """Return the part that the companion's own tables give."""
     known = [*datasets.DATASETS.values(), *masks.SETS.values()]
-    sets = [
-        (f"`{e.name}`", e.title, e.licence, f"{e.gb:g} GB" if e.gb else "comes with a package")
-        for e in known
+    rows = lambda entries, small: [
+        (f"`{one.name}`", one.title, one.licence, f"{one.gb:g} GB" if one.gb else small)
+        for one in entries
     ]
-    weights = [
-        (
-            f"`{s.name}`",
-            s.title,
-            s.licence,
-            f"{s.gb:g} GB" if s.gb else "committed, or with a package",
-        )
-        for s in backbones.BACKBONES.values()
-    ]
-    return "\n\n".join(
-        [
-            "## Data\n\nAs Table 20 of the paper and the sets' own pages say; \"Unknown\" is the paper's word. "
-            "Nothing of it is committed but what a run draws.",
-            table("name | set | licence | size", sets),
-            "## Weights\n\nAs Table 21 of the paper says, and the packages that bring them.",
-            table("name | model | licence | size", weights),
-        ]
-    )
+    sets = table("name | set | licence | size", rows(known, "comes with a package"))
+    weights = rows(backbones.table().values(), "committed, or with a package")
+    weights = table("name | model | licence | size", weights)
+    return f"""## Data
+
+As Table 20 of the paper and the sets' own pages say; "Unknown" is the paper's word. Nothing of it
+is committed but what a run draws.
+
+{sets}
+
+## Weights
+
+As Table 21 of the paper says, and the packages that bring them.
+
+{weights}"""
 
 
 def text() -> str:
-    rows = [
-        (name, version, licence(name))
-        for name, version in sorted(pins().items(), key=lambda p: p[0].lower())
-    ]
-    own = [
-        (name, found)
-        for name, _, found in rows
-        if re.search(r"GPL|MPL|EPL|CDDL|Proprietary", found)
-    ]
-    terms = ", ".join(f"{name} ({found})" for name, found in own)
-    return (
-        "\n\n".join(
-            [
-                "# Licences",
-                "The code of this project: MIT (`LICENSE`). Written by `python data/licences.py` (`make licences`).",
-                data_and_weights(),
-                "## Dependencies\n\nThe packages of `requirements.lock`, by what their metadata states. Installed by the user, "
-                f"not shipped here. Copyleft or proprietary terms: {terms or 'none'}.",
-                table("package | version | licence", rows),
-            ]
-        )
-        + "\n"
-    )
+    """Return the whole page."""
+    locked = sorted(pins().items(), key=lambda pin: pin[0].lower())
+    rows = [(name, version, licence(name)) for name, version in locked]
+    own = [row for row in rows if re.search(r"GPL|MPL|EPL|CDDL|Proprietary", row[2])]
+    terms = ", ".join(f"{name} ({found})" for name, _, found in own) or "none"
+    return f"""# Licences
+
+The code of this project: MIT (`LICENSE`). Written by `python data/licences.py` (`make licences`).
+
+{data_and_weights()}
+
+## Dependencies
+
+The packages of `requirements.lock`, by what their metadata states. Installed by the user, not
+shipped here. Copyleft or proprietary terms: {terms}.
+
+{table("package | version | licence", rows)}
+"""
 
 
 if __name__ == "__main__":

@@ -1,13 +1,12 @@
-"""Tests leave the committed figures and the user's feature store alone, and use few threads."""
+"""Tests leave the committed figures and the user's store alone, and use few threads."""
 
 import os
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "2"
-)  # before torch is imported; a shared machine is not ours alone
+os.environ.setdefault("OMP_NUM_THREADS", "2")  # before torch is imported: machines are shared
 
 import torch
 
@@ -15,10 +14,13 @@ import torch
 settings.register_profile("fixed", derandomize=True, deadline=None, database=None, max_examples=60)
 settings.load_profile("fixed")
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = (
-        "1"  # read when a kernel is defined: before the first import of fungi_core
-    )
+if not torch.cuda.is_available():  # read when a kernel is defined: before fungi_core is imported
+    os.environ["TRITON_INTERPRET"] = "1"
+
+# Processes that tests start find both packages of this checkout, whatever is installed.
+ROOT = Path(__file__).resolve().parents[1]
+FOUND = [str(ROOT), str(ROOT / "notebooks"), os.environ.get("PYTHONPATH", "")]
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, FOUND))
 
 
 def pytest_addoption(parser):
@@ -26,22 +28,35 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--slow"):
-        for item in items:
-            if "slow" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
-    for item in items if not torch.cuda.is_available() else ():
-        if "cuda" in item.keywords:
-            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+    skipped = {} if config.getoption("--slow") else {"slow": "slow: run with --slow"}
+    if not torch.cuda.is_available():
+        skipped["cuda"] = "no CUDA device"
+    for item in items:
+        for keyword, reason in skipped.items():
+            if keyword in item.keywords:
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session", autouse=True)
 def scratch_folders(tmp_path_factory):
-    """FUNGI_STORE and FUNGI_FIGURES point to a temporary folder unless the caller has set them (the
-    Makefile does).
+    """Point FUNGI_STORE and FUNGI_FIGURES to folders of this run, unless the caller has set them.
+
+    The Makefile does: into build/test, which it empties first.
     """
     with pytest.MonkeyPatch.context() as patch:
         for variable in ("FUNGI_STORE", "FUNGI_FIGURES"):
             if not os.environ.get(variable, "").strip():
                 patch.setenv(variable, str(tmp_path_factory.mktemp(variable.lower())))
         yield
+
+
+@pytest.fixture(scope="session")
+def fresh_checkout(tmp_path_factory) -> Path:
+    """Return a folder of links to this checkout without what a run leaves in it.
+
+    Plans depend on the jobs done already; made in there, they are those of a fresh clone.
+    """
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in ("Snakefile", "fungi_core", "notebooks", "requirements.lock"):
+        (folder / name).symlink_to(ROOT / name)
+    return folder

@@ -1,4 +1,4 @@
-"""The table of faults names tests that exist, and the licences list names everything that there is."""
+"""The table of faults names tests that exist; the list of licences names all that there is."""
 
 import ast
 import importlib.util
@@ -29,8 +29,9 @@ def test_every_test_of_the_table_exists(file, test):
 
 
 def test_the_licences_are_those_of_the_tables_and_of_the_lock():
-    """`make licences` writes them; a package's metadata depends on the platform, so its name and
-    version count.
+    """Compare names and versions; what a package says of itself depends on the platform.
+
+    To mend: ``make licences``.
     """
     spec = importlib.util.spec_from_file_location("licences", paths.ROOT / "data" / "licences.py")
     spec.loader.exec_module(licences := importlib.util.module_from_spec(spec))

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -26,9 +27,17 @@ from companion.data import datasets, samples
 from companion.encoders import checkpoints
 
 PYTHON = [
-    *paths.ROOT.glob("fungi_core/*.py"),
-    *paths.ROOT.glob("benchmarks/*.py"),
-    *paths.ROOT.glob("data/*/*.py"),
+    path
+    for pattern in (
+        "fungi_core/*.py",
+        "notebooks/companion/**/*.py",
+        "benchmarks/*.py",
+        "data/*.py",
+        "data/backbones/*.py",
+        "data/texts/*.py",
+    )
+    for path in sorted(paths.ROOT.glob(pattern))
+    if ".ipynb_checkpoints" not in path.parts
 ]
 
 
@@ -66,11 +75,8 @@ def wrongs(source: str) -> list[str]:
             out.append(name)
         if keyword(call, "trust_remote_code") not in (None, "False"):
             out.append(f"{name} with trust_remote_code")
-        if (
-            last in ("extractall", "extract")
-            and "filter" not in {k.arg for k in call.keywords}
-            and "zip" not in source
-        ):
+        unpacks = last == "extractall" or last == "extract" and "tarfile" in source
+        if unpacks and not keyword(call, "filter") and "zip" not in source:
             out.append(f"{name} without a filter")
     for node in ast.walk(tree):
         names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
@@ -80,7 +86,13 @@ def wrongs(source: str) -> list[str]:
     return out
 
 
-@pytest.mark.parametrize("file", PYTHON, ids=lambda f: f.name)
+def test_the_search_covers_both_packages():
+    found = {path.relative_to(paths.ROOT).as_posix() for path in PYTHON}
+    assert {"fungi_core/backbones.py", "notebooks/companion/run.py"} <= found
+    assert {"notebooks/companion/data/datasets.py", "data/licences.py"} <= found
+
+
+@pytest.mark.parametrize("file", PYTHON, ids=lambda f: f.relative_to(paths.ROOT).as_posix())
 def test_no_file_can_bring_code_along(file):
     found = wrongs(file.read_text())
     if (
@@ -101,11 +113,23 @@ def test_notebooks_neither():
         assert [w for cell in cells for w in wrongs("".join(cell["source"]))] == [], file.name
 
 
-@pytest.mark.parametrize("source", [
-    "import torch; torch.load(f)", "torch.load(f, weights_only=False)", "np.load(f, allow_pickle=True)",
-    "from joblib import load", "import pickle as p", "yaml.load(f)", "subprocess.run(x, shell=True)", "eval(x)",
-    "AutoModel.from_pretrained(n, trust_remote_code=True)", "torch.hub.load('a', 'b')", "tar.extractall(p)",
-])  # fmt: skip
+RISKY = [
+    "import torch; torch.load(f)",
+    "torch.load(f, weights_only=False)",
+    "np.load(f, allow_pickle=True)",
+    "from joblib import load",
+    "import pickle as p",
+    "yaml.load(f)",
+    "subprocess.run(x, shell=True)",
+    "eval(x)",
+    "AutoModel.from_pretrained(n, trust_remote_code=True)",
+    "torch.hub.load('a', 'b')",
+    "tar.extractall(p)",
+    "from tarfile import open; open(f).extract(m)",
+]
+
+
+@pytest.mark.parametrize("source", RISKY)
 def test_the_search_finds_what_it_looks_for(source):
     assert len(wrongs(source)) == 1
 
@@ -417,25 +441,30 @@ def test_half_an_archive_leaves_nothing(cut, tmp_path):
 
 GUARD = """
 import os, socket
-def guarded(real):
-    def call(self, address, *rest):
-        host = address[0] if isinstance(address, tuple) else "unix"
-        if host not in ("127.0.0.1", "::1", "localhost", "unix"):  # a kernel talks to its client over loopback
+
+HERE = (None, "", "127.0.0.1", "::1", "localhost", "unix", socket.gethostname())
+
+def guarded(real, host_of):
+    def call(*arguments, **more):
+        host = host_of(*arguments)
+        if host not in HERE:  # a kernel talks to its client over loopback
             with open(os.environ["NETWORK_LOG"], "a") as log:
                 log.write(f"{host}\\n")
             raise OSError(f"no network here: {host}")
-        return real(self, address, *rest)
+        return real(*arguments, **more)
     return call
-socket.socket.connect, socket.socket.connect_ex = guarded(socket.socket.connect), guarded(socket.socket.connect_ex)
-real = socket.getaddrinfo
-def getaddrinfo(host, *rest, **more):
-    if host not in (None, "", "127.0.0.1", "::1", "localhost", socket.gethostname()):
-        with open(os.environ["NETWORK_LOG"], "a") as log:
-            log.write(f"{host}\\n")
-        raise OSError(f"no network here: {host}")
-    return real(host, *rest, **more)
-socket.getaddrinfo = getaddrinfo
+
+def of_address(socket, address):
+    return address[0] if isinstance(address, tuple) else "unix"
+
+socket.socket.connect = guarded(socket.socket.connect, of_address)
+socket.socket.connect_ex = guarded(socket.socket.connect_ex, of_address)
+socket.getaddrinfo = guarded(socket.getaddrinfo, lambda host, *rest: host)
 """
+# The command that the Snakefile gives an extraction.
+EXTRACTION = re.search(r"-m ([\w.]+) \{wildcards", (paths.ROOT / "Snakefile").read_text())[1]
+# What the tools write into any home: their own caches.
+CACHES = (".cache/matplotlib", ".config/matplotlib", ".ipython", ".local/share/jupyter", ".jupyter")
 
 
 def states(folder: Path) -> dict[str, tuple[int, int]]:
@@ -448,55 +477,61 @@ def states(folder: Path) -> dict[str, tuple[int, int]]:
     return found
 
 
+def copied(folder: Path) -> tuple[Path, dict[str, str]]:
+    """Copy the project; return it and an environment in which its own two packages are found.
+
+    In that environment no process can leave loopback, and the home folder is empty.
+    """
+    project, home, guard = folder / "project", folder / "home", folder / "guard"
+    ignored = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "store", "downloads")
+    for name in ("fungi_core", "notebooks", "data"):
+        shutil.copytree(paths.ROOT / name, project / name, ignore=ignored)
+    for made in (home, guard, folder / "tmp", folder / "work"):
+        made.mkdir()
+    (guard / "sitecustomize.py").write_text(GUARD)
+    foreign = ("FUNGI_", "HF_", "XDG_")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
+    return project, kept | {
+        "PYTHONPATH": os.pathsep.join(map(str, (guard, project, project / "notebooks"))),
+        "NETWORK_LOG": str(folder / "network"),
+        "HOME": str(home),
+        "TMPDIR": str(folder / "tmp"),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+
+
 @pytest.mark.contract
 def test_a_run_of_mini_needs_no_network_and_writes_the_store_figures_and_runs_alone(tmp_path):
-    """An extraction and a notebook of a copy of the project, in processes that cannot leave
-    loopback.
-    """
-    project, home, guard = tmp_path / "project", tmp_path / "home", tmp_path / "guard"
-    for name in ("fungi_core", "notebooks", "data"):
-        ignored = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "store", "downloads")
-        shutil.copytree(paths.ROOT / name, project / name, ignore=ignored)
-    for folder in (home, guard, tmp_path / "tmp", tmp_path / "work"):
-        folder.mkdir()
-    (guard / "sitecustomize.py").write_text(GUARD)
-    environment = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("FUNGI_", "HF_", "XDG_"))
-    }
-    environment |= {
-        "PYTHONPATH": f"{guard}{os.pathsep}{project}", "NETWORK_LOG": str(tmp_path / "network"), "HOME": str(home),
-        "TMPDIR": str(tmp_path / "tmp"), "PYTHONDONTWRITEBYTECODE": "1",
-    }  # fmt: skip
-    run = lambda *command: subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True,
-                                          cwd=tmp_path / "work", timeout=900)  # fmt: skip
+    """An extraction and a notebook, each a process of its own, of a copy of the project."""
+    project, environment = copied(tmp_path)
+    work, network = tmp_path / "work", tmp_path / "network"
+
+    def run(*command: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, *command]
+        return subprocess.run(
+            command, env=environment, capture_output=True, text=True, cwd=work, timeout=900
+        )
+
     reach = run("-c", "import urllib.request as r; r.urlopen('http://example.org', timeout=5)")
-    assert (
-        "no network here: example.org" in reach.stderr and (tmp_path / "network").read_text()
-    )  # the guard works
-    (tmp_path / "network").unlink()
+    assert "no network here: example.org" in reach.stderr and network.read_text()  # it guards
+    network.unlink()
+    found = run(
+        "-c", "import fungi_core, companion; print(fungi_core.__file__, companion.__file__)"
+    )
+    own = [project / "fungi_core/__init__.py", project / "notebooks/companion/__init__.py"]
+    assert found.stdout.split() == [str(file) for file in own]
     before = states(project)
     sizes = ("--n-train", "20", "--n-test", "20")
-    done = run("-m", "fungi_core.extract", "vit_micro.sup_tin100", "digits", "test", "kl", *sizes)
+    done = run("-m", EXTRACTION, "vit_micro.sup_tin100", "digits", "test", "kl", *sizes)
     assert done.returncode == 0, done.stderr
     done = run("-m", "companion.run", "01_method")
     assert done.returncode == 0, done.stderr
-    assert not (tmp_path / "network").exists(), (tmp_path / "network").read_text()
+    assert not network.exists(), network.read_text()
     after = states(project)
     changed = {file for file in before.keys() | after.keys() if before.get(file) != after.get(file)}
     own = ("data/store/", "figures/mini/", "runs/mini/")
     assert {file for file in changed if not file.startswith(own)} == set()
     assert all(any(file.startswith(folder) for file in changed) for folder in own)
     assert {p.name for p in tmp_path.iterdir()} == {"project", "guard", "home", "work", "tmp"}
-    assert states(tmp_path / "work") == {}
-    tools = (
-        ".cache/matplotlib",
-        ".config/matplotlib",
-        ".ipython",
-        ".local/share/jupyter",
-        ".jupyter",
-    )
-    assert [
-        file for file in states(home) if not file.startswith(tools)
-    ] == []  # the tools' own caches
+    assert states(work) == {}
+    assert [file for file in states(tmp_path / "home") if not file.startswith(CACHES)] == []

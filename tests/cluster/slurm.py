@@ -1,10 +1,7 @@
-"""A Slurm of one node on the loopback interface, in a folder of its own: munged, slurmctld and
-slurmd, no database.
+"""A Slurm of one node on the loopback interface, in a folder of its own; no database.
 
-    python tests/cluster/slurm.py FOLDER COMMAND ...     # start, run COMMAND with SLURM_CONF set, stop
-
-Needs Debian's slurm-wlm and munge, and root: slurmd starts jobs as other users. Nothing outside
-FOLDER is written.
+It runs munged, slurmctld and slurmd. Needs Debian's slurm-wlm and munge, and root: slurmd starts
+jobs as other users. Nothing outside the folder is written.
 """
 
 import os
@@ -12,7 +9,6 @@ import secrets
 import shutil
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,8 +17,8 @@ from pathlib import Path
 
 DAEMONS = ("munged", "slurmctld", "slurmd")
 # MinJobAge: without accounting, squeue is the only memory of finished jobs. ReturnToService: a node
-# that was down is
-# taken back when it reports. cons_tres shares the node's cores among jobs, as clusters do.
+# that was down is taken back when it reports. cons_tres shares the node's cores among jobs, as
+# clusters do.
 CONFIG = """
 ClusterName=single
 SlurmctldHost={host}(127.0.0.1)
@@ -56,12 +52,12 @@ PartitionName=main Nodes={host} Default=YES MaxTime=INFINITE State=UP
 
 
 def missing() -> str:
-    """Why no cluster can be started here, in one line; "" where it can."""
+    """Return why no cluster can be started here, in one line; "" where it can."""
     absent = [name for name in DAEMONS if not daemon(name)]
     if absent:
         return f"no {', '.join(absent)} here (Debian: apt-get install slurm-wlm munge)"
     if not find_spec("snakemake_executor_plugin_slurm"):
-        return "the extra cluster is not installed (pip install -e '.[cluster]')"
+        return "the extra cluster is not installed (pip install -e 'notebooks[cluster]')"
     return "" if os.geteuid() == 0 else "slurmd needs root"
 
 
@@ -70,7 +66,7 @@ def daemon(name: str) -> str | None:
 
 
 def pids(folder: Path) -> list[int]:
-    """Daemons of the cluster in a folder that run."""
+    """Return the processes of a folder's daemons that run."""
     found = []
     for file in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -92,44 +88,15 @@ def free_ports(n: int) -> list[int]:
 
 @contextmanager
 def cluster(folder: Path) -> Iterator[dict[str, str]]:
-    """Yields the environment for sbatch, squeue and scancel; at the end cancels all jobs and stops
-    the daemons.
+    """Start a cluster and yield the environment for sbatch, squeue and scancel.
+
+    At the end all jobs are cancelled and the daemons stopped.
     """
     folder = Path(folder).resolve()
-    for name in ("state", "spool", "bin"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    folder.chmod(
-        0o755
-    )  # munged refuses a socket in a folder that others can write, or cannot enter
-    (folder / "munge.key").write_bytes(secrets.token_bytes(128))
-    (folder / "munge.key").chmod(0o600)
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2**20 - 512
-    (folder / "slurm.conf").write_text(CONFIG.format(
-        host=socket.gethostname().split(".")[0], folder=folder, ports=free_ports(2), cores=os.cpu_count(),
-        memory=memory))  # fmt: skip
-    # The executor's job step drops every SLURM_ variable before its srun, SLURM_CONF with them;
-    # this srun has its own.
-    shim = folder / "bin" / "srun"
-    shim.write_text(f'#!/bin/sh\nSLURM_CONF={folder}/slurm.conf exec {shutil.which("srun")} "$@"\n')
-    shim.chmod(0o755)
-    env = os.environ | {
-        "SLURM_CONF": str(folder / "slurm.conf"),
-        "PATH": f"{shim.parent}:{os.environ['PATH']}",
-    }
-    options = {
-        "munged": ["--foreground", "--force", f"--socket={folder}/munge.socket", f"--key-file={folder}/munge.key",
-                   f"--pid-file={folder}/munged.pid", f"--log-file={folder}/munged.log",
-                   f"--seed-file={folder}/munged.seed"],
-        "slurmctld": ["-D", "-f", env["SLURM_CONF"]],
-        "slurmd": ["-D", "-f", env["SLURM_CONF"]],
-    }  # fmt: skip
-    started = []
+    env, started = os.environ | prepare(folder), []
     try:
         for name in DAEMONS:
-            out = open(folder / f"{name}.out", "wb")
-            started.append(
-                subprocess.Popen([daemon(name), *options[name]], env=env, stdout=out, stderr=out)
-            )
+            started.append(start(name, folder, env))
             if name == "munged":
                 wait(lambda: (folder / "munge.socket").exists(), "munged", folder)
         wait(lambda: "idle" in ask(env, "sinfo", "-h", "-o", "%T"), "the node", folder)
@@ -148,22 +115,60 @@ def cluster(folder: Path) -> Iterator[dict[str, str]]:
                 process.wait()
 
 
+def prepare(folder: Path) -> dict[str, str]:
+    """Write configuration and key into the folder; return the variables that point to them."""
+    for name in ("state", "spool", "bin"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    # munged refuses a socket in a folder that others can write, or cannot enter.
+    folder.chmod(0o755)
+    (folder / "munge.key").write_bytes(secrets.token_bytes(128))
+    (folder / "munge.key").chmod(0o600)
+    config = CONFIG.format(
+        host=socket.gethostname().split(".")[0],
+        folder=folder,
+        ports=free_ports(2),
+        cores=os.cpu_count(),
+        memory=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2**20 - 512,
+    )
+    (folder / "slurm.conf").write_text(config)
+    # The executor's job step drops every SLURM_ variable before its srun, SLURM_CONF with them;
+    # this srun has its own.
+    shim = folder / "bin" / "srun"
+    shim.write_text(f'#!/bin/sh\nSLURM_CONF={folder}/slurm.conf exec {shutil.which("srun")} "$@"\n')
+    shim.chmod(0o755)
+    path = f"{shim.parent}{os.pathsep}{os.environ['PATH']}"
+    return {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": path}
+
+
+def start(name: str, folder: Path, env: dict[str, str]) -> subprocess.Popen:
+    """Start one of the daemons; what it prints goes into the folder."""
+    options = ["-D", "-f", env["SLURM_CONF"]]
+    if name == "munged":
+        files = {"socket": "munge.socket", "key-file": "munge.key", "pid-file": "munged.pid"}
+        files |= {"log-file": "munged.log", "seed-file": "munged.seed"}
+        options = ["--foreground", "--force"]
+        options += [f"--{option}={folder}/{file}" for option, file in files.items()]
+    with open(folder / f"{name}.out", "wb") as out:
+        return subprocess.Popen([daemon(name), *options], env=env, stdout=out, stderr=out)
+
+
 def ask(env: dict[str, str], *command: str) -> str:
-    """What a Slurm command prints; "" while the controller does not answer."""
+    """Return what a Slurm command prints; "" while the controller does not answer."""
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
     return done.stdout if done.returncode == 0 else ""
 
 
 def jobs(env: dict[str, str]) -> list[dict[str, str]]:
-    """All jobs since the start, in order: id, state, exit, start, end, rule and wildcards."""
+    """Return all jobs since the start, in order; ``name`` is the rule with its wildcards."""
     rows = []
     for line in ask(env, "scontrol", "-o", "show", "jobs").splitlines():
         if not line.startswith("JobId="):
             continue  # "No jobs in the system"
         fields = dict(part.split("=", 1) for part in line.split() if "=" in part)
-        rows.append({"id": fields["JobId"], "state": fields["JobState"], "exit": fields["ExitCode"],
-                     "seconds": fields["RunTime"], "cpus": fields["NumCPUs"], "tres": fields.get("TRES", ""),
-                     "name": fields.get("Comment", "")})  # fmt: skip
+        names = {"id": "JobId", "state": "JobState", "exit": "ExitCode", "seconds": "RunTime"}
+        row = {name: fields[field] for name, field in names.items()}
+        row |= {"cpus": fields["NumCPUs"], "name": fields.get("Comment", "")}
+        rows.append(row)
     return sorted(rows, key=lambda row: int(row["id"]))
 
 
@@ -176,10 +181,3 @@ def wait(ready, what: str, folder: Path, seconds: float = 60) -> None:
             )
             raise TimeoutError(f"{what}: not there after {seconds:.0f} s\n{logs}")
         time.sleep(0.3)
-
-
-if __name__ == "__main__":
-    if reason := missing():
-        sys.exit(reason)
-    with cluster(Path(sys.argv[1])) as environment:
-        sys.exit(subprocess.run(sys.argv[2:], env=environment).returncode)
