@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -20,21 +20,6 @@ from .inputs import Inputs, Views
 from .objectives import SimCLR
 
 RATE = 16_000  # Hz
-
-
-class FrontEnd(Protocol):
-    """What an encoder hears: a filter bank, and its scale.
-
-    ``bank(samples)``: (n,) -> (T, F) float32 natural logarithms; ``scale(frames)``: the mean and
-    the divisor for so many frames; ``bins``: F; ``name`` identifies it in store keys.
-    """
-
-    name: str
-    bins: int
-
-    def bank(self, samples: np.ndarray) -> np.ndarray: ...
-
-    def scale(self, frames: int) -> tuple[float, float]: ...
 
 
 @dataclass(frozen=True)
@@ -71,9 +56,13 @@ SIMCLR = SimCLR(views=Noise(), dim=768, negatives=64, negative_views=2)  # Table
 
 @dataclass(frozen=True)
 class AudioInputs(Inputs):
-    """Say what sounds an encoder takes: filter banks of its front end."""
+    """Say what sounds an encoder takes: filter banks of its ``front`` end.
 
-    front: FrontEnd
+    ``front.bank`` maps samples (n,) to natural logarithms (T, F), ``front.scale`` gives the mean
+    and the divisor for T frames; ``front.bins`` is F and ``front.name`` identifies it in store keys.
+    """
+
+    front: Any
     kind: ClassVar[str] = "audio"
 
     def decode(self, item, name: str) -> np.ndarray:
@@ -128,7 +117,7 @@ def decode(item, name: str = "sound") -> np.ndarray:
                 "(n,) or (n, channels) at 16 kHz"
             )
     elif isinstance(item, (str, Path, bytes)):
-        samples, rate = read(item, name)
+        samples, rate = _read(item, name)
     else:
         raise ValueError(
             f"{name} is a {type(item).__name__}; accepted: a path, bytes of a file, a waveform"
@@ -144,7 +133,7 @@ def decode(item, name: str = "sound") -> np.ndarray:
     return np.ascontiguousarray(mono, np.float32)
 
 
-def read(item: str | Path | bytes, name: str) -> tuple[np.ndarray, int]:
+def _read(item: str | Path | bytes, name: str) -> tuple[np.ndarray, int]:
     """Read an audio file, or its bytes, with soundfile: samples and their rate in Hz."""
     try:
         import soundfile  # here: images and texts need no audio library

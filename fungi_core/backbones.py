@@ -20,7 +20,7 @@ from .devices import resolve_device, resolve_dtype
 from .gradients import Factors, Loss, linear_layer, tapped_factors
 from .views import ImageInputs
 
-ATTENTION_OUTPUTS = (  # how timm and transformers call the output projection of an attention
+_ATTENTION_OUTPUTS = (  # how timm and transformers call the output projection of an attention
     "attn.proj",
     "attention.output.dense",
     "SelfAttention.o",
@@ -184,12 +184,12 @@ def load(
                 "'blocks.11.attn.proj'"
             )
         model = copy.deepcopy(name)  # the caller's module stays as it is
-        return freeze(model, title, timm_inputs(model), given=True, **options)
+        return freeze(model, title, _timm_inputs(model), given=True, **options)
     if Path(name).suffix == ".safetensors":
-        model, inputs = read_checkpoint(Path(name), head, arguments)
+        model, inputs = _read_checkpoint(Path(name), head, arguments)
         return freeze(model, Path(name).stem, inputs, **options)
     model = create(name, head, arguments or {})
-    return freeze(model, name, timm_inputs(model), **options)
+    return freeze(model, name, _timm_inputs(model), **options)
 
 
 def freeze(
@@ -214,13 +214,13 @@ def freeze(
     for module in model.modules() if device == "cpu" else ():
         if hasattr(module, "fused_attn"):
             module.fused_attn = False  # plain products are faster on CPUs, above all backward
-    layer = layer or last_attention_output(model)
+    layer = layer or _last_attention_output(model)
     linear_layer(model, layer)
-    read = read or partial(image_embedding, head)
+    read = read or partial(_image_embedding, head)
     return Backbone(name, model, layer, inputs, read, device, dtype, head, given)
 
 
-def image_embedding(head: bool, model: torch.nn.Module, views: torch.Tensor) -> torch.Tensor:
+def _image_embedding(head: bool, model: torch.nn.Module, views: torch.Tensor) -> torch.Tensor:
     """Read out images (N, 3, s, s) as timm does, before any classifier unless ``head``: (N, D)."""
     if hasattr(model, "forward_head"):
         return model.forward_head(model.forward_features(views), pre_logits=not head)
@@ -248,7 +248,7 @@ def create(name: str, head: bool, arguments: dict) -> torch.nn.Module:
         ) from error
 
 
-def read_checkpoint(
+def _read_checkpoint(
     file: Path, head: bool = False, arguments: dict | None = None
 ) -> tuple[torch.nn.Module, ImageInputs]:
     """Read a checkpoint that describes itself: network and inputs.
@@ -273,10 +273,10 @@ def read_checkpoint(
     except (SafetensorError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{file} does not hold the weights it should: {reason}") from error
-    return model, replace(timm_inputs(model), **json.loads(metadata.get("input", "{}")))
+    return model, replace(_timm_inputs(model), **json.loads(metadata.get("input", "{}")))
 
 
-def timm_inputs(model: torch.nn.Module) -> ImageInputs:
+def _timm_inputs(model: torch.nn.Module) -> ImageInputs:
     """Return the evaluation transform that timm has for a network; ImageNet's for others."""
     config = resolve_data_config({}, model=model)
     size = getattr(getattr(model, "patch_embed", None), "img_size", None)
@@ -291,12 +291,12 @@ def timm_inputs(model: torch.nn.Module) -> ImageInputs:
     )
 
 
-def last_attention_output(model: torch.nn.Module) -> str:
+def _last_attention_output(model: torch.nn.Module) -> str:
     """Return the paper's target layer: the attention output projection of the last block."""
     names = [
         name
         for name, module in model.named_modules()
-        if name.endswith(ATTENTION_OUTPUTS) and isinstance(module, torch.nn.Linear)
+        if name.endswith(_ATTENTION_OUTPUTS) and isinstance(module, torch.nn.Linear)
     ]
     if not names:
         raise ValueError(

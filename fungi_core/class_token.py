@@ -56,7 +56,7 @@ class Tail(torch.nn.Module):
         return self.head(self.fc_norm(self.norm(x)))
 
 
-def trunk(model: VisionTransformer, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _trunk(model: VisionTransformer, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Run images (N, 3, s, s) up to the last attention's output projection, for the class token.
 
     Returns the projection's input and the residual beside it, (N, D) each.
@@ -80,7 +80,7 @@ def trunk(model: VisionTransformer, x: torch.Tensor) -> tuple[torch.Tensor, torc
     return out, x[:, 0]
 
 
-def chunked_trunk(
+def _chunked_trunk(
     model: VisionTransformer, views: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run `trunk` on views (B, V, 3, s, s) in chunks that fill the machine and not its cache.
@@ -95,7 +95,7 @@ def chunked_trunk(
     at_once = max(1, (65536 if flat.is_cuda else 3200) // tokens)
     for i in range(0, len(flat), at_once):
         rows = slice(i, i + at_once)
-        attention[rows], residual[rows] = trunk(model, flat[rows])
+        attention[rows], residual[rows] = _trunk(model, flat[rows])
     shape = views.shape[:2]
     return attention.unflatten(0, shape), residual.unflatten(0, shape)
 
@@ -114,7 +114,7 @@ def factors(
     """
     batch = len(groups[0])
     with torch.inference_mode():
-        done = [chunked_trunk(model, views) for model, views in zip(models, groups, strict=True)]
+        done = [_chunked_trunk(model, views) for model, views in zip(models, groups, strict=True)]
         joined = [torch.cat(parts, 1) for parts in zip(*done)]  # 2 x (B, V, D)
     # Clones made outside inference mode are what autograd may read.
     attention, residual = (part.flatten(0, 1).clone() for part in joined)  # (B * V, D)

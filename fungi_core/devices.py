@@ -45,12 +45,12 @@ def fixed_teams() -> None:
     With them (OMP_DYNAMIC, or a library that sets them) torch's bf16 products on a busy CPU are
     silently wrong.
     """
-    for library in openmp():
+    for library in _openmp():
         library.omp_set_dynamic(0)
 
 
 @cache
-def openmp() -> list[ctypes.CDLL]:
+def _openmp() -> list[ctypes.CDLL]:
     """Return GNU's OpenMP as torch brings it on Linux; other platforms have another one."""
     folder = Path(torch.__file__).parent / "lib"
     return [ctypes.CDLL(str(file)) for file in folder.glob("libgomp*.so*")]

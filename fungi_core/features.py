@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from sklearn.decomposition import PCA
 
 PCA_SIZE = 512  # Table 16's for embeddings that are wider; narrower ones keep their width
 
@@ -24,7 +23,7 @@ def join(blocks: Mapping[str, np.ndarray], names: Sequence[str]) -> np.ndarray:
     return np.concatenate([normalize(blocks[name]) for name in names], axis=1)
 
 
-def fit_pca(features: np.ndarray, size: int | None) -> PCA | None:
+def fit_pca(features: np.ndarray, size: int | None):
     """Fit scikit-learn's PCA to ``size`` dimensions, in float64.
 
     By the published rule PCA is skipped, and None returned, where ``size`` is None or not below
@@ -32,10 +31,12 @@ def fit_pca(features: np.ndarray, size: int | None) -> PCA | None:
     """
     if size is None or size >= min(features.shape):
         return None
+    from sklearn.decomposition import PCA  # here: it takes as long to import as torch
+
     return PCA(size, svd_solver="covariance_eigh").fit(np.asarray(features, np.float64))
 
 
-def apply_pca(fitted: PCA | None, features: np.ndarray) -> np.ndarray:
+def apply_pca(fitted, features: np.ndarray) -> np.ndarray:
     """Return the features in the components of a fitted PCA, float32; without one, as they are."""
     if fitted is None:
         return features

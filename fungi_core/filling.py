@@ -72,7 +72,7 @@ def write(
         gaps = lacking(targets, len(items), part)
         with progress(sum(stop - start for start, stop in gaps), label) as bar:
             for first, stop in gaps:
-                for start, embeddings, gradients in rows(Some(items, first, stop)):
+                for start, embeddings, gradients in rows(_Some(items, first, stop)):
                     count = len(gradients[0] if gradients else embeddings)
                     place = slice(first + start, first + start + count)
                     for target in targets:
@@ -82,7 +82,7 @@ def write(
 
 
 @dataclass(frozen=True)
-class Some(Sequence):
+class _Some(Sequence):
     """Show items first..stop of a data set as a sequence, with the names they have there."""
 
     data: Any

@@ -20,7 +20,7 @@ from .features import PCA_SIZE, apply_pca, fit_pca, join
 from .projection import Rademacher
 from .rows import draw_negatives, draw_parts, embedding_rows, gradient_rows
 
-PARTS = ("components", "mean", "explained_variance")  # the arrays that make up a fitted PCA
+_PARTS = ("components", "mean", "explained_variance")  # the arrays that make up a fitted PCA
 
 
 class Fungi(TransformerMixin, BaseEstimator):
@@ -77,7 +77,7 @@ class Fungi(TransformerMixin, BaseEstimator):
 
     def fit_transform(self, X, y=None) -> np.ndarray:
         """Fit, and return the features of X, (N, d) float32, extracted once."""
-        X = as_sequence(X)
+        X = _as_sequence(X)
         self._set_up()
         for objective in self.objectives:
             part = self.parts_[objective.name]
@@ -94,7 +94,7 @@ class Fungi(TransformerMixin, BaseEstimator):
     def transform(self, X) -> np.ndarray:
         """Return FUNGI features of X, (N, d) float32."""
         check_is_fitted(self, "n_features_out_")
-        return apply_pca(self.pca_, self._joined(as_sequence(X)))
+        return apply_pca(self.pca_, self._joined(_as_sequence(X)))
 
     def extract(self, X) -> dict[str, np.ndarray]:
         """Return the raw blocks before normalisation, float32.
@@ -102,7 +102,7 @@ class Fungi(TransformerMixin, BaseEstimator):
         They are {"embedding": (N, D), objective name: (N, d), ...}.
         """
         check_is_fitted(self, "parts_")
-        X, out = as_sequence(X), {}
+        X, out = _as_sequence(X), {}
         for objective in self.objectives:
             parts = [self.parts_[objective.name]]
             done = list(gradient_rows(self.backbone_, objective, parts, X, self.seed))
@@ -135,7 +135,7 @@ class Fungi(TransformerMixin, BaseEstimator):
         settings |= {
             "backbone": str(self.backbone) if isinstance(self.backbone, (str, Path)) else None,
             "dtype": str(self.backbone_.dtype).removeprefix("torch."),
-            "objectives": [described(one) for one in self.objectives],
+            "objectives": [_described(one) for one in self.objectives],
             "n_features_out": self.n_features_out_,
             "fingerprint": self.backbone_.fingerprint,
         }
@@ -145,7 +145,7 @@ class Fungi(TransformerMixin, BaseEstimator):
             if part.negatives is not None
         }
         if self.pca_ is not None:
-            arrays |= {f"pca.{name}": getattr(self.pca_, f"{name}_") for name in PARTS}
+            arrays |= {f"pca.{name}": getattr(self.pca_, f"{name}_") for name in _PARTS}
         arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
         save_file(arrays, file, metadata={"fungi": json.dumps(settings, default=int)})
 
@@ -163,7 +163,7 @@ class Fungi(TransformerMixin, BaseEstimator):
         except (SafetensorError, KeyError) as error:
             raise ValueError(f"{file} was not written by Fungi.save: {error}") from error
         n_features, fingerprint = settings.pop("n_features_out"), settings.pop("fingerprint")
-        settings["objectives"] = tuple(restored(one) for one in settings["objectives"])
+        settings["objectives"] = tuple(_restored(one) for one in settings["objectives"])
         settings["backbone"] = backbone if backbone is not None else settings["backbone"]
         if settings["backbone"] is None:
             raise ValueError(f"{file} was saved without its network; pass backbone=...")
@@ -180,7 +180,7 @@ class Fungi(TransformerMixin, BaseEstimator):
         self.pca_ = None
         if "pca.mean" in arrays:
             self.pca_ = PCA(n_features)
-            for name in PARTS:
+            for name in _PARTS:
                 setattr(self.pca_, f"{name}_", arrays[f"pca.{name}"])
         self.n_features_out_ = n_features
         return self
@@ -230,7 +230,7 @@ class Fungi(TransformerMixin, BaseEstimator):
         return join(self.extract(X), [*(o.name for o in self.objectives), "embedding"])
 
 
-def as_sequence(X) -> Sequence:
+def _as_sequence(X) -> Sequence:
     """Return X as a sequence in its own order: a pandas Series or one-column frame counts by rows.
 
     Raises ValueError for what is no sequence of items, or holds none.
@@ -252,7 +252,7 @@ def as_sequence(X) -> Sequence:
     return X
 
 
-def kinds() -> tuple[dict[str, type], dict[str, type]]:
+def _kinds() -> tuple[dict[str, type], dict[str, type]]:
     """Return the objectives and the views that a saved transformer can name."""
     from . import audio, text  # here: images need neither
 
@@ -261,9 +261,9 @@ def kinds() -> tuple[dict[str, type], dict[str, type]]:
     return {one.name: one for one in known}, {one.__name__: one for one in seen}
 
 
-def described(objective: objectives.Objective) -> dict:
+def _described(objective: objectives.Objective) -> dict:
     """Return an objective's settings as JSON; ValueError for one that `restored` would not know."""
-    known, seen = kinds()
+    known, seen = _kinds()
     kind = type(objective.views)
     if known.get(objective.name) is not type(objective) or seen.get(kind.__name__) is not kind:
         raise ValueError(
@@ -278,9 +278,9 @@ def described(objective: objectives.Objective) -> dict:
     }
 
 
-def restored(record: dict) -> objectives.Objective:
+def _restored(record: dict) -> objectives.Objective:
     """Return the objective that `described` wrote."""
-    known, seen = kinds()
+    known, seen = _kinds()
     kind, settings = record["views"]
     tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
     return known[record["name"]](views=seen[kind](**tuples), **record["settings"])

@@ -161,7 +161,7 @@ class Objective:
         negatives: Sequence[torch.Tensor | None],
         layers: list[str],
     ) -> tuple[torch.Tensor, list[Factors]]:
-        """Return embeddings (B, V, D), and factors at every layer for each heads and negatives.
+        """Return embeddings (B, V, D), and factors at each layer for each heads, negatives.
 
         An objective that reads something else than the embedding overrides this.
         """

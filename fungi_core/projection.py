@@ -224,13 +224,13 @@ def exact_kernel(x: Factors, y: Factors) -> torch.Tensor:
 
 
 Projection = Rademacher | KhatriRao | TensorSketch | Exact
-KINDS = ("rademacher", "khatri-rao", "sketch", "exact")
+_KINDS = ("rademacher", "khatri-rao", "sketch", "exact")
 
 
 def draw(kind: str, rows: int, d_out: int, d_in: int, *keys: object) -> Projection:
     """Draw the projection called ``kind`` for gradients (d_out, d_in), the bias column included."""
-    if kind not in KINDS:
-        raise ValueError(f"unknown projection {kind!r}; there are {', '.join(map(repr, KINDS))}")
+    if kind not in _KINDS:
+        raise ValueError(f"unknown projection {kind!r}; there are {', '.join(map(repr, _KINDS))}")
     if kind == "exact":
         return Exact()
     if kind == "rademacher":

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 
-def bicubic_weights(low: torch.Tensor, high: torch.Tensor, size: int, side: int) -> torch.Tensor:
+def _bicubic_weights(low: torch.Tensor, high: torch.Tensor, size: int, side: int) -> torch.Tensor:
     """Return PIL's bicubic resize (a = -0.5, antialiased) along one axis as linear maps.
 
     Pixels low..high, (V,) each, of ``side`` go to ``size``: (V, size, side) float32. No tap lies
@@ -29,7 +29,7 @@ def bicubic_weights(low: torch.Tensor, high: torch.Tensor, size: int, side: int)
 @lru_cache(maxsize=16)
 def bicubic_matrix(source: int, target: int) -> torch.Tensor:
     """Return PIL's bicubic resize along one axis as a matrix, (target, source) float32."""
-    return bicubic_weights(torch.tensor([0]), torch.tensor([source]), target, source)[0]
+    return _bicubic_weights(torch.tensor([0]), torch.tensor([source]), target, source)[0]
 
 
 def crops_on(device: str, image: Image.Image, size: int, boxes: np.ndarray) -> torch.Tensor:
@@ -40,7 +40,7 @@ def crops_on(device: str, image: Image.Image, size: int, boxes: np.ndarray) -> t
     """
     pixels = torch.from_numpy(np.array(image)).to(device).permute(2, 0, 1).float()  # (3, H, W)
     left, top, right, bottom = torch.from_numpy(boxes).to(device).T
-    rows = bicubic_weights(top, bottom, size, pixels.shape[1])[:, None]  # (V, 1, s, H)
-    columns = bicubic_weights(left, right, size, pixels.shape[2])[:, None]  # (V, 1, s, W)
+    rows = _bicubic_weights(top, bottom, size, pixels.shape[1])[:, None]  # (V, 1, s, H)
+    columns = _bicubic_weights(left, right, size, pixels.shape[2])[:, None]  # (V, 1, s, W)
     out = rows @ pixels @ columns.transpose(2, 3)  # (V, 3, s, s)
     return out.round().clamp(0, 255).byte().permute(0, 2, 3, 1)

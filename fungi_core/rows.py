@@ -169,8 +169,8 @@ def gradient_rows(
     ]
     whole = isinstance(objective.views, Whole)
     for start, batch in view_batches(backbone, objective.views, objective.name, items, seed):
-        for offset, few in in_pieces(batch, layers, backbone.device):
-            with naming(items, start + offset):
+        for offset, few in _in_pieces(batch, layers, backbone.device):
+            with _naming(items, start + offset):
                 embeddings, factors = objective.factors(backbone, few, heads, negatives, layers)
             projected = [
                 part.projection.apply(factors[i], backbone.dtype).cpu().numpy()
@@ -179,7 +179,7 @@ def gradient_rows(
             yield start + offset, embeddings[:, 0].cpu().numpy() if whole else None, projected
 
 
-def in_pieces(batch, layers: Sequence[str], device: str) -> Iterator[tuple[int, torch.Tensor]]:
+def _in_pieces(batch, layers: Sequence[str], device: str) -> Iterator[tuple[int, torch.Tensor]]:
     """Yield (offset, part of a batch): few items where many layers' activations are held."""
     few = 2 if device == "cpu" else 8
     if len(layers) == 1 or isinstance(batch, list):
@@ -190,7 +190,7 @@ def in_pieces(batch, layers: Sequence[str], device: str) -> Iterator[tuple[int, 
 
 
 @contextmanager
-def naming(items: Sequence, start: int) -> Iterator[None]:
+def _naming(items: Sequence, start: int) -> Iterator[None]:
     """Say which item it is whose loss is not finite, in the batch that begins at ``start``."""
     try:
         yield

@@ -2,10 +2,10 @@
 
 import torch
 
-GROUP = 16  # columns whose largest similarity alone is sorted in a search's first pass
+_GROUP = 16  # columns whose largest similarity alone is sorted in a search's first pass
 
 
-def similarities(
+def _similarities(
     queries: torch.Tensor, keys: torch.Tensor, parts: tuple[int, int] | None = None
 ) -> torch.Tensor:
     """Return the inner products (..., Q, M) of (..., Q, W) and (..., M, W).
@@ -32,24 +32,24 @@ def nearest(
     if not 1 <= k <= len(keys):
         raise ValueError(f"{k} neighbours asked for; the memory has {len(keys)} rows")
     at_once = (2**26 if keys.device.type == "cpu" else 2**30) // len(keys)
-    found = [top(similarities(q, keys, parts), k) for q in queries.split(max(1, at_once))]
+    found = [_top(_similarities(q, keys, parts), k) for q in queries.split(max(1, at_once))]
     values, indices = zip(*found, strict=True)
     return torch.cat(values), torch.cat(indices)
 
 
-def top(block: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _top(block: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return ``block.topk(k)`` in two passes over (Q, M).
 
     The k groups of columns with the largest maxima hold the k largest columns.
     """
-    n = block.shape[1] // GROUP  # groups; column g + n j is member j of group g
+    n = block.shape[1] // _GROUP  # groups; column g + n j is member j of group g
     if n < 2 * k:
         return block.topk(k)
-    # (Q, GROUP, n) -> (Q, k)
-    best = block[:, : n * GROUP].unflatten(1, (GROUP, n)).amax(1).topk(k).indices
-    members = n * torch.arange(GROUP, device=block.device)[:, None]
-    columns = (best[:, None] + members).flatten(1)  # (Q, GROUP * k)
-    tail = torch.arange(n * GROUP, block.shape[1], device=block.device).expand(len(block), -1)
+    # (Q, _GROUP, n) -> (Q, k)
+    best = block[:, : n * _GROUP].unflatten(1, (_GROUP, n)).amax(1).topk(k).indices
+    members = n * torch.arange(_GROUP, device=block.device)[:, None]
+    columns = (best[:, None] + members).flatten(1)  # (Q, _GROUP * k)
+    tail = torch.arange(n * _GROUP, block.shape[1], device=block.device).expand(len(block), -1)
     columns = torch.cat([columns, tail], 1)
     values, at = block.gather(1, columns).topk(k)
     return values, columns.gather(1, at)

@@ -31,7 +31,7 @@ class StoreCorrupt(ValueError):
     """Say that a file of the store is not what was written there."""
 
 
-def default_root() -> Path:
+def _default_root() -> Path:
     """Return the folder FUNGI_STORE names, else ``data/store`` below the working folder."""
     return Path(os.environ.get("FUNGI_STORE", "").strip() or "data/store").expanduser()
 
@@ -59,7 +59,7 @@ def open_entry(meta: dict, n: int, width: int, root: Path | None = None) -> "Ent
     """
     record = {"format": 1, "dtype": "float32", "shard": SHARD, "n": int(n), "width": int(width)}
     record = json.loads(json.dumps(record | {"meta": meta}))  # tuples become lists
-    entry = Entry(Path(root or default_root()) / key(meta), record)
+    entry = Entry(Path(root or _default_root()) / key(meta), record)
     file = entry.path / "meta.json"
     there = load_record(file) if file.exists() else record
     differing = [

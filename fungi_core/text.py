@@ -84,7 +84,7 @@ class TextInputs(Inputs):
         """
         encoded = self.tokenizer(texts, truncation=True, max_length=self.length)["input_ids"]
         longest = max(map(len, encoded))
-        return np.stack([padded(np.stack([ids, np.ones_like(ids)]), longest) for ids in encoded])
+        return np.stack([_padded(np.stack([ids, np.ones_like(ids)]), longest) for ids in encoded])
 
     def whole(self, text: str) -> np.ndarray:
         """Return the tokens and mask of one text, (1, 2, T) int64."""
@@ -93,7 +93,7 @@ class TextInputs(Inputs):
     def stack(self, items: Sequence[np.ndarray]) -> torch.Tensor:
         """Join the items of a batch, padded to the longest: (B, V, 2, T)."""
         longest = max(item.shape[-1] for item in items)
-        return torch.from_numpy(np.stack([padded(item, longest) for item in items]))
+        return torch.from_numpy(np.stack([_padded(item, longest) for item in items]))
 
     def at_once(self, views: int, device: str) -> int:
         return min(256, (24 if device == "cpu" else 1024) // views)
@@ -106,7 +106,7 @@ class TextInputs(Inputs):
         return [self.length, self.pool, hashlib.blake2b(vocabulary, digest_size=16).hexdigest()]
 
 
-def padded(tokens: np.ndarray, length: int) -> np.ndarray:
+def _padded(tokens: np.ndarray, length: int) -> np.ndarray:
     """Pad (..., rows, t) to (..., rows, length): zeros for ids and mask, -1 for what lies behind
     masks.
     """
@@ -116,7 +116,7 @@ def padded(tokens: np.ndarray, length: int) -> np.ndarray:
     return out
 
 
-def read_out(pool: str, model: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:
+def _read_out(pool: str, model: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:
     """Return embeddings (N, D) float32 of tokens (N, rows, T): the first token's, or the mean."""
     tokens = hidden(model, batch)
     if pool == "first":
@@ -158,5 +158,5 @@ def load(
     if model is None:
         model = AutoModelForTextEncoding.from_pretrained(place, local_files_only=True)
     inputs = TextInputs(tokenizer, length, pool)
-    read = partial(read_out, pool)
+    read = partial(_read_out, pool)
     return freeze(model, name or str(place), inputs, read, layer=layer, device=device, dtype=dtype)

@@ -60,7 +60,7 @@ def for_patches(backbone: Backbone, size: int) -> Backbone:
     return backbone.at_size(size)
 
 
-def tokens_of(backbone: Backbone, batch: torch.Tensor) -> torch.Tensor:
+def _tokens_of(backbone: Backbone, batch: torch.Tensor) -> torch.Tensor:
     """Return all tokens after the final norm, (B, 3, S, S) -> (B, P + T, D) float32.
 
     P prefix tokens (the class token) come first, then T patches.
@@ -69,12 +69,12 @@ def tokens_of(backbone: Backbone, batch: torch.Tensor) -> torch.Tensor:
         return backbone.model.forward_features(batch).float()
 
 
-def patches(backbone: Backbone, tokens: torch.Tensor) -> torch.Tensor:
+def _patches(backbone: Backbone, tokens: torch.Tensor) -> torch.Tensor:
     """Return the patches' rows of all tokens, (B, P + T, .) -> (B, T, .)."""
     return tokens[:, backbone.model.num_prefix_tokens :]
 
 
-def factors(
+def _factors(
     backbone: Backbone,
     batch: torch.Tensor,
     negatives: Callable[[int, torch.Tensor], torch.Tensor],
@@ -99,7 +99,7 @@ def factors(
     return tokens.detach(), Factors(one.activations.float(), gradient.float(), one.bias)
 
 
-def drop_half(retrieved: torch.Tensor, loss: Loss, rng: np.random.Generator) -> torch.Tensor:
+def _drop_half(retrieved: torch.Tensor, loss: Loss, rng: np.random.Generator) -> torch.Tensor:
     """Keep half of the retrieved vectors (T, k, D), drawn without replacement: (T * k // 2, D)."""
     t, k, d = retrieved.shape
     if loss.neighbours == "published":  # the same numbers, dealt out to other vectors
@@ -156,12 +156,12 @@ class Extractor:
         pixels = torch.from_numpy(np.stack(pictures))[:, None].to(backbone.device)
         batch = backbone.inputs.finish(pixels, backbone.dtype)[:, 0]  # (B, 3, S, S)
         if self.kinds == ("embedding",):
-            e = patches(backbone, tokens_of(backbone, batch))
+            e = _patches(backbone, _tokens_of(backbone, batch))
             return {"embedding": F.normalize(e, dim=-1)}
         negatives = lambda i, tokens: self._negatives(tokens, ids[i])
-        tokens, made = factors(backbone, batch, negatives, self.heads, self.loss)
-        e = F.normalize(patches(backbone, tokens), dim=-1)
-        a, d = (patches(backbone, x) for x in (made.activations, made.output_gradients))
+        tokens, made = _factors(backbone, batch, negatives, self.heads, self.loss)
+        e = F.normalize(_patches(backbone, tokens), dim=-1)
+        a, d = (_patches(backbone, x) for x in (made.activations, made.output_gradients))
         made, out = Factors(a, d, made.bias), {}
         for kind in self.kinds:
             if kind == "embedding":
@@ -178,5 +178,5 @@ class Extractor:
         queries = F.normalize(tokens, dim=-1)
         _, index = nearest(queries, self.support, self.loss.negatives)
         rng = generator("dropped negatives", self.seed, name)
-        kept = drop_half(self.support[index], self.loss, rng)
+        kept = _drop_half(self.support[index], self.loss, rng)
         return self.objective.latents(kept, self.heads)

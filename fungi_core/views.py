@@ -20,8 +20,8 @@ from PIL import Image, ImageOps
 from .inputs import Inputs, Views
 from .resampling import bicubic_matrix, crops_on
 
-FILTERS = {"bicubic": Image.BICUBIC, "bilinear": Image.BILINEAR, "nearest": Image.NEAREST}
-CROP_MODES = ("center", "squash", "border")
+_FILTERS = {"bicubic": Image.BICUBIC, "bilinear": Image.BILINEAR, "nearest": Image.NEAREST}
+_CROP_MODES = ("center", "squash", "border")
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Crops(Views):
         boxes = crop_boxes(*image.size, np.array(scales), rng)
         if device != "cpu" and not self.native and type(self) is Crops:
             return crops_on(device, image, inputs.size, boxes)
-        local = local_size(inputs.size) if self.native else inputs.size
+        local = _local_size(inputs.size) if self.native else inputs.size
         sides = [inputs.size] * self.global_count + [local] * self.local_count
         # The crop comes first: resize(box=...) would look at pixels outside the box.
         cut = [
@@ -76,7 +76,7 @@ class Crops(Views):
         images = inputs.finish(batch, dtype)
         if not self.native:
             return images
-        local = local_size(inputs.size)
+        local = _local_size(inputs.size)
         return [images[:, : self.global_count], images[:, self.global_count :, :, :local, :local]]
 
 
@@ -144,10 +144,10 @@ class ImageInputs(Inputs):
     kind: ClassVar[str] = "image"
 
     def __post_init__(self):
-        if self.mode not in CROP_MODES or self.interpolation not in FILTERS:
+        if self.mode not in _CROP_MODES or self.interpolation not in _FILTERS:
             raise ValueError(
                 f"crop mode {self.mode!r} with {self.interpolation!r} interpolation is unknown; "
-                f"there are {', '.join(CROP_MODES)} with {', '.join(FILTERS)}"
+                f"there are {', '.join(_CROP_MODES)} with {', '.join(_FILTERS)}"
             )
 
     def decode(self, item, name: str) -> Image.Image:
@@ -170,7 +170,7 @@ class ImageInputs(Inputs):
         if max(resized) > 64 * size:  # 20,000 x 1 pixels would become 3 GB: resize the middle alone
             return np.asarray(_resized_middle(image, size, resized))[None]
         if resized != image.size:
-            image = image.resize(resized, FILTERS[self.interpolation])
+            image = image.resize(resized, _FILTERS[self.interpolation])
         left, top = (round((side - size) / 2) for side in resized)
         if self.mode == "border" and min(resized) < size:
             canvas = Image.new("RGB", (size, size), tuple(round(255 * v) for v in self.mean))
@@ -229,7 +229,7 @@ def to_image(item, name: str = "image") -> Image.Image:
     if isinstance(item, (str, Path, Image.Image)):
         try:
             with nullcontext(item) if isinstance(item, Image.Image) else Image.open(item) as opened:
-                return to_rgb(ImageOps.exif_transpose(opened))
+                return _to_rgb(ImageOps.exif_transpose(opened))
         except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, ...
             where = name if isinstance(item, Image.Image) else item
             raise ValueError(f"cannot read the image {where}: {error}") from error
@@ -250,7 +250,7 @@ def to_image(item, name: str = "image") -> Image.Image:
     )
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image) -> Image.Image:
     """Convert greyscale, palette, CMYK or 16 bit pixels to RGB; transparency is dropped."""
     if image.mode.startswith("I;16"):  # Pillow would cut every value above 255 to white
         image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
@@ -280,6 +280,6 @@ def crop_boxes(width: int, height: int, scales: np.ndarray, rng: np.random.Gener
     return np.stack([left, top, left + w, top + h], 1)
 
 
-def local_size(size: int) -> int:
+def _local_size(size: int) -> int:
     """Return DINO's own size of local crops, 96 px at 224, in patches of 8 px: 24 px at 64."""
     return size * 3 // 7 // 8 * 8
