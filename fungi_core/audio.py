@@ -59,7 +59,7 @@ class AudioInputs(Inputs):
     """Say what sounds an encoder takes: filter banks of its ``front`` end.
 
     ``front.bank`` maps samples (n,) to natural logarithms (T, F), ``front.scale`` gives the mean
-    and the divisor for T frames; ``front.bins`` is F and ``front.name`` identifies it in store keys.
+    and the divisor for T frames; ``front.bins`` is F, ``front.name`` identifies it in store keys.
     """
 
     front: Any

@@ -174,7 +174,7 @@ class Objective:
 
 @dataclass(frozen=True)
 class KL(Objective):
-    """Describe the KL divergence to the uniform distribution (Table 17): one view, a linear head."""
+    """Describe the KL divergence to the uniform distribution (Table 17): one view, one head."""
 
     views: Whole = Whole()
     temperature: float = 15.0

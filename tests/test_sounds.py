@@ -10,14 +10,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from companion.encoders.fronts import FRONTS, kaldi_bank, whisper_bank
+from companion.encoders.table import load
+from fungi_core import DINO, KL, Fungi
 from fungi_core import audio as sounds
-from fungi_core import backbones, fungi, objectives, views
+from fungi_core.audio import SIMCLR, AudioInputs, Noise
+from fungi_core.rows import view_batches
+from fungi_core.seeds import content_id, generator
 
 soundfile = pytest.importorskip("soundfile")
 
 
 def clip(seconds=1.0, seed=0):
-    rng = views.generator("test clip", seed)
+    rng = generator("test clip", seed)
     t = np.arange(round(seconds * sounds.RATE)) / sounds.RATE
     wave = 0.3 * np.sin(2 * np.pi * (300 + 900 * t) * t) + 0.05 * rng.standard_normal(len(t)) + 0.01
     return wave.astype(np.float32)
@@ -32,7 +37,7 @@ def test_whisper_bank_is_transformers():
             ._np_extract_fbank_features(x[None], "cpu")[0]
             .T
         )
-        ours = sounds.scaled(sounds.whisper_bank(x), sounds.FRONTS["whisper"])
+        ours = AudioInputs(FRONTS["whisper"]).scaled(whisper_bank(x))
         assert ours.shape == theirs.shape == (len(x) // 160, 80)
         np.testing.assert_allclose(ours, theirs, atol=2e-4)
 
@@ -43,9 +48,7 @@ def test_whisper_bank_of_the_padded_clip_agrees_inside():
     """
     x = clip(1.0)
     long = np.pad(x, (0, 2 * sounds.RATE))
-    np.testing.assert_allclose(
-        sounds.whisper_bank(long)[:98], sounds.whisper_bank(x)[:98], atol=1e-4
-    )
+    np.testing.assert_allclose(whisper_bank(long)[:98], whisper_bank(x)[:98], atol=1e-4)
 
 
 def test_kaldi_bank_is_transformers_ast():
@@ -62,7 +65,7 @@ def test_kaldi_bank_is_transformers_ast():
     theirs = transformers.ASTFeatureExtractor(do_normalize=False, max_length=128)(
         x - x.mean(), sampling_rate=16000
     )
-    ours = sounds.kaldi_bank(x)
+    ours = kaldi_bank(x)
     assert ours.shape == (128, 128) and (ours[98:] == 0).all()
     np.testing.assert_allclose(ours[:98], np.asarray(theirs["input_values"][0])[:98], atol=2e-3)
 
@@ -94,17 +97,17 @@ def slow_kaldi(x, bins=128):
 
 def test_kaldi_bank_is_the_definition():
     x = clip(0.07)
-    ours = sounds.kaldi_bank(x)
+    ours = kaldi_bank(x)
     np.testing.assert_allclose(ours[:5], slow_kaldi(x), atol=5e-3)
     assert ours.shape == (8, 128)  # 5 frames, zeros behind
 
 
 def test_ssast_input_lengths_and_statistics():
-    assert sounds.kaldi_bank(clip(5.0)).shape == (512, 128)  # SSAST's target_length for ESC-50
-    assert sounds.kaldi_bank(clip(1.0)).shape == (128, 128)  # and for SpeechCommands
-    esc = sounds.scaled(np.zeros((512, 128), np.float32), sounds.FRONTS["ssast"])
+    assert kaldi_bank(clip(5.0)).shape == (512, 128)  # SSAST's target_length for ESC-50
+    assert kaldi_bank(clip(1.0)).shape == (128, 128)  # and for SpeechCommands
+    esc = AudioInputs(FRONTS["ssast"]).scaled(np.zeros((512, 128), np.float32))
     np.testing.assert_allclose(esc, 6.6268077 / (2 * 5.358466), rtol=1e-6)
-    words = sounds.scaled(np.zeros((128, 128), np.float32), sounds.FRONTS["ssast"])
+    words = AudioInputs(FRONTS["ssast"]).scaled(np.zeros((128, 128), np.float32))
     np.testing.assert_allclose(words, 6.845978 / (2 * 5.5654526), rtol=1e-6)
 
 
@@ -127,7 +130,7 @@ class Given:
 def test_equation_7_by_hand():
     bank = np.array([[1, 2], [3, 4], [5, 6]], np.float32)  # 3 frames, 2 bands
     x1 = [[[0, 0.5], [1, 0], [0.5, 0.5]], [[0.1, 0.2], [0.3, 0.4], [0.5, 0.6]]]
-    got = sounds.noisy(bank, 2, Given([0.4, 1.0], [1, -1], x1))
+    got = Noise(2).noisy(bank, Given([0.4, 1.0], [1, -1], x1))
     # 0.4 / 10 = 0.04 a cell, last frame comes first; 1.0 / 10 = 0.1 a cell, first frame goes last
     hand = [[[5.02, 6.02], [1, 2.02], [3.04, 4]], [[3.03, 4.04], [5.05, 6.06], [1.01, 2.02]]]
     np.testing.assert_allclose(got, hand, rtol=1e-6)
@@ -137,7 +140,7 @@ def test_noise_views_follow_their_distribution():
     bank = (
         np.arange(60, dtype=np.float32)[:, None].repeat(4, 1) * 10
     )  # frames 10 apart: noise cannot hide the shift
-    got = sounds.noisy(bank, 4000, views.generator("noise", 0))
+    got = Noise(4000).noisy(bank, generator("noise", 0))
     start = np.rint(got[:, 0, 0] / 10)  # the frame that came first
     shift = np.where(start > 30, 60 - start, -start)
     assert set(shift) == set(range(-10, 10))
@@ -149,32 +152,36 @@ def test_noise_views_follow_their_distribution():
 
 @pytest.fixture(scope="module")
 def whisper():
-    return backbones.load("random:whisper-tiny.en", device="cpu", dtype="float32")
+    return load("random:whisper-tiny.en", device="cpu", dtype="float32")
 
 
-SIMCLR = objectives.by_name("simclr", "audio")
+def item_views(encoder, objective, x, seed=0):
+    """What one clip contributes to a batch."""
+    samples = encoder.inputs.decode(x, "clip 0")
+    rng = generator(seed, objective.name, content_id(encoder.inputs.content(samples)))
+    return objective.views.draw(samples, encoder.inputs, rng, "cpu")
 
 
 def test_views_are_seeded_by_content(whisper):
-    made = lambda x, objective, seed=0: sounds.item_views(whisper, objective, x, seed, "clip 0")
+    made = lambda x, objective, seed=0: item_views(whisper, objective, x, seed)
     a, once = clip(), made(clip(), SIMCLR)
     assert once.shape == (16, 100, 80) and once.dtype == np.float32
     np.testing.assert_array_equal(
         once, made(encoded(a, 16000, format="WAV", subtype="FLOAT"), SIMCLR)
     )
     assert not np.array_equal(once, made(a, SIMCLR, 1))
-    whole = made(a, objectives.KL())
+    whole = made(a, KL())
     assert whole.shape == (1, 100, 80)
-    np.testing.assert_array_equal(whole, made(a, objectives.KL(), 7))
+    np.testing.assert_array_equal(whole, made(a, KL(), 7))
     # louder by a factor: the same bank but for a constant, other noise
-    louder = made(2 * a, SIMCLR) - made(2 * a, objectives.KL())
+    louder = made(2 * a, SIMCLR) - made(2 * a, KL())
     assert np.abs(louder - (once - whole)).max() > 0.01
 
 
 def test_settings_of_table_12():
-    kl = objectives.by_name("kl", "audio")
+    kl = KL()
     assert (kl.temperature, kl.dim, kl.normalize) == (15, 768, True)
-    assert (SIMCLR.positives, SIMCLR.negatives, SIMCLR.negative_views, SIMCLR.dim) == (
+    assert (SIMCLR.views.copies, SIMCLR.negatives, SIMCLR.negative_views, SIMCLR.dim) == (
         16,
         64,
         2,
@@ -185,11 +192,9 @@ def test_settings_of_table_12():
 
 def test_features_do_not_depend_on_the_batch(whisper):
     """Alone, in company, reordered; negatives are two views each of the training clips."""
-    pair = [objectives.KL(dim=24), replace(SIMCLR, positives=3, negatives=4, dim=24)]
+    pair = [KL(dim=24), replace(SIMCLR, views=Noise(3), negatives=4, dim=24)]
     x = [clip(seed=i) for i in range(5)]
-    fitted = fungi.Fungi(
-        "random:whisper-tiny.en", pair, pca=None, device="cpu", dtype="float32"
-    ).fit(x)
+    fitted = Fungi(whisper, pair, pca=None).fit(x)
     assert fitted.parts_["simclr"].negatives.shape == (8, 24)
     together = fitted.transform(x)
     np.testing.assert_allclose(fitted.transform(x[3:4])[0], together[3], atol=1e-5)
@@ -199,13 +204,11 @@ def test_features_do_not_depend_on_the_batch(whisper):
 
 def test_a_clip_that_is_none_is_named(whisper):
     with pytest.raises(ValueError, match="audio 1 is a list"):
-        fungi.Fungi("random:whisper-tiny.en", [objectives.KL()], device="cpu").fit([clip(), [1.0]])
-    with pytest.raises(ValueError, match="different lengths; .* sounds.fit_length"):
-        fungi.Fungi("random:whisper-tiny.en", [objectives.KL()], device="cpu").fit(
-            [clip(), clip(0.5)]
-        )
-    with pytest.raises(ValueError, match="dino with these settings has no views of a sound"):
-        sounds.view_count(whisper, objectives.DINO())
+        Fungi(whisper, [KL()]).fit([clip(), [1.0]])
+    with pytest.raises(ValueError, match="different lengths; .* audio.fit_length"):
+        Fungi(whisper, [KL()]).fit([clip(), clip(0.5)])
+    with pytest.raises(ValueError, match="dino takes Crops, views of image data; .* reads audio"):
+        next(view_batches(whisper, DINO().views, "dino", [clip()], 0))
 
 
 def encoded(samples, rate, **kwargs):
@@ -257,7 +260,7 @@ def test_other_bad_input():
         sounds.decode([1.0])
     with pytest.raises(ValueError, match="cannot read the sound .*nowhere.wav"):
         sounds.decode("nowhere.wav")
-    for bank in (sounds.whisper_bank, sounds.kaldi_bank):
+    for bank in (whisper_bank, kaldi_bank):
         with pytest.raises(ValueError, match="too short"):
             bank(np.zeros(150, np.float32))
 
@@ -270,7 +273,7 @@ def test_fit_length():
 
 
 def test_missing_soundfile_gives_one_line():
-    code = "import sys; sys.modules['soundfile'] = None\nfrom fungi_core import sounds\nsounds.decode('x.wav')"
+    code = "import sys; sys.modules['soundfile'] = None\nfrom fungi_core import audio\naudio.decode('x.wav')"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "OSError: audio files need soundfile: pip install 'fungi_core[audio]'" in ran.stderr
 
@@ -279,9 +282,12 @@ def test_images_and_made_sounds_need_no_audio_library():
     code = """
 import sys
 sys.modules.update(dict.fromkeys(("soundfile", "pyarrow", "transformers", "torchaudio")))  # importing them fails
-from fungi_core import backbones, datasets, explore, extract, grids, plots, protocol, studies
+from companion import explore, features, protocol, studies
+from companion.data import datasets
+from companion.encoders.table import load
+from companion.figures import grids, plots
 datasets.load("digits", "test"), datasets.load("synthetic_sounds", "test")[0]
-print(backbones.load("vit_micro.on_spectrograms").width)
+print(load("vit_micro.sup_tin100").width)
 """
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "128"

