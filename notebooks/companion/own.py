@@ -19,7 +19,7 @@ from companion import protocol
 from companion.data import datasets
 from companion.data.images import Images, balanced, to_rgb
 from companion.encoders import table
-from companion.evaluate import knn as evaluate
+from companion.evaluate.knn import knn_by_similarity
 from companion.protocol import LETTERS, fungi_features, names_of, similarity
 from fungi_core.extract import Features
 from fungi_core.features import apply_pca, fit_pca
@@ -230,7 +230,7 @@ def accuracy(
     right = {}
     for name in dict.fromkeys(("E", *letters)):
         near = np.where(twins, -np.inf, cosines(album, name))
-        right[name] = evaluate.knn_by_similarity(near, labels, k) == labels
+        right[name] = knn_by_similarity(near, labels, k) == labels
     return protocol.compare(right, letters, "leave-one-out", None, seed)
 
 

@@ -1,5 +1,4 @@
-"""The paper's evaluation protocol over a grid of backbones and data sets: kNN, full and few-shot,
-with intervals.
+"""The paper's evaluation protocol over a grid of backbones and data sets: kNN with intervals.
 
 Chosen before any result was seen: k = 20 and the first 5 training images of each class (section
 5.1); PCA fitted on the training rows that are used; 95 % percentile bootstrap over test images;
@@ -20,7 +19,13 @@ from companion import explore, paths
 from companion import features as extraction
 from companion.data import datasets
 from companion.encoders import table
-from companion.evaluate import knn as evaluate
+from companion.evaluate.knn import (
+    Interval,
+    bootstrap,
+    few_shot_indices,
+    knn_predict,
+    per_class_accuracy,
+)
 from companion.figures.style import LETTERS
 from fungi_core import projection
 from fungi_core.extract import Features
@@ -28,21 +33,12 @@ from fungi_core.features import apply_pca, fit_pca, join, normalize
 from fungi_core.gradients import Factors
 from fungi_core.seeds import generator
 
-QUANTITIES = [
-    "value",
-    "low",
-    "high",
-    "gain",
-    "gain_low",
-    "gain_high",
-    "step",
-    "step_low",
-    "step_high",
-]
+GAIN = ["gain", "gain_low", "gain_high"]
+QUANTITIES = ["value", "low", "high", *GAIN, "step", "step_low", "step_high"]
 COMBINATIONS = ("E", "E+K", "E+K+D", "E+K+D+S")  # Table 2's rows
 
-
 Run = tuple[str, str, Features, Features]  # backbone, data set, train, test
+Pair = tuple[Features, Features]  # train, test
 
 
 def collect(
@@ -56,11 +52,10 @@ def collect(
     modality: str | None = None,
     **options,
 ) -> list[Run]:
-    """(backbone, data set, train, test) for every pair that can be run `here`; a notebook's first
-    call.
+    """Return (backbone, data set, train, test) for every pair that can be run `here`.
 
-    ``modality``: others are left out, and said so: a profile names image backbones for every
-    notebook. ``options`` go to `extract.features` (``layer``, ``projection``).
+    ``modality``: others are left out, and said so, since a profile names image backbones for every
+    notebook. ``options`` go to `features.features` (``layer``, ``projection``).
     """
     encoders, sets = here(encoders, sets)
     if modality:
@@ -69,10 +64,8 @@ def collect(
     runs = []
     for backbone in encoders:
         encoder = table.load(backbone)
-        for _, folds in groupby(
-            sets, datasets.whole_name
-        ):  # a set that is no fold is alone in its group
-            if len(folds := list(folds)) > 1:
+        for _, folds in groupby(sets, datasets.whole_name):
+            if len(folds := list(folds)) > 1:  # a set that is no fold is alone in its group
                 found = extraction.fold_features(folds, encoder, names, **sizes, **options)
             else:
                 found = [extraction.features(folds[0], encoder, names, **sizes, **options)]
@@ -81,17 +74,14 @@ def collect(
 
 
 def here(encoders: Sequence[str], sets: Sequence[str] | None = None) -> tuple[list[str], list[str]]:
-    """Which of the backbones and data sets are on this machine; what is missing is shown as a
-    table.
+    """Return which of the backbones and data sets are on this machine; show what is missing.
 
-    Where no backbone, or no data set of those asked for, is left the notebook ends there, as a
+    Where no backbone, or none of the data sets asked for, is left the notebook ends there, as a
     success (`explore.end`).
     """
     lacking = missing(encoders, sets or [])
-    found = [
-        [name for name in wanted if name not in set(lacking["name"])]
-        for wanted in (encoders, sets or [])
-    ]
+    gone = set(lacking["name"])
+    found = [[name for name in wanted if name not in gone] for wanted in (encoders, sets or [])]
     if len(lacking):
         print(f"Not run for want of these (folders of data sets: in {paths.downloads_dir()}):")
         with pd.option_context("display.max_colwidth", None, "display.max_rows", None):
@@ -104,8 +94,9 @@ def here(encoders: Sequence[str], sets: Sequence[str] | None = None) -> tuple[li
 def of_modality(
     modality: str, encoders: Sequence[str], sets: Sequence[str]
 ) -> tuple[list[str], list[str]]:
-    """The backbones and data sets of one modality; the others are named, and the notebook ends
-    where none is left.
+    """Return the backbones and data sets of one modality; the others are named.
+
+    The notebook ends where none is left.
     """
     known = {row["name"]: row["modality"] for row in datasets.table()}
     of = lambda name: known.get(name) or table.row_of(name).modality
@@ -114,37 +105,40 @@ def of_modality(
     found = [[name for name in names if of(name) == modality] for names in (encoders, sets)]
     if not all(found):
         explore.end(
-            f"No {modality} backbone and data set left; `python -m companion.run` takes this notebook's own "
-            "from the profile."
+            f"No {modality} backbone and data set left; `python -m companion.run` takes this "
+            "notebook's own from the profile."
         )
     return found[0], found[1]
 
 
 def missing(encoders: Sequence[str], sets: Sequence[str]) -> pd.DataFrame:
-    """What the grid needs and this machine has not: name, size (of the download), licence, how to
-    get it. Unknown names raise.
+    """Return what the grid needs and this machine has not: name, size, licence, how to get it.
+
+    Raises ValueError for unknown names.
     """
     known = {row["name"]: row for row in datasets.table()}
-    unknown = [name for name in sets if name not in known]
-    if unknown:
+    if unknown := [name for name in sets if name not in known]:
         raise ValueError(f"unknown data set {unknown[0]!r}; there are {', '.join(known)}")
-    lines = [
-        (x["name"], x["gb"], x["licence"], x["get"])
-        for x in map(known.get, dict.fromkeys(sets))
-        if not x["available"]
-    ]
-    lacking = [
-        (table.row_of(x), get) for x in dict.fromkeys(encoders) if (get := table.how_to_get(x))
-    ]
-    lines += [(spec.name, spec.gb, spec.licence, get) for spec, get in lacking]
+    wanted = [known[name] for name in dict.fromkeys(sets) if not known[name]["available"]]
+    lines = [(x["name"], x["gb"], x["licence"], x["get"]) for x in wanted]
+    for name in dict.fromkeys(encoders):
+        if get := table.how_to_get(name):
+            row = table.row_of(name)
+            lines.append((name, row.gb, row.licence, get))
     frame = pd.DataFrame(lines, columns=["name", "size", "licence", "how to get it"])
     frame["size"] = [f"{gb:g} GB" if gb else "–" for gb in frame["size"]]
     return frame
 
 
 def knn(
-    train: Features,
-    test: Features,
+    train: Features, test: Features, letters: Sequence[str] = COMBINATIONS, **options
+) -> pd.DataFrame:
+    """Return the accuracy of each feature set on one data set: see `over_folds`."""
+    return over_folds([(train, test)], letters, **options)
+
+
+def over_folds(
+    folds: Sequence[Pair],
     letters: Sequence[str] = COMBINATIONS,
     *,
     k: int = 20,
@@ -152,137 +146,132 @@ def knn(
     pca: int | None = None,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Accuracy of each feature set in percent: features, setting, value, low, high; the gain over
-    "E" and the step from the set before it in ``letters``, in points, each with its interval.
+    """Return kNN accuracies in percent over all folds; each test row of each fold counts once.
 
-    ``shots``: only the first so many training images of each class. ``pca``: PCA size (None: no
-    PCA). The metric is the data set's (accuracy or mean per class).
+    Columns: features, setting, value, low, high; the gain over "E" and the step from the set before
+    it in ``letters``, in points, each with its interval. ``shots``: only the first so many training
+    images of each class. ``pca``: PCA size, fitted on each fold's own training rows (None: no PCA).
+    The metric is the data set's (accuracy or mean per class).
     """
-    if shots:
-        train = train.take(evaluate.few_shot_indices(train.labels, shots))
-    correct = {
-        name: right_or_wrong(train, test, name, k, pca) for name in dict.fromkeys(("E", *letters))
-    }
-    return compare(correct, letters, *metric(test, shots), seed)
+    correct = {name: [] for name in dict.fromkeys(("E", *letters))}
+    for train, test in folds:
+        train = train.take(few_shot_indices(train.labels, shots)) if shots else train
+        for name, hits in correct.items():
+            hits.append(right_or_wrong(train, test, name, k, pca))
+    correct = {name: np.concatenate(hits) for name, hits in correct.items()}
+    setting, labels = metric(folds[0][1], shots)
+    if labels is not None:
+        labels = np.concatenate([test.labels for _, test in folds])
+    return compare(correct, letters, setting, labels, seed)
 
 
 def metric(test: Features, shots: int | None = None) -> tuple[str, np.ndarray | None]:
-    """What the setting is called, and the labels where the data set's metric is the mean per class."""
+    """Return what the setting is called, and labels where the metric is the mean per class."""
     if test.data.metric == "mAP":
         raise ValueError(
             f"{test.data.name} has no classes, only a ground truth for retrieval: see 10_retrieval"
         )
-    return (
-        f"{shots}-shot" if shots else "full",
-        test.labels if test.data.metric == "mean-per-class" else None,
-    )
+    labels = test.labels if test.data.metric == "mean-per-class" else None
+    return f"{shots}-shot" if shots else "full", labels
 
 
 def compare(
-    scored: dict[str, np.ndarray], letters, setting: str, labels: np.ndarray | None, seed
+    scored: Mapping[str, np.ndarray], letters, setting: str, labels: np.ndarray | None, seed: int
 ) -> pd.DataFrame:
-    """Values, gains and steps with their intervals from each feature set's score on each test
-    image, in [0, 1].
-    """
+    """Return values, gains and steps with intervals from each set's score on each test image."""
 
-    def interval(
-        name, other=None
-    ):  # a generator each: adding a feature set does not move another one's interval
+    def interval(name, other=None):  # a generator each: adding a set does not move another one's
         against = None if other is None else scored[other]
-        return evaluate.bootstrap(
-            scored[name],
-            against,
-            generator=generator("bootstrap", seed, name, other),
-            labels=labels,
-        )
+        draw = generator("bootstrap", seed, name, other)
+        return bootstrap(scored[name], against, generator=draw, labels=labels)
 
-    before = [letters[0], *letters[:-1]]
     rows = [
         (x, setting, *interval(x), *interval(x, "E"), *interval(x, last))
-        for x, last in zip(letters, before, strict=True)
+        for x, last in zip(letters, [letters[0], *letters[:-1]], strict=True)
     ]
     return pd.DataFrame(rows, columns=["features", "setting", *QUANTITIES])
 
 
 def variants(
-    pairs: Mapping[str, tuple[Features, Features]],
-    letters: str,
-    default: str,
-    *,
-    k: int = 20,
-    seed: int = 0,
+    pairs: Mapping[str, Pair], letters: str, default: str, *, k: int = 20, seed: int = 0
 ) -> pd.DataFrame:
-    """One feature set extracted with several settings from the same images: variant, value, low,
-    high in percent; its gain over the variant called ``default``, paired, in points, with its
-    interval.
+    """Compare one feature set extracted with several settings from the same images.
 
-    ``pairs``: {variant: (train, test)}.
+    ``pairs``: {variant: (train, test)}. Columns: variant, value, low, high in percent; the gain
+    over the variant called ``default``, paired, in points, with its interval.
     """
     _, per_class = metric(pairs[default][1])
     correct = {name: right_or_wrong(*pair, letters, k, None) for name, pair in pairs.items()}
     rows = []
     for name in pairs:
         draw = lambda kind, n=name: generator("bootstrap", seed, "variant", letters, kind, n)
-        own = evaluate.bootstrap(correct[name], generator=draw("own"), labels=per_class)
-        gain = evaluate.bootstrap(
-            correct[name], correct[default], generator=draw("paired"), labels=per_class
-        )
+        own = bootstrap(correct[name], generator=draw("own"), labels=per_class)
+        base = correct[default]
+        gain = bootstrap(correct[name], base, generator=draw("paired"), labels=per_class)
         rows.append((name, *own, *gain))
     return pd.DataFrame(rows, columns=["variant", *QUANTITIES[:6]])
 
 
-def contrast(
-    a: Sequence[tuple], b: Sequence[tuple], *, k: int = 20, seed: int = 0
-) -> evaluate.Interval:
-    """Mean accuracy of the feature sets ``a`` minus that of ``b``, in points, on the same test
-    images.
+def contrast(a: Sequence[tuple], b: Sequence[tuple], *, k: int = 20, seed: int = 0) -> Interval:
+    """Return the mean accuracy of the feature sets ``a`` minus that of ``b``, in points, paired.
 
     Both are sequences of (letters, train, test); an image counts with the share of the sets that
     classify it correctly.
     """
     _, per_class = metric(a[0][2])
-    share = [
-        np.mean([right_or_wrong(train, test, letters, k, None) for letters, train, test in side], 0)
-        for side in (a, b)
-    ]
-    return evaluate.bootstrap(
-        *share, generator=generator("bootstrap", seed, "contrast"), labels=per_class
-    )
+    hits = lambda side: [right_or_wrong(tr, te, letters, k, None) for letters, tr, te in side]
+    share = [np.mean(hits(side), 0) for side in (a, b)]
+    draw = generator("bootstrap", seed, "contrast")
+    return bootstrap(*share, generator=draw, labels=per_class)
 
 
-def pooled(frame: pd.DataFrame, sign: int = 1) -> tuple[float, float, float]:
-    """Mean of the gains of rows measured on different test images, and its interval: half-widths
-    add in squares.
+def class_gains(
+    folds: Sequence[Pair], letters: Sequence[str], *, k: int = 20, pca: int | None = None
+) -> pd.DataFrame:
+    """Return per-class accuracy of each feature set minus the embedding's: features, class, value."""
+    labels = np.concatenate([test.labels for _, test in folds])
+    classes, by_class = folds[0][1].data.classes, {}
+    for name in ("E", *letters):
+        found = np.concatenate([predict(*fold, name, k, pca) for fold in folds])
+        by_class[name] = per_class_accuracy(found, labels, len(classes))
+    gains = {name: by_class[name] - by_class["E"] for name in letters}
+    frames = [pd.DataFrame({"features": n, "class": classes, "value": x}) for n, x in gains.items()]
+    return pd.concat(frames, ignore_index=True).dropna(subset="value")
 
-    ``sign=-1`` turns the difference round.
-    """
-    half = np.sqrt((((frame["gain_high"] - frame["gain_low"]) / 2) ** 2).sum()) / len(frame)
-    mean = sign * frame["gain"].mean()
-    return mean, mean - half, mean + half
 
-
-def predict(train, test, letters, k, size=None) -> np.ndarray:
-    """kNN labels of the test images from the feature set ``letters``, after PCA to ``size``."""
+def predict(train: Features, test: Features, letters: str, k: int, size=None) -> np.ndarray:
+    """Return kNN labels of the test images from a feature set, after PCA to ``size``."""
     a, b = fungi_features(train, test, letters, size)
-    return evaluate.knn_predict(a, train.labels, b, k=k)
+    return knn_predict(a, train.labels, b, k=k)
 
 
-def right_or_wrong(train, test, letters, k, size) -> np.ndarray:
-    """Whether each test image is classified correctly, (N,) bool."""
+def right_or_wrong(train, test, letters: str, k: int, size: int | None) -> np.ndarray:
+    """Say whether each test image is classified correctly, (N,) bool."""
     return predict(train, test, letters, k, size) == test.labels
 
 
-def mean_interval(values: Sequence[float], seed: int) -> tuple[float, float, float]:
-    """Mean and 95 % bootstrap interval over a handful of runs (data sets, backbones): how it varies
-    between them.
+def pooled(frame: pd.DataFrame, sign: int = 1) -> tuple[float, float, float]:
+    """Return the mean of gains measured on different test images: half-widths add in squares.
+
+    ``sign=-1`` turns the difference round.
     """
+    mean, half = sign * frame["gain"].mean(), half_width(frame, "gain_low", "gain_high", False)
+    return mean, mean - half, mean + half
+
+
+def half_width(frame: pd.DataFrame, low: str, high: str, shared: bool) -> float:
+    """Return the half-width of a mean: in squares, or, of ``shared`` images, as they are."""
+    half = ((frame[high] - frame[low]) / 2).to_numpy()
+    return half.mean() if shared else np.sqrt((half**2).sum()) / len(half)
+
+
+def mean_interval(values: Sequence[float], seed: int) -> tuple[float, float, float]:
+    """Return the mean and 95 % bootstrap interval over a handful of runs (data sets, backbones)."""
     values = np.asarray(values, dtype=float)
+    if len(values) < 2:
+        return values.mean(), np.nan, np.nan
     means = generator("runs", seed).choice(values, (2000, len(values))).mean(1)
-    return (
-        (values.mean(), *np.percentile(means, [2.5, 97.5]))
-        if len(values) > 1
-        else (values.mean(), np.nan, np.nan)
-    )
+    return values.mean(), *np.percentile(means, [2.5, 97.5])
 
 
 def mean_over(
@@ -291,26 +280,20 @@ def mean_over(
     *,
     shared: bool = False,
 ) -> pd.DataFrame:
-    """Means of every quantity over the rows of each group of ``keys``, with their intervals.
+    """Return means of every quantity over the rows of each group of ``keys``, with intervals.
 
-    Rows of different test images err independently: half-widths add in squares. ``shared=True``:
-    the rows saw the same images (several backbones on one data set), so half-widths add as they
-    are, which is the cautious bound.
+    Rows of different test images err independently: half-widths add in squares. ``shared``: the
+    rows saw the same images (several backbones on one data set), so half-widths add as they are,
+    which is the cautious bound.
     """
+    quantities = [("value", "low", "high")]
+    quantities += [(name, f"{name}_low", f"{name}_high") for name in ("gain", "step")]
 
     def combine(part: pd.DataFrame) -> pd.Series:
         out = {"rows": len(part)}
-        for name, low, high in (
-            ("value", "low", "high"),
-            *((q, f"{q}_low", f"{q}_high") for q in ("gain", "step")),
-        ):
-            half = ((part[high] - part[low]) / 2).to_numpy()
-            spread = half.mean() if shared else np.sqrt((half**2).sum()) / len(half)
-            out |= {
-                name: part[name].mean(),
-                low: part[name].mean() - spread,
-                high: part[name].mean() + spread,
-            }
+        for name, low, high in quantities:
+            mean, half = part[name].mean(), half_width(part, low, high, shared)
+            out |= {name: mean, low: mean - half, high: mean + half}
         return pd.Series(out)
 
     return frame.groupby(list(keys), sort=False)[QUANTITIES].apply(combine).reset_index()

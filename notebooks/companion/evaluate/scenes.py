@@ -91,8 +91,8 @@ def training_view(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return training image i as the memory sees it in pass ``turn``.
 
-    The support index (``role``) sees other crops: else every training patch would find itself there,
-    and no test patch would.
+    The support index (``role``) sees other crops: else every training patch would find itself
+    there, and no test patch would.
     """
     image, mask = data[i]
     if not setup.epochs:
@@ -123,8 +123,8 @@ def choose(labels: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarr
     """Return ascending indices of the ``count`` patches of an image that enter the memory.
 
     ``labels``: (T, C). The patches have the lowest score = (patches of the image that hold a class,
-    summed over the patch's classes) x U(0, 1), so that rare classes survive; patches without a label
-    come last.
+    summed over the patch's classes) x U(0, 1), so that rare classes survive; patches without a
+    label come last.
     """
     if count >= len(labels):
         return np.arange(len(labels))
