@@ -50,7 +50,7 @@ TEXTS = [
 
 
 def sounds() -> list[np.ndarray]:
-    return [clips.synthesised(None, True, False).items[i] for i in (0, 70, 200)]
+    return [clips.synthesised(None, True).items[i] for i in (0, 70, 200)]
 
 
 def gradients(encoder, objective, items, layers=(None,), kind="rademacher") -> list[dict]:

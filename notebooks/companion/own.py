@@ -1,9 +1,8 @@
-"""A reader's own photographs: a folder, uploaded files or packaged crops in; features, neighbours,
-a map, files out.
+"""A reader's own photographs: a folder, uploaded files or packaged crops in; features and files
+out.
 """
 
 import io
-import zipfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,30 +10,27 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pandas as pd
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from threadpoolctl import threadpool_limits
 
 from companion import features as extraction
 from companion import protocol
-from companion.data import datasets
-from companion.data.images import Images, balanced, to_rgb
+from companion.data import datasets, folders
+from companion.data.images import Images, balanced
 from companion.encoders import table
-from companion.evaluate.knn import knn_by_similarity
-from companion.protocol import LETTERS, fungi_features, names_of, similarity
+from companion.evaluate.knn import vote
 from fungi_core.extract import Features
 from fungi_core.features import apply_pca, fit_pca
 from fungi_core.filling import progress
+from fungi_core.views import to_image
 
-SHORT = (
-    512  # pixels: photographs whose shorter side is longer are reduced to it once, as they are read
-)
+SHORT = 512  # pixels: longer shorter sides are reduced to it once, as photographs are read
 PACKAGED = 128  # crops of the 16 packaged photographs, eight of each
-LICENCE = "your own"
 
 
 @dataclass(frozen=True)
 class Album:
-    """Photographs, what could not be read, and the features of those that could, row by row."""
+    """Hold photographs, what could not be read, and the features of those that could."""
 
     rows: Features  # .data are the images, .blocks the features
     skipped: list[tuple[str, str]]  # (name, why)
@@ -42,10 +38,12 @@ class Album:
 
     @property
     def images(self) -> Images:
+        """Return the photographs."""
         return self.rows.data
 
     @property
     def labelled(self) -> bool:
+        """Say whether the photographs have more than one class."""
         return len(self.images.classes) > 1
 
 
@@ -59,183 +57,170 @@ def album(
     n: int = 0,
     seed: int = 0,
 ) -> Album:
-    """Read photographs and extract their features into the store; gradients' negatives come from
-    the same photographs.
+    """Read photographs and extract their features into the store.
 
     ``files`` are (name, bytes), a zip standing for what is in it; else ``folder``; else packaged
     crops. ``n``: at most so many images, drawn by ``seed``, classes as even as possible (0: all).
-    ``layer``: as in `backbones.load`.
+    Negatives come from the same photographs. Raises ValueError for fewer than three readable
+    images.
     """
     encoder = table.load(backbone, layer=layer or None)  # an unknown one is an error at once
     if files:
-        images, skipped = _read(_unpacked(files))
+        images, skipped = read(*unpacked(files))
     elif folder:
         images, skipped = from_folder(folder)
     else:
         images, skipped = datasets.load("photos", "test", limit=PACKAGED), []
     if len(images) < 3:
+        failed = ", ".join(name for name, _ in skipped[:10]) or "none"
         raise ValueError(
-            f"{len(images)} readable images; neighbours need 3 (not readable: {_list(skipped)})"
+            f"{len(images)} readable images; neighbours need 3 (not readable: {failed})"
         )
     if 0 < n < len(images):
-        images = images.take(
-            balanced(images.labels, n, seed), f"{n} of {len(images)} images, seed {seed}"
-        )
-    return Album(extraction.of_images(images, encoder, names, seed=seed), skipped, backbone)
+        note = f"{n} of {len(images)} images, seed {seed}"
+        images = images.take(balanced(images.labels, n, seed), note)
+    rows = extraction.of_images(images, encoder, names, seed=seed)
+    return Album(rows, skipped, backbone)
 
 
 def from_folder(folder: str | Path) -> tuple[Images, list[tuple[str, str]]]:
-    """Every image below ``folder``, and the files that are none. With sub-folders the first one is
-    the class.
+    """Read every image below ``folder``, and name the files that are none.
 
-    ValueError where the folder is none or holds nothing. Hidden files are passed over.
+    With sub-folders the first one is the class. Raises ValueError where it is no folder or empty.
     """
-    folder = Path(folder).expanduser()
+    folder = Path(str(folder)).expanduser()
     if not folder.is_dir():
         raise ValueError(
             f"{folder} is no folder; give one with a sub-folder per class, or with image files only"
         )
-    paths = sorted(p for p in folder.rglob("*") if p.is_file())
-    named = [(p.relative_to(folder).as_posix(), p) for p in paths]
-    return _read(
-        [
-            (name, p)
-            for name, p in named
-            if not any(part.startswith(".") for part in Path(name).parts)
-        ]
-    )
+    return read(folders.files(folder))
 
 
-def _unpacked(files: Sequence[tuple[str, bytes]]) -> list[tuple[str, bytes]]:
-    """Uploaded files, those in a zip under their names there; a name that comes twice is numbered."""
-    out: dict[str, bytes] = {}
+def unpacked(
+    files: Sequence[tuple[str, bytes]],
+) -> tuple[list[tuple[str, bytes]], list[tuple[str, str]]]:
+    """Return uploaded files, those in a zip under their names there, and what cannot be read.
+
+    A name that comes twice is numbered; hidden files are left out.
+    """
+    out, skipped = {}, []
     for name, content in files:
-        for inner, each in (
-            _members(content) if zipfile.is_zipfile(io.BytesIO(content)) else [(name, content)]
-        ):
+        members = [(name, content)]
+        if folders.is_zip(content):
+            members, failed = folders.unzipped(content)
+            skipped += failed.items()
+        for inner, each in members:
             path, count = PurePosixPath(inner), 1
-            while (
-                unique := str(path if count == 1 else path.with_stem(f"{path.stem} ({count})"))
-            ) in out:
+            while (unique := str(numbered(path, count))) in out:
                 count += 1
-            out[unique] = each
-    return [
-        (name, each) for name, each in out.items() if not PurePosixPath(name).name.startswith(".")
-    ]
+            if folders.counts(inner):
+                out[unique] = each
+    return list(out.items()), skipped
 
 
-def _members(content: bytes) -> list[tuple[str, bytes]]:
-    """The files of a zip but hidden ones; a folder around all class folders is left out of their
-    names.
-    """
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        names = [PurePosixPath(info.filename) for info in archive.infolist() if not info.is_dir()]
-        names = [
-            n
-            for n in names
-            if n.parts[0] != "__MACOSX" and not any(part.startswith(".") for part in n.parts)
-        ]
-        around = len({n.parts[0] for n in names}) == 1 and all(len(n.parts) > 2 for n in names)
-        return [("/".join(n.parts[around:]), archive.read(str(n))) for n in names]
+def numbered(path: PurePosixPath, count: int) -> PurePosixPath:
+    """Return a path, numbered from its second occurrence on."""
+    return path if count == 1 else path.with_stem(f"{path.stem} ({count})")
 
 
-def _read(files: Sequence[tuple[str, Path | bytes]]) -> tuple[Images, list[tuple[str, str]]]:
-    """Decode each file once; those that are no image are skipped and named, the others keep their
-    order.
-    """
+def read(
+    files: Sequence[tuple[str, Path | bytes]], skipped: Sequence[tuple[str, str]] = ()
+) -> tuple[Images, list[tuple[str, str]]]:
+    """Decode each file once; those that are no image are skipped and named."""
     if not files:
         raise ValueError(
             "no files there; give a folder with a sub-folder per class, or with image files only"
         )
-    names, pixels, skipped = [], [], []
+    names, pixels, skipped = [], [], list(skipped)
     with progress(len(files), "reading") as bar, ThreadPoolExecutor(2) as pool:
-        for (name, _), found in zip(
-            files, pool.map(_decoded, [source for _, source in files]), strict=True
-        ):
+        decoded = pool.map(decode, [source for _, source in files])
+        for (name, _), found in zip(files, decoded, strict=True):
             if isinstance(found, str):
                 skipped.append((name, found))
             else:
                 names.append(name)
                 pixels.append(found)
             bar.update()
-    folders = [PurePosixPath(name).parts[0] if "/" in name else "" for name in names]
-    classes = sorted(set(folders)) or [""]
-    labels = np.array([classes.index(f) for f in folders], np.int64)
-    images = Images(
-        "own",
-        "train",
-        labels,
-        [c or "(no folder)" for c in classes],
-        "accuracy",
-        names,
-        pixels,
-        np.arange(len(names)),
-        licence=LICENCE,
-        skipped=dict(skipped),
-    )
+    tops = [PurePosixPath(name).parts[0] if "/" in name else "" for name in names]
+    classes = sorted(set(tops)) or [""]
+    labels = np.array([classes.index(top) for top in tops], np.int64)
+    titles, rows = [c or "(no folder)" for c in classes], np.arange(len(names))
+    about = dict(licence="your own", skipped=dict(skipped))
+    images = Images("own", "train", labels, titles, "accuracy", names, pixels, rows, **about)
     return images, skipped
 
 
-def _decoded(source: Path | bytes) -> np.ndarray | str:
-    """The pixels, or why there are none."""
+def decode(source: Path | bytes) -> np.ndarray | str:
+    """Return the pixels (H, W, 3) of an image file, or why there are none."""
     try:
         return np.asarray(reduced(source))
     except UnidentifiedImageError:
         return "no image, or of a kind that Pillow does not read (HEIC, for one)"
-    except (
-        Exception
-    ) as error:  # Pillow raises OSError, SyntaxError, struct.error ... for a broken file
+    except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, ...
         return " ".join(str(error).split()) or type(error).__name__
 
 
 def reduced(source: Path | bytes, short: int = SHORT) -> Image.Image:
-    """An image file as RGB, turned upright as its camera says, its shorter side at most ``short``
-    pixels.
+    """Read an image file as RGB, turned upright, its shorter side at most ``short`` pixels.
 
     A large JPEG is decoded at a half, a quarter or an eighth already, never below ``short``:
     several times faster.
     """
     with Image.open(source if isinstance(source, Path) else io.BytesIO(source)) as opened:
         opened.draft(None, (short, short))
-        image = to_rgb(ImageOps.exif_transpose(opened))
+        opened.load()
+        image = to_image(opened)
     factor = short / min(image.size)
     if factor >= 1:
         return image
-    return image.resize(
-        tuple(max(1, round(factor * side)) for side in image.size), Image.Resampling.BICUBIC
-    )
+    size = tuple(max(1, round(factor * side)) for side in image.size)
+    return image.resize(size, Image.Resampling.BICUBIC)
 
 
 def cosines(album: Album, letters: str) -> np.ndarray:
-    """Mean over the features of the cosine of every pair of images, (N, N) float32; -inf for an
-    image with itself.
+    """Return the mean over the features of every pair's cosine, (N, N), at most 1.
+
+    An image has -inf with itself.
     """
-    out = similarity(album.rows, album.rows, letters) / len(names_of(letters))
+    features = len(protocol.names_of(letters))
+    out = protocol.similarity(album.rows, album.rows, letters) / features
+    out = np.minimum(out, 1)  # rounding leaves exact duplicates a little above
     np.fill_diagonal(out, -np.inf)
     return out
+
+
+def identical(album: Album) -> np.ndarray:
+    """Say which pairs of different rows are the same picture, pixel by pixel, (N, N) bool."""
+    pixels = [album.images[i] for i in range(len(album.images))]
+    ids = [hash((image.size, image.tobytes())) for image in pixels]
+    same = np.equal.outer(ids, ids)
+    np.fill_diagonal(same, False)
+    return same
 
 
 def accuracy(
     album: Album, letters: Sequence[str], *, k: int, apart: float = 1.0, seed: int = 0
 ) -> pd.DataFrame:
-    """Leave-one-out kNN accuracy, `protocol.knn`'s table: each image is named by its ``k`` nearest
-    among all others.
+    """Return leave-one-out kNN accuracy, `protocol.knn`'s table.
 
-    ``apart``: images whose embeddings have a cosine above it (shots of one scene) have no vote on
-    each other.
+    Each image is named by its ``k`` nearest among all others, by fewer where fewer may vote: the
+    same picture, and images whose embeddings have a cosine above ``apart`` (shots of one scene),
+    have no vote on each other. An image without a voter counts as wrong.
     """
     labels = album.images.labels
-    twins = cosines(album, "E") > apart
-    k = min(k, len(labels) - 1)
+    barred = identical(album) | (cosines(album, "E") > apart)
     right = {}
     for name in dict.fromkeys(("E", *letters)):
-        near = np.where(twins, -np.inf, cosines(album, name))
-        right[name] = knn_by_similarity(near, labels, k) == labels
+        near = np.where(barred, -np.inf, cosines(album, name))
+        order = np.argsort(-near, axis=1, kind="stable")[:, : min(k, len(labels) - 1)]
+        voters = [row[np.isfinite(near[i, row])] for i, row in enumerate(order)]
+        hits = [len(v) > 0 and vote(v[None], labels)[0] == labels[i] for i, v in enumerate(voters)]
+        right[name] = np.array(hits)
     return protocol.compare(right, letters, "leave-one-out", None, seed)
 
 
 def neighbours(album: Album, image: int, letters: str, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The ``k`` images most similar to an image: their rows (k,) and mean cosines (k,), best first."""
+    """Return the ``k`` images most similar to an image: rows (k,) and mean cosines (k,)."""
     near = cosines(album, letters)[image]
     order = np.argsort(-near, kind="stable")[: min(k, len(near) - 1)]
     return order, near[order]
@@ -244,80 +229,73 @@ def neighbours(album: Album, image: int, letters: str, k: int) -> tuple[np.ndarr
 def tiles(
     album: Album, image: int, sets: dict[str, str], k: int
 ) -> tuple[dict, dict[str, list[dict]]]:
-    """What `grids.neighbours` draws: the image, and {title: its neighbours by letters}, framed by
-    class if any.
-    """
+    """Return what `grids.neighbours` draws: the image, and {title: its neighbours by letters}."""
     images, of = album.images, album.images.labels
-    tile = lambda i, cosine: {
-        "image": np.asarray(images[i]),
-        "title": f"{short(images.names[i])}\n{cosine:.2f}",
-        "right": bool(of[i] == of[image]) if album.labelled else None,
-    }
+
+    def tile(i: int, cosine: float) -> dict:
+        right = bool(of[i] == of[image]) if album.labelled else None
+        title = f"{short(images.names[i])}\n{cosine:.2f}"
+        return {"image": np.asarray(images[i]), "title": title, "right": right}
+
     found = {
         name: [tile(*near) for near in zip(*neighbours(album, image, letters, k), strict=True)]
         for name, letters in sets.items()
     }
-    return {"image": np.asarray(images[image]), "title": images.names[image]}, found
+    query = {"image": np.asarray(images[image]), "title": plain_text(images.names[image])}
+    return query, found
 
 
-def near_duplicates(album: Album, at_least: float = 0.0) -> pd.DataFrame:
-    """Pairs of images by falling cosine of their embeddings: first, second (rows), cosine;
-    ``at_least`` so alike.
-    """
-    near = cosines(album, "E")
-    first, second = np.nonzero(np.triu(near >= at_least, 1))
+def near_duplicates(album: Album) -> pd.DataFrame:
+    """Return pairs of images: first, second (rows), cosine; the same pictures come first, with 1."""
+    near = np.where(identical(album), 1.0, cosines(album, "E"))
+    first, second = np.triu_indices(len(near), 1)
     pairs = pd.DataFrame({"first": first, "second": second, "cosine": near[first, second]})
     return pairs.sort_values("cosine", ascending=False, kind="stable", ignore_index=True)
 
 
 def places(album: Album, letters: str, method: str = "t-SNE", seed: int = 0) -> np.ndarray:
-    """Where a 2-D map puts each image, (N, 2): scikit-learn's t-SNE (perplexity 30, fewer for few
-    images), or PCA.
+    """Return where a 2-D map puts each image, (N, 2): scikit-learn's t-SNE, or PCA.
+
+    The perplexity is 30, less for few images. Where all features are the same there is one place.
     """
-    x = fungi_features(album.rows, album.rows, letters)[0]
+    x = protocol.fungi_features(album.rows, album.rows, letters)[0]
+    if np.ptp(x, axis=0).max() < 1e-6:
+        return np.zeros((len(x), 2), np.float32)  # t-SNE would divide by a deviation of zero
     if method == "PCA":
         return apply_pca(fit_pca(x, 2), x)
     from sklearn.manifold import TSNE
 
-    with threadpool_limits(
-        1
-    ):  # on a busy machine its threads wait for each other: seconds become a minute
-        return TSNE(
-            perplexity=min(30, (len(x) - 1) / 3), init="pca", random_state=seed
-        ).fit_transform(x)
+    perplexity = min(30, (len(x) - 1) / 3)
+    # One thread: on a busy machine threads wait for each other, and seconds become a minute.
+    with threadpool_limits(1):
+        return TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(x)
 
 
 def save(album: Album, stem: Path) -> list[Path]:
-    """Write features and file names as STEM.npz and, where pyarrow is installed, STEM.parquet;
-    returns their paths.
+    """Write features and file names as STEM.npz and STEM.parquet; return their paths.
 
     Both hold name, class, and for each image its embedding, projected gradients (not normalised)
     and ``fungi``: all of them normalised and joined, without PCA.
     """
     images, blocks = album.images, dict(album.rows.blocks)
-    letters = "+".join(LETTERS[name] for name in blocks)
-    blocks["fungi"] = fungi_features(album.rows, album.rows, letters)[0]
-    of = np.array(images.classes)[images.labels]
+    letters = "+".join(protocol.LETTERS[name] for name in blocks)
+    blocks["fungi"] = protocol.fungi_features(album.rows, album.rows, letters)[0]
+    about = {"name": np.array(images.names), "class": np.array(images.classes)[images.labels]}
+    lists = {name: list(block) for name, block in blocks.items()}
     stem.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(stem.with_suffix(".npz"), **{"name": np.array(images.names), "class": of}, **blocks)
-    try:
-        import pyarrow  # noqa: F401
-    except ImportError:
-        print("No .parquet: it needs pyarrow, which the extras 'text' and 'audio' bring.")
-        return [stem.with_suffix(".npz")]
-    table = pd.DataFrame(
-        {"name": images.names, "class": of} | {name: list(block) for name, block in blocks.items()}
-    )
-    table.to_parquet(stem.with_suffix(".parquet"), index=False)
+    pd.DataFrame(about | lists).to_parquet(stem.with_suffix(".parquet"), index=False)
+    np.savez(stem.with_suffix(".npz"), **about, **blocks)
     return [stem.with_suffix(".npz"), stem.with_suffix(".parquet")]
 
 
 def short(name: str, length: int = 11) -> str:
-    """A file's name without its folder, its middle left out where it is longer."""
+    """Return a file's name without its folder, its middle left out where it is longer."""
     name = PurePosixPath(name).name
-    return name if len(name) <= length else f"{name[: length // 2 - 1]}…{name[-(length // 2) :]}"
+    if len(name) > length:
+        name = f"{name[: length // 2 - 1]}…{name[-(length // 2) :]}"
+    return plain_text(name)
 
 
-def _list(skipped: Sequence[tuple[str, str]], most: int = 10) -> str:
-    some = ", ".join(name for name, _ in skipped[:most])
-    return f"{some} and {len(skipped) - most} more" if len(skipped) > most else some or "none"
+def plain_text(name: str) -> str:
+    """Return a name as text for a figure: matplotlib would read ``$...$`` as a formula."""
+    return name.replace("$", r"\$")

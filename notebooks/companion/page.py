@@ -1,4 +1,6 @@
-"""A notebook's page: what every notebook does with its parameters, runs, figures, tables and claims."""
+"""A notebook's page: what every notebook does with its parameters, runs, figures, tables and
+claims.
+"""
 
 import json
 import time
@@ -17,10 +19,11 @@ SHOWN = ("notebook", "seed", "commit", "versions")  # of the provenance, at a pa
 
 
 class Page:
-    """Hold what a notebook was opened with; the set-up cell makes one from its slug and ``globals()``.
+    """Hold what a notebook was opened with; the set-up cell makes one from its slug and
+    ``globals()``.
 
-    ``parameters``: the values of the parameters that the notebook declares. ``used``: every run that
-    was handed out, for the provenance of figures and tables.
+    ``parameters``: the values of the parameters that the notebook declares. ``used``: every run
+    that was handed out, for the provenance of figures and tables.
     """
 
     def __init__(self, slug: str, namespace: Mapping):

@@ -11,7 +11,7 @@ import pandas as pd
 from sklearn.metrics import normalized_mutual_info_score
 
 from companion import paths
-from companion.data import datasets
+from companion.data import datasets, landmarks
 from companion.evaluate import clustering, probe, retrieval
 from companion.evaluate.knn import bootstrap, few_shot_indices, knn_by_similarity, vote
 from companion.protocol import (
@@ -95,7 +95,7 @@ def relevant(train: Features, test: Features) -> tuple[list[dict], dict[str, str
     data = train.data
     if data.metric != "mAP":
         return retrieval.same_class(test.labels, train.labels), {"same class": "medium"}
-    known = retrieval.ground_truth(paths.downloads_dir() / data.name / f"gnd_{data.name}.pkl")
+    known = landmarks.ground_truth(paths.downloads_dir() / data.name / f"gnd_{data.name}.pkl")
     if (len(data), len(test.data)) != (len(known["imlist"]), len(known["qimlist"])):
         raise ValueError(
             f"{data.name} is scored whole: set n_train and n_test to 0, not to {len(data)} images"

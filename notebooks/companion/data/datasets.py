@@ -1,32 +1,34 @@
-"""One table of named classification sets (images, texts, clips); `load`: name and split to items,
-labels, fingerprint.
+"""Named classification sets (images, texts, clips): a name and a split to an object with items,
+labels and a fingerprint.
 
-A new data set is one `Entry`: its source returns an `images.Split`. A packed file ``<name>.npz``
-(see `pack`) in the data folder is found without an entry, and wins over the official archive of the
-same name.
+``data/datasets.csv`` is the table of those with a name of their own. A set of images needs no line
+there: it is a folder ``NAME/{train,test}/CLASS/...`` or a packed file ``NAME.npz`` (see `packed`)
+in the data folder. Under the name of an image set of the table, ``NAME.npz`` is read in place of
+the official archive, and the folder where that is not here.
 """
 
+import csv
 import difflib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 
-from companion.data import clips, corpora, official, samples
+from companion.data import clips, corpora, folders, landmarks, official, packed, samples
 from companion.data.images import Images, Split, balanced
-from companion.paths import downloads_dir
+from companion.paths import ROOT, downloads_dir
 
 SPLITS = ("train", "test")
 ITEMS = {"image": "images", "text": "texts", "audio": "clips"}
+MODULES = {m.__name__.rpartition(".")[2]: m for m in (clips, corpora, landmarks, official, samples)}
 
 
 class DatasetUnavailable(FileNotFoundError):
-    """A known data set whose files are not on this machine: one line with name, size, licence and
-    how to get it.
+    """A known data set whose files are not on this machine.
+
+    The message is one line with its name, size, licence and how to get it.
     """
 
 
@@ -36,295 +38,176 @@ class Entry:
 
     name: str
     title: str  # as Table 20 prints it
-    profile: str  # "mini" packaged | "lite" packed | "paper" official archive
-    licence: str  # Table 20 for the paper's
-    n_train: int | None  # official sizes; None: not known
-    n_test: int | None
-    n_classes: int | None
-    gb: float  # of the download; 0: comes with an installed package
-    source: Callable[[Path, bool, bool], Split] | None = (
-        None  # (root, train, download); None: packed file only
-    )
-    folder: str = ""  # what the source reads, inside the downloads folder
-    get: str = ""  # how to get it where download=True cannot
-    # or "mean-per-class" (section C), "mAP" of a ground truth of its own (section A.1)
-    metric: str = "accuracy"
+    profile: str = "lite"  # "mini" packaged | "lite" a packed part | "paper" official and whole
+    modality: str = "image"  # | "text" | "audio"
+    metric: str = "accuracy"  # or "mean-per-class" (section C), "mAP" (section A.1)
+    licence: str = "not recorded"  # Table 20 for the paper's
+    n_train: int | None = None  # official sizes; None: not known
+    n_test: int | None = None
+    n_classes: int | None = None
+    gb: float = 0  # size of the download; 0: comes with an installed package
+    source: Callable[[Path, bool], Split] | None = None  # (data folder, train); None: packed only
+    path: str = ""  # what the source reads inside the data folder
+    get: str = ""  # how to get it
     column: str = ""  # its column in the paper's tables
     note: str = ""
-    modality: str = "image"  # | "text" | "audio"
     seconds: float = 0  # the length that clips are brought to
 
 
-_PACKED = (
-    "put {name}.npz into the folder FUNGI_DATA names, or make it with python -m companion.pack"
-)
-_CARS = "gone from its official address; from a mirror: cars_train, cars_test, devkit, cars_test_annos_withlabels.mat"
-_IN1K = "register at image-net.org and unpack as train/<wnid>/ and val/<wnid>/ there"
-_IN100 = "put Labels.json (WordNet id -> name, 100 of them) there, with images in train*/, val*/ or in imagenet/"
-_LANDMARKS = "put gnd_{name}.pkl (cmp.felk.cvut.cz/revisitop) there, the images (robots.ox.ac.uk/~vgg/data) into jpg/"
-_PHOTOS = "Unknown (Flickr photographs)"
-_ROLES = "train is the database, test the queries; scored by their ground truth"
-_CC0 = "CC0 or public domain; china.jpg, flower.jpg CC BY 2.0"
-_NC = "Custom (Research Only, Non Commercial)"
-_MPC = "mean-per-class"
-_SUBSET = "10 of 47 classes, random 2/3 : 1/3 split, not the official one"
-_ESC = "meta/esc50.csv and audio/*.wav of github.com/karolpiczak/ESC-50"
-_WORDS = (
-    "storage.googleapis.com/download.tensorflow.org/data/speech_commands_v0.02.tar.gz, unpacked"
-)
-_CLIPS = "put {} there (columns: fungi_core.clips)"
-_FOLD4 = "one fold of ESC-50 in 4 parts of our own, not the official protocol"
-_FSDD = "recordings 5-19 train, 0-4 test; padded to 1 s"
-_MADE = "synthetic: made by fungi_core.clips from a seed"
-_T = "Tiny ImageNet (100 of 200 classes)"  # stands in for ImageNet 100; trains the mini backbones
+def _entries() -> dict[str, Entry]:
+    """Read ``datasets.csv``; its source is "module.function" or "module.function:argument"."""
+
+    def source(text: str) -> Callable[[Path, bool], Split] | None:
+        place, _, argument = text.partition(":")
+        module, _, function = place.partition(".")
+        read = getattr(MODULES[module], function) if text else None
+        return (lambda root, train: read(root, train, argument)) if argument else read
+
+    kinds = {"n_train": int, "n_test": int, "n_classes": int, "gb": float, "seconds": float}
+    with (ROOT / "data" / "datasets.csv").open(encoding="utf-8", newline="") as file:
+        rows = [{k: v for k, v in row.items() if v} for row in csv.DictReader(file)]
+    typed = [{k: kinds.get(k, str)(v) for k, v in row.items()} for row in rows]
+    return {row["name"]: Entry(**row | {"source": source(row.get("source", ""))}) for row in typed}
 
 
-def _text(name, title, licence, n_train, n_test, n_classes, gb, column) -> Entry:
-    """A text set of Table 20, in one packed file."""
-    return Entry(
-        name,
-        title,
-        "paper",
-        licence,
-        n_train,
-        n_test,
-        n_classes,
-        gb,
-        corpora.packed(name),
-        f"text_{name}.parquet",
-        column=column,
-        modality="text",
-    )
+DATASETS: dict[str, Entry] = _entries()
 
 
-def _clips(name, title, profile, licence, sizes, gb, source, folder, get, seconds, **more) -> Entry:
-    """An audio set of (training, test) clips and classes, which are cut or padded to ``seconds``."""
-    return Entry(
-        name,
-        title,
-        profile,
-        licence,
-        *sizes,
-        gb,
-        source,
-        folder,
-        get.format(folder),
-        modality="audio",
-        seconds=seconds,
-        **more,
-    )
+def load(name: str, split: str, limit: int | None = None, seed: int = 0) -> Images:
+    """Return a data set, ``split`` "train" (the memory bank) or "test".
 
-
-DATASETS: dict[str, Entry] = {
-    entry.name: entry
-    for entry in (
-        Entry("digits", "Digits 8x8", "mini", "CC BY 4.0", 1000, 797, 10, 0, samples.digits),
-        Entry("mnist5k", "MNIST (5,000)", "mini", "CC BY-SA 3.0", 4000, 1000, 10, 0, samples.mnist5k),
-        Entry("photos", "Photographs", "mini", _CC0, 960, 640, 16, 0, samples.photos),
-        Entry("pydocs", "Python documentation", "mini", "PSF 2.0", 1461, 479, 7, 0, corpora.pydocs, modality="text"),
-        Entry("tiny_imagenet_100a", _T, "lite", _NC, 50_000, 5_000, 100, 0.09, get=_PACKED),
-        Entry("dtd_10", "DTD Textures", "lite", "Custom (Research Only)", 800, 400, 10, 0.03,
-              get=_PACKED, note=_SUBSET),
-        Entry("cifar10", "CIFAR 10", "paper", "Unknown", 50_000, 10_000, 10, 0.17,
-              official.cifar10, "cifar-10-batches-py", column="C10"),
-        Entry("cifar100", "CIFAR 100", "paper", "Unknown", 50_000, 10_000, 100, 0.17,
-              official.cifar100, "cifar-100-python", column="C100"),
-        Entry("stanford_cars", "Stanford Cars", "paper", "Custom (Non Commercial)", 8_144, 8_041, 196, 1.9,
-              official.stanford_cars, "stanford_cars", _CARS, column="Cars"),
-        Entry("dtd", "DTD Textures", "paper", "Custom (Research Only)", 1_880, 1_880, 47, 0.63,
-              official.dtd, "dtd", column="DTD"),
-        Entry("eurosat", "EuroSAT", "paper", "MIT", 21_600, 5_400, 10, 0.09,
-              official.eurosat, "eurosat", column="ESAT"),
-        Entry("cub200", "CUB 200 (2011)", "paper", _NC, 5_994, 5_794, 200, 1.15,
-              official.cub200, "CUB_200_2011", column="CUB"),
-        Entry("pets", "Oxford-IIT Pets", "paper", "CC BY-SA 4.0", 3_680, 3_669, 37, 0.81,
-              official.pets, "oxford-iiit-pet", metric=_MPC, column="Pets"),
-        Entry("food101", "Food101", "paper", "Unknown", 75_750, 25_250, 101, 5.0,
-              official.food101, "food-101", column="Food"),
-        Entry("aircraft", "FGVC Aircraft", "paper", _NC, 3_334, 3_333, 100, 2.75,
-              official.aircraft, "fgvc-aircraft-2013b", metric=_MPC, column="FGVC"),
-        Entry("flowers102", "Flowers102", "paper", "Unknown", 1_020, 6_149, 102, 0.35,
-              official.flowers102, "flowers-102", metric=_MPC, column="Flowers"),
-        Entry("imagenet1k", "ImageNet 1K", "paper", _NC, 1_281_167, 50_000, 1000, 144,
-              official.imagenet1k, "imagenet", _IN1K, column="IN1K"),
-        Entry("imagenet100", "ImageNet 100", "paper", _NC, None, 5_000, 100, 14,
-              official.imagenet100, "imagenet100", _IN100),
-        Entry("roxford5k", "Revisited Oxford", "paper", _PHOTOS, 4_993, 70, 1, 2.0,
-              official.roxford5k, "roxford5k", _LANDMARKS, "mAP", note=_ROLES),
-        Entry("rparis6k", "Revisited Paris", "paper", _PHOTOS, 6_322, 70, 1, 2.6,
-              official.rparis6k, "rparis6k", _LANDMARKS, "mAP", note=_ROLES),
-        _text("trec", "TREC", "Unknown", 5_452, 500, 6, 0.001, "TREC"),
-        _text("banking77", "Banking-77", "CC BY 4.0", 10_003, 3_080, 77, 0.001, "Banking-77"),
-        _text("sst5", "SST", "Unknown", 8_544, 2_210, 5, 0.002, "SST (Fine Grained)"),
-        _text("agnews", "AG News", "Custom (Non Commercial)", 120_000, 7_600, 4, 0.02, "AG News"),
-        _text("tweeteval_emoji", "Tweet Eval", "Unknown", 45_000, 50_000, 20, 0.01, "Tweet-Eval"),
-        Entry("synthetic_sounds", "Synthetic sounds", "mini", "MIT", 480, 480, 8, 0, clips.synthesised,
-              note=_MADE, modality="audio", seconds=1),
-        *(_clips(f"esc10_fold{i}", f"ESC-10, fold {i}", "lite", "CC BY 3.0", (320, 80, 10), 0.01,
-                 partial(clips.packed_esc10, fold=i), "audio_esc.parquet", _CLIPS, 5) for i in range(1, 6)),
-        *(_clips(f"esc50_fold4_part{i}", f"ESC-50's fold 4, part {i}", "lite", "CC BY-NC 3.0", (400 - n, n, 50), 0.01,
-                 partial(clips.packed_esc50_fold4, fold=i), "audio_esc.parquet", _CLIPS, 5, note=_FOLD4)
-          for i, n in enumerate((101, 102, 98, 99), 1)),
-        _clips("fsdd", "Spoken digits", "lite", "CC BY-SA 4.0", (900, 300, 10), 0.002, clips.fsdd,
-               "audio_fsdd.parquet", _CLIPS, 1, note=_FSDD),
-        *(_clips(f"esc50_fold{i}", f"ESC 50, fold {i}", "paper", "CC BY-NC 3.0", (1600, 400, 50), 0.6,
-                 partial(clips.esc50, fold=i), "ESC-50-master", _ESC, 5, column="ESC 50" if i == 1 else "")
-          for i in range(1, 6)),  # Table 11 has the first fold alone, as the published code does
-        _clips("speech_commands_v2", "SpeechCommands V2", "paper", "CC BY 4.0", (84_843, 11_005, 35), 2.3,
-               clips.speech_commands, "speech_commands_v0.02", _WORDS, 1, column="SpeechCommands V2"),
-    )
-}  # fmt: skip
-
-
-def load(
-    name: str, split: str, limit: int | None = None, seed: int = 0, download: bool = False
-) -> Images:
-    """Images of a data set, ``split`` "train" (the memory bank) or "test".
-
-    ``limit``: a subset of that many rows, drawn by ``seed``, classes as even as possible, kept in
-    data-set order. ``download``: fetch the official archive if it is missing; nothing is ever
-    fetched otherwise. Raises ValueError for an unknown name or split and `DatasetUnavailable` for
-    files that are not here.
+    ``limit`` gives a subset of that many rows, drawn by ``seed``, classes as even as possible, kept
+    in data-set order. Raises ValueError for an unknown name or split, or a name that is taken, and
+    `DatasetUnavailable` for files that are not here.
     """
     if split not in SPLITS:
-        raise ValueError(
-            f"unknown split {split!r} of {name!r}: choose {' or '.join(map(repr, SPLITS))}"
-        )
-    entry, train = _entry(name), split == "train"
-    path = _packed_file(entry)
-    data = samples.packed(path, train) if path else read_source(entry, train, download)
-    n, n_official = len(data.labels), entry.n_train if train else entry.n_test
+        choice = " or ".join(map(repr, SPLITS))
+        raise ValueError(f"unknown split {split!r} of {name!r}: choose {choice}")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be a positive number of rows, not {limit}")
+    entry, train = find(name), split == "train"
+    data = _read(entry, train)
+    n, whole = len(data.labels), entry.n_train if train else entry.n_test
     kind = f"{'training' if train else 'test'} {ITEMS[entry.modality]}"
-    short = f"{n} of {n_official} official {kind}" if n_official not in (None, n) else ""
-    note = "; ".join(filter(None, (short, entry.note)))
+    short = f"{n} of the {whole} {kind}" if whole not in (None, n) else ""
     images = Images(
-        name,
-        split,
-        data.labels,
-        data.classes,
-        entry.metric,
-        data.names,
-        data.items,
-        np.arange(n),
-        note,
-        entry.licence,
+        name=name,
+        split=split,
+        labels=data.labels,
+        classes=data.classes,
+        metric=entry.metric,
+        names=data.names,
+        items=data.items,
+        rows=np.arange(n),
+        note="; ".join(filter(None, (short, entry.note))),
+        licence=entry.licence,
+        upright=name not in DATASETS and _stored(entry).is_dir(),  # one's own photographs
         modality=entry.modality,
         seconds=entry.seconds,
     )
-    if limit is None or limit >= len(images):
+    if limit is None or limit >= n:
         return images
-    if limit < 1:
-        raise ValueError(f"limit must be a positive number of rows, not {limit}")
-    return images.take(
-        balanced(images.labels, limit, seed), f"{limit} of {n} rows, class-balanced, seed {seed}"
-    )
+    rows = balanced(images.labels, limit, seed)
+    return images.take(rows, f"{limit} of {n} rows, class-balanced, seed {seed}")
 
 
-def whole_name(name: str) -> str:
-    """What a fold is a fold of: ``name_fold1``, ``name_part2`` ... of ``name``; any other name as
-    it is.
-    """
-    return re.sub(r"_(fold|part)\d+$", "", name)
-
-
-def read_source(entry: Entry, train: bool, download: bool = False) -> Split:
-    """One split from the data set's own source, packed file or not; `DatasetUnavailable` if that is
-    not whole here.
-    """
-    if reason := _missing(entry, download):
+def _read(entry: Entry, train: bool) -> Split:
+    """Return one split from the data folder or the entry's source."""
+    if reason := _name_is_taken(entry):
+        raise ValueError(reason)
+    if reason := missing(entry):
         raise DatasetUnavailable(reason)
+    stored = _stored(entry)
     try:
-        return entry.source(downloads_dir(), train, download)
-    except (
-        OSError,
-        RuntimeError,
-    ) as error:  # a list or folder is missing, a checksum is wrong, no network
+        if stored is None:
+            return entry.source(downloads_dir(), train)
+        return folders.split(stored, train) if stored.is_dir() else packed.npz(stored, train)
+    except (OSError, RuntimeError) as error:  # a list or a folder is missing, a checksum is wrong
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise DatasetUnavailable(_line(entry, f"could not be read ({reason})")) from error
+        raise DatasetUnavailable(describe(entry, f"could not be read ({reason})")) from error
+
+
+def _stored(entry: Entry) -> Path | None:
+    """Return the packed file or the folder of a set in the data folder, None where it has neither.
+
+    An official archive that is there comes before a folder: ImageNet 100's own also holds train/.
+    """
+    root = downloads_dir()
+    file, folder = root / f"{entry.name}.npz", root / entry.name
+    if file.is_file():
+        return file
+    official_is_here = entry.path and (root / entry.path).exists()
+    return folder if not official_is_here and folders.holds_splits(folder) else None
+
+
+def _name_is_taken(entry: Entry) -> str:
+    """Return, in one line, why what lies in the data folder cannot have its name; "" if it can."""
+    stored = _stored(entry)
+    if stored is None or (entry.profile != "mini" and entry.modality == "image"):
+        return ""
+    kind = "comes with an installed package" if entry.profile == "mini" else "is no image set"
+    return f"the name of {stored} is taken: {entry.name} ({entry.title}) {kind}; rename it"
+
+
+def missing(entry: Entry) -> str:
+    """Return why a data set cannot be read on this machine, in one line; "" if it can."""
+    here = entry.source and (not entry.path or (downloads_dir() / entry.path).exists())
+    if here or _stored(entry) is not None:
+        return ""
+    place = downloads_dir() / (entry.path or f"{entry.name}.npz")
+    return describe(entry, f"is not here ({place})")
+
+
+def describe(entry: Entry, what: str) -> str:
+    """Return the line about a data set that cannot be read: what is wrong, and how to get it."""
+    terms = f"{entry.gb:g} GB, licence {entry.licence}"
+    return f"{entry.name} ({entry.title}) {what}; {terms}; {how_to_get(entry)}"
+
+
+def how_to_get(entry: Entry) -> str:
+    """Return what to put where, or what to call."""
+    return entry.get.format(name=entry.name, root=downloads_dir())
 
 
 def table() -> list[dict]:
-    """One row per data set of the table and per further packed file: its `Entry`, ``available``,
-    and if it is not here ``reason`` (one line with everything) and ``get`` (what to put into which
-    folder).
+    """Return a row for each data set of the table and each further one in the data folder.
+
+    A row has the columns of ``datasets.csv``, ``available``, and where that is False ``reason``
+    (one line with everything) and ``get`` (what to put where).
     """
-    entries = [
-        *DATASETS.values(),
-        *(_entry(name) for name in _packed_names() if name not in DATASETS),
-    ]
-    keys = (
-        "name",
-        "title",
-        "profile",
-        "modality",
-        "metric",
-        "licence",
-        "n_train",
-        "n_test",
-        "n_classes",
-        "gb",
-        "column",
-        "note",
-    )
     rows = []
-    for entry in entries:
-        path = _packed_file(entry)
-        reason = "" if path else _missing(entry, download=False)
-        origin = (
-            path.name
-            if path
-            else entry.folder or ("installed packages" if entry.source else "packed file")
-        )
-        row = {key: getattr(entry, key) for key in keys}
-        get = f"into {_folder(entry) or '.'}: {_get(entry)}" if reason else ""
-        rows.append(row | {"origin": origin, "available": not reason, "reason": reason, "get": get})
+    for entry in [*DATASETS.values(), *map(find, _further_names())]:
+        reason = _name_is_taken(entry) or missing(entry)
+        get = how_to_get(entry) if reason else ""
+        rows.append(vars(entry) | {"available": not reason, "reason": reason, "get": get})
     return rows
 
 
-def _packed_names() -> list[str]:
-    return sorted(path.stem for path in downloads_dir().glob("*.npz") if samples.is_packed(path))
+def _further_names() -> list[str]:
+    """Return the names of packed files and folders in the data folder that are in no table."""
+    root = downloads_dir()
+    files = [file.stem for file in root.glob("*.npz") if packed.holds(file, packed.ARRAYS)]
+    inside = [folder.name for folder in root.glob("*/") if folders.holds_splits(folder)]
+    known = {*DATASETS, *(entry.path.partition("/")[0] for entry in DATASETS.values())}
+    return sorted({*files, *inside} - known)
 
 
-def _entry(name: str) -> Entry:
+def find(name: str) -> Entry:
+    """Return the entry of a name; ValueError, with what there is, for an unknown one."""
     if name in DATASETS:
         return DATASETS[name]
-    if (downloads_dir() / f"{name}.npz").is_file():
-        return Entry(name, name, "lite", "not recorded in the packed file", None, None, None, 0)
-    known = [*DATASETS, *(packed for packed in _packed_names() if packed not in DATASETS)]
+    entry = Entry(name, name)
+    if _stored(entry) is not None:
+        return entry
+    known = [*DATASETS, *_further_names()]
     near = difflib.get_close_matches(str(name), known, 1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     raise ValueError(f"unknown data set {name!r}{hint}; there are {', '.join(known)}")
 
 
-def _packed_file(entry: Entry) -> Path | None:
-    path = downloads_dir() / f"{entry.name}.npz"
-    return path if entry.profile != "mini" and path.is_file() else None
+def whole_name(name: str) -> str:
+    """Return what a fold is a fold of: ``name_fold1``, ``name_part2`` ... of ``name``.
 
-
-def _missing(entry: Entry, download: bool) -> str:
-    """Why the data set cannot be read without a packed file, in one line; "" if it can."""
-    if entry.modality == "audio" and entry.folder and not find_spec("soundfile"):
-        return _line(entry, "needs soundfile (pip install soundfile)")
-    if entry.source and (
-        not entry.folder
-        or (downloads_dir() / entry.folder).exists()
-        or (download and not entry.get)
-    ):
-        return ""
-    return _line(entry, "is not here")
-
-
-def _folder(entry: Entry) -> str:
-    """Inside the downloads folder; a source of one file reads it there itself."""
-    return "" if entry.folder.endswith(".parquet") else entry.folder
-
-
-def _line(entry: Entry, what: str) -> str:
-    place = downloads_dir() / _folder(entry)
-    return f"{entry.name} ({entry.title}) {what}: {place}; {entry.gb:g} GB, licence {entry.licence}; {_get(entry)}"
-
-
-def _get(entry: Entry) -> str:
-    get = entry.get.format(name=entry.name, modality=entry.modality)
-    archive = entry.folder if entry.folder.endswith(".parquet") else "its archive"
-    return get or f"{archive}, or datasets.load({entry.name!r}, 'train', download=True)"
+    Any other name stays as it is.
+    """
+    return re.sub(r"_(fold|part)\d+$", "", name)

@@ -1,6 +1,4 @@
-"""One split of a data set: where its images (texts, clips) are (`Split`), and the view of it that
-decodes them.
-"""
+"""One split of a data set: where its images (texts, clips) are, and how they are decoded."""
 
 import hashlib
 import io
@@ -11,17 +9,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
-from fungi_core import audio
+from fungi_core import views
 
 MANY_FILES = 50_000  # above it the fingerprint takes file sizes for contents
 
 
 class Split(NamedTuple):
-    """One split of a data set, undecoded."""
+    """One split as its source finds it, undecoded.
 
-    # i -> Path of an image file, bytes of one, or uint8 pixels (H, W) or (H, W, 3); a text's str
+    An item is the path of an image file, the bytes of one, or uint8 pixels (H, W) or (H, W, 3); of
+    an audio set a path, bytes, or a waveform; of a text set a str.
+    """
+
     items: Sequence
     labels: np.ndarray  # int64 (n,), index into classes
     names: list[str]  # n names, unique within the set
@@ -30,8 +31,9 @@ class Split(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """Images of one split, decoded one at a time: ``ds[i]`` is a PIL image in RGB, or what
-    `DECODERS` makes of an item of another modality (a str); ``len(ds)`` is N.
+    """Images, texts or clips of one split, decoded one at a time.
+
+    ``data[i]`` is a PIL image in RGB, a str, or a float32 waveform at 16 kHz.
     """
 
     name: str
@@ -44,104 +46,99 @@ class Images:
     rows: np.ndarray = field(repr=False)  # int64 (N,)
     note: str = ""  # how these images differ from the official split
     licence: str = ""
-    # turned as the camera says (EXIF); official sets are read as torchvision reads them: not
-    upright: bool = False
-    skipped: dict[str, str] = field(
-        default_factory=dict
-    )  # files left out (`samples.folder`): name -> why
+    upright: bool = False  # turned as the camera says (EXIF); official sets are not, as published
+    skipped: dict[str, str] = field(default_factory=dict)  # files that were left out: name -> why
     modality: str = "image"  # | "text" | "audio"
-    seconds: float = 0  # clips are cut to this length, or padded with silence; 0: as they are
+    seconds: float = 0  # clips are cut to this length or padded with silence; 0: as they are
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, i: int):
+    def __getitem__(self, i: int) -> Image.Image | str | np.ndarray:
         item = self.items[self.rows[i]]
         try:
-            if self.modality == "image":
-                return picture(item, self.upright)
-            found = DECODERS[self.modality](item)
-            return audio.fit_length(found, self.seconds) if self.seconds else found
-        except (
-            Exception
-        ) as error:  # Pillow raises OSError, SyntaxError, struct.error ... for a broken file
-            kind = {"image": "an image"}.get(self.modality, self.modality)
-            raise ValueError(
-                " ".join(f"{self.where(i)} cannot be read as {kind}: {error}".split())
-            ) from error
+            return self._decoded(item)
+        except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, ...
+            kind = "an image" if self.modality == "image" else self.modality
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{self.where(i)} cannot be read as {kind}: {reason}") from error
+
+    def _decoded(self, item) -> Image.Image | str | np.ndarray:
+        if self.modality == "text":
+            return str(item)
+        if self.modality == "audio":
+            from fungi_core import audio  # here: images need no audio library
+
+            sound = audio.decode(item)
+            return audio.fit_length(sound, self.seconds) if self.seconds else sound
+        return picture(item, self.upright)
 
     def where(self, i: int) -> str:
-        """How messages name image i: its place in the whole split, and its file."""
+        """Return how messages name image i: its place in the whole split, and its file."""
         item = self.items[self.rows[i]]
-        return f"{self.name} {self.split}[{self.rows[i]}] ({item if isinstance(item, Path) else self.names[i]})"
+        file = item if isinstance(item, Path) else self.names[i]
+        return f"{self.name} {self.split}[{self.rows[i]}] ({file})"
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 (hex) of labels and contents of exactly these rows, in this order.
+        """Return the sha256 (hex) of labels and contents of exactly these rows, in this order.
 
         Contents are encoded bytes, or pixels and shape where the source holds pixels. In official
         sets of more than `MANY_FILES` separate files (ImageNet, Food101) a file's name and size
-        stand for its contents.
+        stand for its contents; one's own files may change, so they are always read.
         """
-        digest = hashlib.sha256(
-            b"upright" if self.upright else f"{self.seconds} s".encode() if self.seconds else b""
-        )
-        sizes = len(self) > MANY_FILES and not self.upright  # one's own files change
+        prefix = "upright" if self.upright else f"{self.seconds} s" if self.seconds else ""
+        digest = hashlib.sha256(prefix.encode())
+        sizes = len(self) > MANY_FILES and not self.upright
         for row, label, name in zip(self.rows, self.labels, self.names, strict=True):
             item = self.items[row]
-            if isinstance(item, Path):
-                content = f"{name} {item.stat().st_size}".encode() if sizes else item.read_bytes()
+            if isinstance(item, Path) and sizes:
+                known = f"{name} {item.stat().st_size}".encode()
             else:
-                content = (
-                    f"{item.shape}".encode() + item.tobytes()
-                    if isinstance(item, np.ndarray)
-                    else item
-                )
-                content = content.encode() if isinstance(content, str) else content
-            digest.update(b"%d %d " % (label, len(content)) + content)
+                known = content(item)
+            digest.update(b"%d %d " % (label, len(known)) + known)
         return digest.hexdigest()
 
     def take(self, index: np.ndarray, note: str = "") -> "Images":
-        """These rows only, in the order given; ``note`` is added to the note."""
+        """Return these rows only, in the order given; ``note`` is added to the note."""
         index = np.asarray(index, np.int64)
         names = [self.names[i] for i in index]
         note = "; ".join(filter(None, (self.note, note)))
-        return replace(
-            self, labels=self.labels[index], names=names, rows=self.rows[index], note=note
-        )
+        part = {"labels": self.labels[index], "names": names, "rows": self.rows[index]}
+        return replace(self, **part, note=note)
+
+
+def content(item: Path | bytes | str | np.ndarray) -> bytes:
+    """Return what the fingerprint hashes of an item."""
+    if isinstance(item, Path):
+        return item.read_bytes()
+    if isinstance(item, np.ndarray):
+        return f"{item.shape}".encode() + item.tobytes()
+    return item.encode() if isinstance(item, str) else item
 
 
 def picture(item: Path | bytes | np.ndarray, upright: bool = False) -> Image.Image:
-    """An item of a `Split` as an RGB image without metadata: nobody behind it turns it (once more)
-    as EXIF says.
+    """Decode an item of a `Split` to an RGB image without metadata.
+
+    ``upright`` turns it as its camera says (EXIF). Without metadata nobody behind turns it again.
     """
     if isinstance(item, np.ndarray):
-        return to_rgb(Image.fromarray(item))
+        return views.to_image(item)
     with Image.open(item if isinstance(item, Path) else io.BytesIO(item)) as opened:
-        image = to_rgb(ImageOps.exif_transpose(opened) if upright else opened)
+        opened.load()
+        plain = opened if upright else opened.copy()
+        if not upright:
+            plain.info.clear()  # a copy knows the camera's turn from here alone
+        image = views.to_image(plain)
     image.info.clear()
     return image
 
 
-# an item of a `Split` of another modality to what its backbones take
-DECODERS = {"text": str, "audio": audio.decode}
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Greyscale, palette or CMYK to RGB; transparency is dropped as in torchvision, 16 bits become
-    8.
-    """
-    if image.mode.startswith("I;16"):  # Pillow would cut every value above 255 to white
-        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-    return image.convert("RGB")
-
-
 def balanced(labels: np.ndarray, n: int, seed: int) -> np.ndarray:
-    """n rows in data-set order: the first draw of every class, then the second, ... until there are
-    n.
+    """Draw n rows, as even over the classes as possible, and return them in data-set order.
 
-    A class too small for its share gives all it has; a smaller n of the same seed is a subset of a
-    larger one.
+    They are the first draw of every class, then the second, ... until there are n. A class too
+    small for its share gives all it has; a smaller n of the same seed is a subset of a larger one.
     """
     rng = np.random.default_rng(seed)
     drawn = rng.permutation(len(labels))
