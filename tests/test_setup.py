@@ -177,6 +177,7 @@ def snakemake(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
+@pytest.mark.batch
 @pytest.mark.parametrize("profile", run.profiles())
 def test_the_plan_of_every_profile_holds_every_notebook(profile):
     done = snakemake("--config", f"profile={profile}")
@@ -185,6 +186,7 @@ def test_the_plan_of_every_profile_holds_every_notebook(profile):
     assert planned == set(run.notebooks())
 
 
+@pytest.mark.batch
 def test_an_unknown_profile_lists_what_exists():
     done = snakemake("--config", "profile=huge")
     assert (
