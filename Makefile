@@ -71,12 +71,14 @@ test: $(INSTALLED) lint  ## everything that CI runs
 	$(TEST_ENV) $(BIN)/python -m pytest -q tests
 	$(TEST_ENV) $(BIN)/python -m pytest -q --nbval-lax notebooks
 
+NBCONVERT := ../$(BIN)/jupyter nbconvert --log-level=ERROR --to notebook --inplace
 normalize: $(INSTALLED)  ## strip times and versions from notebooks saved in JupyterLab (before a commit)
+	cd notebooks && $(NBCONVERT) --coalesce-streams *.ipynb
 	$(BIN)/nbstripout --keep-output --keep-count --keep-id notebooks/*.ipynb \
 		--extra-keys "$$($(BIN)/python -c 'from companion import run; print(*run.STRIPPED)')"
 
 refresh: $(INSTALLED)  ## execute all notebooks in place with their defaults, then normalize
-	cd notebooks && ../$(BIN)/jupyter nbconvert --to notebook --execute --inplace --coalesce-streams *.ipynb
+	cd notebooks && $(NBCONVERT) --execute *.ipynb
 	@$(MAKE) --no-print-directory normalize
 
 lock:  ## write requirements.lock from the present .venv

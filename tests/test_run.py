@@ -242,9 +242,12 @@ def test_plain_papermill_reads_a_profile(folder, tmp_path):
 
 def test_normalize_strips_runs_and_keeps_results(folder):
     nb = nbformat.read(folder / "01_fine.ipynb", as_version=4)
-    nb.cells[2].outputs = [nbformat.v4.new_output("execute_result", execution_count=1)]
+    stream = lambda name, text: nbformat.v4.new_output("stream", name=name, text=text)
+    result = nbformat.v4.new_output("execute_result", execution_count=1)
     nb.cells[2].execution_count = 1
+    nb.cells[2].outputs = [stream("stdout", "ab"), stream("stderr", "c"), result]
     clean = nbformat.from_dict(copy.deepcopy(nb))
+    nb.cells[2].outputs[:1] = [stream("stdout", "a"), stream("stdout", "b")]
     nb.metadata["widgets"], nb.metadata.language_info["version"] = {"state": 1}, "3.11.7"
     nb.metadata["papermill"] = {"duration": 1.0}
     nb.cells[2].metadata.update(execution={"iopub.execute_input": "noon"})

@@ -35,7 +35,9 @@ COUNTS = frozenset(
 )  # fmt: skip
 # What differs between two runs with equal outputs, beside what nbstripout always removes.
 STRIPPED = """metadata.papermill cell.metadata.papermill cell.metadata.execution metadata.widgets
-    metadata.language_info.version""".split()
+    metadata.language_info.codemirror_mode metadata.language_info.file_extension
+    metadata.language_info.mimetype metadata.language_info.nbconvert_exporter
+    metadata.language_info.pygments_lexer metadata.language_info.version""".split()
 
 
 def notebooks() -> list[str]:
@@ -142,10 +144,13 @@ def parameters(slug: str, profile: str = "mini", overrides: dict | None = None) 
 
 def normalize(notebook):
     """Strip in place what differs between two runs with equal outputs; return the notebook."""
+    from nbconvert.preprocessors import CoalesceStreamsPreprocessor
     from nbstripout import strip_output
 
+    # Where a stream is cut into pieces depends on the machine's load.
+    merged, _ = CoalesceStreamsPreprocessor().preprocess(notebook, {})
     return strip_output(
-        notebook, keep_output=True, keep_count=True, keep_id=True, extra_keys=STRIPPED
+        merged, keep_output=True, keep_count=True, keep_id=True, extra_keys=STRIPPED
     )
 
 
@@ -173,7 +178,6 @@ def execute(
             parameters=values,
             cwd=NOTEBOOKS,
             progress_bar=sys.stderr.isatty(),
-            coalesce_streams=True,  # where a stream is cut depends on the machine's load
             extra_arguments=["--log-level=CRITICAL"],  # nothing about loopback ports
         )
     except (papermill.PapermillExecutionError, DeadKernelError, CellTimeoutError) as e:
