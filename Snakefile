@@ -1,7 +1,7 @@
 # One batch: features, then every notebook, then the scoreboard.
 #     snakemake --cores all --config profile=mini
 #     snakemake --workflow-profile notebooks/profiles/slurm --config profile=paper     # the same on a cluster
-#     snakemake -n --config profile=paper                                              # the plan
+#     snakemake -n --config profile=paper                                              # what would be run
 # Parameters come from the notebooks' own defaults and from notebooks/profiles/PROFILE.yaml. They are job parameters, so
 # a changed line of a profile runs again just the notebooks that it concerns.
 import json
@@ -9,10 +9,9 @@ import os
 import re
 import sys
 
-# Jobs find this checkout's packages, installed or not.
-HOUSE = [workflow.basedir, str(Path(workflow.basedir) / "notebooks")]
-sys.path[:0] = HOUSE
-os.environ["PYTHONPATH"] = os.pathsep.join([*HOUSE, *filter(None, [os.environ.get("PYTHONPATH")])])
+PACKAGES = [workflow.basedir, f"{workflow.basedir}/notebooks"]  # found in a plain copy of the project, too
+sys.path[:0] = PACKAGES
+os.environ["PYTHONPATH"] = os.pathsep.join([*PACKAGES, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 workdir: workflow.basedir
 
@@ -35,7 +34,7 @@ CODE_OF_FEATURES = [p for p in CODE if p.parts[0] == "fungi_core" or p.parts[2] 
 
 
 def made_plan():
-    """Parameters and features jobs of each notebook, and the shards of each of these jobs: names of marker files."""
+    """Return the parameters and features jobs of each notebook, and the shards of these jobs: names of marker files."""
     from companion import plan, run
     from companion.data import datasets
     from companion.encoders.table import unavailable
@@ -48,20 +47,13 @@ def made_plan():
         sys.exit(str(error))  # one line, under --quiet too
     present = {row["name"] for row in datasets.table() if row["available"]}  # the rest is "not run" in the notebooks
     present |= {name for p in parameters.values() for name in p.get("backbones", ()) if not unavailable(name)}
-    rows = plan.groups(PROFILE) | plan.groups(PROFILE, "audio")
-    if "rows_a_job" in config:  # --config rows_a_job=N: another size of the shards; 0: none
-        rows = dict.fromkeys(rows, int(config["rows_a_job"]))
+    rows = int(config.get("rows_a_job", plan.ROWS))  # --config rows_a_job=N: another size of the shards
     jobs = {slug: plan.jobs(parameters[slug], PROFILE, present) for slug in slugs}
-    markers = {job: MARKER.format(job) for slug in slugs for job in jobs[slug]}
-    if DRYRUN:
-        todo = sorted(job for job, marker in markers.items() if not Path(f"{marker}.done").exists())
-        print(plan.summary(todo, PROFILE, rows), file=sys.stderr)
-    parts = {marker: plan.shards(job, rows[job.group]) for job, marker in markers.items()}
-    shards = {f"{m}.done": [f"{m}.{i}-of-{n}.done" for i in range(1, n + 1)] for m, n in parts.items() if n > 1}
+    parts = {MARKER.format(job): job.shards(rows) for found in jobs.values() for job in found}
     return {
         "parameters": parameters,
-        "features": {slug: [f"{markers[job]}.done" for job in jobs[slug]] for slug in slugs},
-        "shards": shards,
+        "features": {slug: [f"{MARKER.format(job)}.done" for job in jobs[slug]] for slug in slugs},
+        "shards": {f"{m}.done": [f"{m}.{i}-of-{n}.done" for i in range(1, n + 1)] for m, n in parts.items() if n > 1},
     }
 
 

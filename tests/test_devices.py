@@ -10,7 +10,7 @@ from companion import devices, paths
 
 CLAIM = """
 import os, sys
-from fungi_core import devices
+from companion import devices
 print(devices.claim(), os.environ.get("CUDA_VISIBLE_DEVICES"), flush=True)
 sys.stdin.readline()
 """

@@ -4,11 +4,14 @@ by hand.
 
 import json
 import math
+import re
 
 import pandas as pd
 import pytest
 
 from companion import paper
+from companion.figures import style
+from companion.paths import ROOT, paper_dir
 
 # Numbers in the body of each printed table, counted on the page: rows x columns, "-" and "N/A" left
 # out.
@@ -127,13 +130,22 @@ def delta_slips(table: int) -> dict[tuple, tuple]:
     return slips
 
 
-def test_every_table_is_stored():
-    assert paper.tables() == sorted(COUNTS)
+def test_every_table_is_stored_and_its_note_is_of_one():
+    assert {int(p.stem[5:]) for p in paper_dir().glob("table*.csv")} == set(COUNTS)
+    noted = re.findall(
+        r"^- \*\*Table (\d+)\.", (paper_dir() / "NOTES.md").read_text(), re.MULTILINE
+    )
+    assert noted and {int(number) for number in noted} <= set(COUNTS)
+
+
+COLUMNS = ["table", "row", "column", "setting", "metric", "value", "delta"]
 
 
 @pytest.mark.parametrize("table", COUNTS)
 def test_count_and_form(table):
     frame = paper.load(table)
+    assert list(frame.columns[:7]) == COLUMNS
+    assert set(frame.columns[7:]) <= {"backbone", "spread"}
     assert len(frame) == COUNTS[table]
     assert frame["delta"].notna().sum() == DELTAS[table]
     assert (frame["table"] == table).all()
@@ -257,6 +269,8 @@ def test_spread_of_table_9():
 
 def test_claims():
     frame = paper.claims()
+    columns = ["id", "item", "claim", "notebook", "paper_number", "paper_delta", "expected"]
+    assert list(frame.columns) == columns
     assert frame["id"].is_unique
     assert set(frame["notebook"]) <= NOTEBOOKS
     assert set(frame["expected"]) <= {"+", "-", ""}
@@ -307,43 +321,9 @@ def test_the_retrieval_claim_is_the_mean_over_all_backbones_but_dinov2():
     )
 
 
-def test_beside_keeps_both_sides():
-    ours = pd.DataFrame(
-        {
-            "row": ["KL", "mine"],
-            "metric": ["images/s"] * 2,
-            "value": [50.0, 7.0],
-            "low": [49.0, 6.0],
-        }
-    )
-    both = paper.beside(ours, 22, on=["row", "metric"])
-    assert list(both.columns) == ["row", "metric", "ours", "paper", "low"]
-    assert len(both) == 12 + 1
-    assert both["row"].tolist() == [*paper.load(22)["row"], "mine"]
-    kl = both[(both["row"] == "KL") & (both["metric"] == "images/s")].iloc[0]
-    assert (kl["ours"], kl["paper"], kl["low"]) == (50.0, 344.0, 49.0)
-    mine = both[both["row"] == "mine"].iloc[0]
-    assert mine["ours"] == 7.0 and math.isnan(mine["paper"])
-    assert both["ours"].notna().sum() == 2
-
-
-def test_errors_say_what_exists(tmp_path, monkeypatch):
+def test_an_unknown_table_lists_those_that_are_stored():
     with pytest.raises(ValueError, match=r"no table 17.*1, 2, 3.*16, 19, 22"):
         paper.load(17)
-    ours = pd.DataFrame({"row": ["Embeddings"], "value": [1.0]})
-    with pytest.raises(ValueError, match="table 2: .*add a column to on"):
-        paper.beside(ours, 2, on=["row"])
-    with pytest.raises(ValueError, match="ours has no column column; it has row, value"):
-        paper.beside(ours, 2, on=["row", "column"])
-    monkeypatch.setattr(paper, "paper_dir", lambda: tmp_path)
-    (tmp_path / "table01.csv").write_text("table,row,value\n1,a,2\n")
-    with pytest.raises(
-        ValueError,
-        match="table01.csv has the columns table, row, value; expected table, row, column",
-    ):
-        paper.load(1)
-    with pytest.raises(FileNotFoundError, match="claims.csv"):
-        paper.claims()
 
 
 def test_every_figure_and_table_has_its_notebook():
@@ -360,9 +340,16 @@ def test_every_figure_and_table_has_its_notebook():
     assert (claims["notebook"] == claims["notebook_of_item"]).all()
 
 
-@pytest.mark.parametrize("ours, expected", [((4.0, 3.0, 5.0), "alike"), ((1.0, 0.5, 1.5), "smaller"),
-                                            ((8.0, 6.0, 9.0), "larger"), ((-1.0, -2.0, -0.5), "other sign"),
-                                            ((1.0, math.nan, math.nan), "")])  # fmt: skip
+@pytest.mark.parametrize(
+    "ours, expected",
+    [
+        ((4.0, 3.0, 5.0), "alike"),
+        ((1.0, 0.5, 1.5), "smaller"),
+        ((8.0, 6.0, 9.0), "larger"),
+        ((-1.0, -2.0, -0.5), "other sign"),
+        ((1.0, math.nan, math.nan), ""),
+    ],
+)
 def test_the_size_of_a_difference_beside_the_papers(ours, expected):
     assert paper.size(4.4, *ours) == expected
     assert paper.size(math.nan, *ours) == ""
@@ -401,3 +388,38 @@ def test_the_overview_says_what_was_run_where_and_how_it_went(tmp_path, monkeypa
     assert (
         paper.overview("mini").set_index("item").loc["Table 1", "ours"] == "not testable here, mini"
     )
+
+
+def test_the_committed_page_is_that_of_the_committed_figures(monkeypatch):
+    """To mend: `python -m companion.paper`."""
+    monkeypatch.setenv("FUNGI_FIGURES", str(ROOT / "figures"))
+    page = (ROOT / "figures" / "lite" / "README.md").read_text(encoding="utf-8")
+    assert page == paper.as_markdown("lite")
+    assert sum(line.startswith("| ") for line in page.splitlines()) > 2 + len(paper.claims()) + 40
+    for target in re.findall(r"\]\(([^)]+)\)", page):
+        assert (ROOT / "figures" / "lite" / target).is_file()
+
+
+def test_a_page_lists_claims_by_verdict_and_what_was_written(tmp_path, monkeypatch):
+    monkeypatch.setenv("FUNGI_FIGURES", str(tmp_path))
+    rows = [("table2-k", -1.0, -1.5, -0.5, "x"), ("table2-d", 2.0, 1.0, 3.0, "x")]
+    measured = pd.DataFrame(rows, columns=paper.MEASURED)
+    paper.save_measured(measured, "03_image_classification", "mini")
+    for name, drawn in (("fig05_fig11_bars", True), ("table01_sets", False)):
+        record = {"notebook": "03_image_classification"}
+        (tmp_path / "mini" / f"{name}.json").write_text(json.dumps(record))
+        if drawn:
+            (tmp_path / "mini" / f"{name}.png").touch()
+    page = paper.as_markdown("mini")
+    assert "disagrees 1, undecided 0, agrees 1, not testable here 0, not run 44." in page
+    lines = [line.split(" | ") for line in page.splitlines() if line.startswith("| Table 2 ")]
+    assert [line[2:5] for line in lines[:2]] == [
+        ["+1.0", "−1.0 [−1.5, −0.5]", "disagrees"],
+        ["+1.8", "+2.0 [+1.0, +3.0]", "agrees"],
+    ]
+    assert "| Fig. 5, Fig. 11 | [fig05_fig11_bars](fig05_fig11_bars.png) | [CSV](fig05_" in page
+    assert "| Table 1 | table01_sets | [CSV](table01_sets.csv) |" in page  # a table is no picture
+
+
+def test_verdicts_have_their_colours_in_the_same_order():
+    assert list(style.VERDICTS) == paper.VERDICTS

@@ -357,6 +357,7 @@ def snakemake(fresh_checkout):
     return plan
 
 
+@pytest.mark.batch
 @pytest.mark.parametrize("profile", run.profiles())
 def test_the_plan_of_every_profile_holds_every_notebook(profile, snakemake):
     done = snakemake("--config", f"profile={profile}")
@@ -365,6 +366,7 @@ def test_the_plan_of_every_profile_holds_every_notebook(profile, snakemake):
     assert planned == set(run.notebooks())
 
 
+@pytest.mark.batch
 def test_an_unknown_profile_lists_what_exists(snakemake):
     done = snakemake("--config", "profile=huge")
     expected = "unknown profile 'huge'; there are: lite, mini, paper"

@@ -53,6 +53,9 @@ def made(tmp_path, monkeypatch) -> Path:
     ax.set(xlabel="components", ylabel="accuracy (%)")
     record = {"notebook": "15_pca", "parameters": {"profile": "lite"}}
     figures.save_figure(fig, "table16_pca", pd.DataFrame({"x": [1]}), record)
+    table = tmp_path / "figures" / "lite" / "table15_dino"
+    table.with_suffix(".json").write_text('{"notebook": "15_pca"}')  # no picture of it
+    table.with_suffix(".csv").write_text("a\n1\n")
     measured = pd.DataFrame([("table16-pca", -0.5, -0.9, -0.1, "digits")], columns=paper.MEASURED)
     paper.save_measured(measured, "15_pca", "lite")
     site.build(tmp_path / "site", "lite", books, tmp_path / "runs" / "lite")
@@ -114,7 +117,8 @@ def test_a_site_loads_nothing_and_all_its_links_resolve(made):
 
 def test_the_check_of_a_site_finds_faults(made):
     page = made / "15_pca.html"
-    bad = '<img src="https://example.org/x.png"><a href="gone.html">x</a><script>1</script><a href="#nowhere">x</a>'
+    bad = '<img src="https://example.org/x.png"><a href="gone.html">x</a><script>1</script>'
+    bad += '<a href="#nowhere">x</a>'
     page.write_text(page.read_text().replace("</main>", bad + "</main>"))
     assert len(faults(made)) == 5  # one for each, and the image without a text
 
@@ -146,6 +150,8 @@ def test_index_and_scoreboard_hold_every_item_and_every_claim(made):
         and row.find("a", href="figures/table16_pca.webp")
         and "15_pca" in row.text
     )
+    assert index.find(id="table-15").find("a", href="figures/table15_dino.csv")
+    assert not index.select('img[src*="table15_dino"]')
     alt = index.select_one('img[src="thumbnails/table16_pca.webp"]')["alt"]
     assert alt == "Plot of 1 panel. Vertical: accuracy (%). Horizontal: components."
     assert {tr["id"] for tr in board.select("tbody tr")} == set(paper.claims()["id"])

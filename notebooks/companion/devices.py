@@ -11,9 +11,8 @@ _held = []  # open lock files: the kernel frees them when this process ends, how
 
 
 def visible() -> list[str]:
-    """GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named is not None:
+    """Return the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    if (named := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return [device for device in named.split(",") if device.strip()]
     if not shutil.which("nvidia-smi"):
         return []
@@ -23,26 +22,25 @@ def visible() -> list[str]:
 
 def claim() -> str | None:
     """Take the first GPU that no other job of this machine and store has, until this process ends;
-    returns its name.
+    return its name.
 
     Sets CUDA_VISIBLE_DEVICES, so it comes before CUDA is touched; a kernel started afterwards
     inherits it. Nothing is done with one GPU or none, as inside of a cluster's job: the scheduler
-    has chosen. If all are taken, one is shared.
+    has chosen. Where all are taken, one is shared.
     """
-    devices = visible()
-    if len(devices) < 2:
+    if len(devices := visible()) < 2:
         return None
     store_dir().mkdir(parents=True, exist_ok=True)
+    chosen = devices[os.getpid() % len(devices)]
     for device in devices:
         file = open(store_dir() / f"gpu-{os.uname().nodename}-{device}.lock", "a+b")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.close()
-            continue
-        _held.append(file)
-        break
-    else:
-        device = devices[os.getpid() % len(devices)]
-    os.environ["CUDA_VISIBLE_DEVICES"] = device
-    return device
+        else:
+            _held.append(file)
+            chosen = device
+            break
+    os.environ["CUDA_VISIBLE_DEVICES"] = chosen
+    return chosen

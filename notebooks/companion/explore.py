@@ -1,7 +1,8 @@
-"""What a notebook does with its kernel: widgets live in JupyterLab and static in a batch run, and
-an early end.
+"""What a notebook does with its kernel: widgets are live in JupyterLab and static in a batch run,
+and a notebook that lacks what it needs ends early.
 """
 
+# ipywidgets is imported where a reader gets widgets: a batch run has no use for it.
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,13 +10,13 @@ from typing import NoReturn
 from urllib.parse import quote
 
 from IPython import get_ipython
-from IPython.display import HTML, display
+from IPython.display import HTML, Audio, display
 from traitlets import Any, HasTraits
 
 
 def live() -> bool:
-    """Whether a person is in front of the notebook (JupyterLab sets the variable; papermill and
-    nbval do not).
+    """Tell whether a person is in front of the notebook: JupyterLab sets the variable, papermill
+    and nbval do not.
     """
     return "JPY_SESSION_NAME" in os.environ
 
@@ -29,17 +30,18 @@ class Watched(HasTraits):
 
 
 def interact(show: Callable, *, on: Watched | None = None, **choices):
-    """A menu or slider for each of ``choices`` and below them what ``show`` returns, drawn again in
-    place at a change.
+    """Show a menu or slider for each of ``choices``, and below them what ``show`` returns, drawn
+    again in place at a change.
 
     A choice is a list (menu), integers (low, high) or (low, high, start) (slider), a str to edit
     (Enter draws), or a function that gives one of these, asked again when ``on`` changes. What
     ``show`` raises is shown as one line. Without a reader: ``show`` of each list's first, each
     slider's start and each str, and errors are errors.
     """
-    asked = lambda: {
-        name: choice() if callable(choice) else choice for name, choice in choices.items()
-    }
+
+    def asked() -> dict:
+        return {name: choice() if callable(choice) else choice for name, choice in choices.items()}
+
     if not live():
         return show(**{name: _start(choice) for name, choice in asked().items()})
     from ipywidgets import HBox, Layout, VBox, interactive_output
@@ -50,7 +52,7 @@ def interact(show: Callable, *, on: Watched | None = None, **choices):
         if on is not None and on.value is None:
             return  # nothing chosen yet; what went wrong is said there
         controls = {name: _control(name, choice) for name, choice in asked().items()}
-        output = interactive_output(lambda **values: _shown(show, values), controls)
+        output = interactive_output(lambda **values: _attempt(show, **values), controls)
         row = HBox(list(controls.values()), layout=Layout(flex_flow="row wrap"))
         page.children = [row, output] if controls else [output]
 
@@ -61,38 +63,35 @@ def interact(show: Callable, *, on: Watched | None = None, **choices):
 
 
 def _start(choice):
+    """Return the value that a choice starts with."""
     if isinstance(choice, str):
         return choice
-    return choice[-1 if len(choice) == 3 else 0] if isinstance(choice, tuple) else choice[0]
+    return choice[2] if isinstance(choice, tuple) and len(choice) == 3 else choice[0]
 
 
 def _control(name: str, choice):
+    """Return the widget of a choice; a slider and a text answer when they are let go."""
     from ipywidgets import Dropdown, IntSlider, Layout, Text
 
     looks = {"description": name.replace("_", " "), "style": {"description_width": "initial"}}
-    if isinstance(choice, tuple):  # a slider answers when it is let go
+    looks |= {"value": _start(choice)}
+    if isinstance(choice, tuple):
         low, high = choice[:2]
-        return IntSlider(
-            value=_start(choice),
-            min=low,
-            max=high,
-            continuous_update=False,
-            layout=Layout(width="24em"),
-            **looks,
-        )
+        layout = Layout(width="24em")
+        return IntSlider(min=low, max=high, continuous_update=False, layout=layout, **looks)
     if isinstance(choice, str):
-        return Text(value=choice, continuous_update=False, layout=Layout(width="40em"), **looks)
-    return Dropdown(
-        options=list(choice), layout=Layout(width="max-content", max_width="40em"), **looks
-    )
+        return Text(continuous_update=False, layout=Layout(width="40em"), **looks)
+    layout = Layout(width="max-content", max_width="40em")
+    return Dropdown(options=list(choice), layout=layout, **looks)
 
 
-def _shown(show: Callable, values: dict) -> None:
+def _attempt(show: Callable, *values, **named) -> None:
+    """Show what a function returns, or what it raises as one line: a reader's choice that cannot
+    be drawn is no reason for a page of traceback.
+    """
     try:
-        result = show(**values)
-    except (
-        Exception
-    ) as error:  # a reader's choice that cannot be drawn is no reason for a page of traceback
+        result = show(*values, **named)
+    except Exception as error:
         print(f"{type(error).__name__}: {' '.join(str(error).split())}")
     else:
         if result is not None:
@@ -100,9 +99,9 @@ def _shown(show: Callable, values: dict) -> None:
 
 
 def chooser(load: Callable, *, folder: str, backbone: str, backbones: Sequence[str]):
-    """A panel for one's own images: files (a zip, too) or a folder, a backbone, a button; runs
-    ``load(files, folder, backbone)`` at once and at each click, with its progress below. ``files``:
-    (name, bytes) pairs, empty at the start.
+    """Show a panel for one's own images: files (a zip, too) or a folder, a backbone, a button. It
+    runs ``load(files, folder, backbone)`` at once and at each click, with its progress below.
+    ``files``: (name, bytes) pairs, empty at the start.
 
     Without a reader: ``load((), folder, backbone)``.
     """
@@ -111,37 +110,24 @@ def chooser(load: Callable, *, folder: str, backbone: str, backbones: Sequence[s
     from ipywidgets import Button, Combobox, FileUpload, HBox, Layout, Output, Text, VBox
 
     wide = {"layout": Layout(width="34em"), "style": {"description_width": "6em"}}
-    files = FileUpload(
-        accept="image/*,.zip", multiple=True, description="files", layout=Layout(width="10em")
-    )
-    place = Text(
-        folder,
-        description="or a folder",
-        placeholder="a sub-folder per class, or files only",
-        **wide,
-    )
-    # no value: a browser offers only names that hold what is typed
-    hint = f"{backbone}, or any timm name"
-    name = Combobox(
-        placeholder=hint,
-        options=list(backbones),
-        description="backbone",
-        ensure_option=False,
-        **wide,
-    )
-    button = Button(description="extract", button_style="primary", layout=Layout(width="10em"))
+    narrow = {"layout": Layout(width="10em")}
+    files = FileUpload(accept="image/*,.zip", multiple=True, description="files", **narrow)
+    nested = "a sub-folder per class, or files only"
+    place = Text(folder, description="or a folder", placeholder=nested, **wide)
+    name = Combobox(description="backbone", ensure_option=False, options=list(backbones), **wide)
+    # a hint, no value: a browser offers only names that hold what is typed
+    name.placeholder = f"{backbone}, or any timm name"
+    button = Button(description="extract", button_style="primary", **narrow)
     output = Output()
 
     def click(_=None):
         button.disabled = True
         output.clear_output()
+        path = place.value.strip()
+        chosen = () if path else files.value
+        contents = [(file["name"], bytes(file["content"])) for file in chosen]
         with output:
-            try:
-                chosen = () if place.value.strip() else files.value
-                contents = [(file["name"], bytes(file["content"])) for file in chosen]
-                load(contents, place.value.strip(), name.value.strip() or backbone)
-            except Exception as error:
-                print(f"{type(error).__name__}: {' '.join(str(error).split())}")
+            _attempt(load, contents, path, name.value.strip() or backbone)
         button.disabled = False
 
     def dropped(change):
@@ -156,19 +142,16 @@ def chooser(load: Callable, *, folder: str, backbone: str, backbones: Sequence[s
 
 
 def listen(clips: Sequence, rate: int) -> None:
-    """A player for each waveform (n,), in front of a person only: sound is never kept in a saved
-    notebook.
+    """Show a player for each waveform (n,), in front of a person only: sound is never kept in a
+    saved notebook.
     """
-    if live():
-        from IPython.display import Audio, display
-
-        for clip in clips:
-            display(Audio(clip, rate=rate))
+    for clip in clips if live() else ():
+        display(Audio(clip, rate=rate))
 
 
 def downloads(files: Sequence[Path]) -> HTML:
-    """File names and sizes; in JupyterLab links that save a file, where it lies below the folder
-    shown there.
+    """Return file names and sizes; in JupyterLab as links that save a file, where it lies below
+    the folder shown there.
     """
     lines = []
     for file in files:
@@ -179,7 +162,7 @@ def downloads(files: Sequence[Path]) -> HTML:
 
 
 class _End(Exception):
-    """Ends a notebook; IPython shows what its handler shows."""
+    """What ends a notebook; IPython shows what the handler of `end` shows."""
 
 
 def end(message: str) -> NoReturn:

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 
 from companion import paper, protocol, run
 from companion.features import ALL
@@ -20,7 +19,7 @@ SHOWN = ("notebook", "seed", "commit", "versions")  # of the provenance, at a pa
 
 class Page:
     """Hold what a notebook was opened with; the set-up cell makes one from its slug and
-    ``globals()``.
+    ``globals()``. Raises ValueError for an unknown notebook or a parameter without a value.
 
     ``parameters``: the values of the parameters that the notebook declares. ``used``: every run
     that was handed out, for the provenance of figures and tables.
@@ -28,6 +27,8 @@ class Page:
 
     def __init__(self, slug: str, namespace: Mapping):
         declared = run.declared(slug)
+        if absent := [name for name in declared if name not in namespace]:
+            raise ValueError(f"{slug}: no value of the parameter '{absent[0]}'; run its cell first")
         self.slug, self.started, self.used = slug, time.time(), []
         self.parameters = {name: namespace[name] for name in declared}
         self.as_declared = all(
@@ -70,7 +71,7 @@ class Page:
             started=self.started,
         )
 
-    def figure(self, fig: Figure, name: str, numbers: pd.DataFrame) -> Figure:
+    def figure(self, fig, name: str, numbers: pd.DataFrame):
         """Save a figure with its numbers and provenance; return it, so that it is shown."""
         style.save_figure(fig, name, numbers, self.proof())
         return fig
@@ -90,10 +91,15 @@ class Page:
         frame = pd.DataFrame(rows, columns=paper.MEASURED)
         profile = self.parameters["profile"]
         paper.save_measured(frame, self.slug, profile)
-        board = paper.scoreboard(profile).merge(frame[["id"]], on="id", how="right")
-        columns = ["claim", "paper_delta", "value", "low", "high", "verdict"]
-        names = {"paper_delta": "paper", "value": "ours"}
-        return style.show_table(board[columns].rename(columns=names), decimals=1)
+        board = paper.scoreboard(profile).set_index("id").loc[list(measured)].reset_index()
+        shown = {
+            "claim": board["claim"],
+            "paper": board["paper_delta"].map(paper.signed),
+            "ours": board["value"].map(paper.signed),
+            "interval": [paper.bounds(row) for row in board.to_dict("records")],
+            "verdict": board["verdict"],
+        }
+        return style.show_table(pd.DataFrame(shown))
 
     def check(self, what: str, value: float, stored: float, within: float) -> None:
         """Say whether a headline number is where it was, with the parameters as declared."""

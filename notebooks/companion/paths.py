@@ -1,5 +1,5 @@
-"""Every folder the project reads or writes, anchored at the repository and overridable by
-environment variables.
+"""Every folder that the project reads or writes, anchored at the repository; environment variables
+name others.
 """
 
 import os
@@ -14,44 +14,44 @@ def _from_env(variable: str, default: Path) -> Path:
 
 
 def data_dir() -> Path | None:
-    """Folder of the packed data sets (``FUNGI_DATA``); None when the variable is not set."""
-    if not os.environ.get("FUNGI_DATA", "").strip():
+    """Return the folder of the data sets (``FUNGI_DATA``), None where the variable is not set.
+
+    Raises FileNotFoundError where it names no folder.
+    """
+    value = os.environ.get("FUNGI_DATA", "").strip()
+    if not value:
         return None
-    folder = _from_env("FUNGI_DATA", ROOT)
+    folder = Path(value).expanduser().resolve()
     if not folder.is_dir():
-        raise FileNotFoundError(
-            f"FUNGI_DATA points to {folder}, which is no folder; set it to one that exists or unset it"
-        )
+        raise FileNotFoundError(f"FUNGI_DATA is {folder}, no folder; name one that exists, or none")
     return folder
 
 
 def downloads_dir() -> Path:
-    """Where official archives are downloaded to: ``FUNGI_DATA`` where it is set, else
-    ``data/downloads``.
-    """
+    """Return where data sets are looked for: ``FUNGI_DATA``, else ``data/downloads``."""
     return data_dir() or ROOT / "data" / "downloads"
 
 
 def store_dir() -> Path:
-    """Extracted features (``FUNGI_STORE``, default ``data/store``)."""
+    """Return the folder of extracted features (``FUNGI_STORE``, default ``data/store``)."""
     return _from_env("FUNGI_STORE", ROOT / "data" / "store")
 
 
 def figures_dir() -> Path:
-    """What a run writes (``FUNGI_FIGURES``, default ``figures``)."""
+    """Return the folder of what a run writes (``FUNGI_FIGURES``, default ``figures``)."""
     return _from_env("FUNGI_FIGURES", ROOT / "figures")
 
 
 def backbones_dir() -> Path:
-    """The committed mini checkpoints."""
+    """Return the folder of the committed mini checkpoints."""
     return ROOT / "data" / "backbones"
 
 
 def texts_dir() -> Path:
-    """The committed sentences of the mini profile."""
+    """Return the folder of the committed sentences of the mini profile."""
     return ROOT / "data" / "texts"
 
 
 def paper_dir() -> Path:
-    """The published numbers, one CSV per table."""
+    """Return the folder of the published numbers, one CSV per table."""
     return ROOT / "data" / "paper"

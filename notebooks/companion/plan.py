@@ -1,25 +1,23 @@
-"""What a batch extracts before its notebooks run: the jobs, their shards and their rows.
+"""What a batch extracts before its notebooks run: the jobs, and the shards that they are cut into.
 
-python -m companion.plan paper      # the whole profile, whatever of it is on this machine
+python -m companion.plan paper      # jobs and rows of a whole profile, on this machine or not
 """
 
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Collection
 from typing import NamedTuple
-
-import pandas as pd
 
 from companion import run
 from companion.data import datasets
 
-ROWS_A_SHARD = {"embedding+kl": 400_000, "dino": 40_000, "simclr": 10_000}  # of the paper profile
+ROWS = 50_000  # of a shard: about an hour of SimCLR on one A100 with a ViT-B/16, by Table 22
 
 
 class Job(NamedTuple):
-    """Name the features of one split that one job extracts.
-
-    ``group`` joins their names by "+"; the sizes are limits, 0 for the whole split.
+    """Features of one split. ``group`` joins their names by "+"; the sizes are limits, 0 for the
+    whole split.
     """
 
     backbone: str
@@ -32,84 +30,73 @@ class Job(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """Return the rows of the split, 0 where its official size is not known."""
+        """Return the number of rows of the split, 0 where its official size is not known."""
+        limit = self.n_train if self.split == "train" else self.n_test
         entry = datasets.DATASETS.get(self.dataset)
-        train = self.split == "train"
-        limit = self.n_train if train else self.n_test
-        official = (entry and (entry.n_train if train else entry.n_test)) or 0
-        return min(limit, official) if limit and official else limit or official
+        official = entry and (entry.n_train if self.split == "train" else entry.n_test)
+        return min(limit, official) if limit and official else limit or official or 0
+
+    def shards(self, rows: int = ROWS) -> int:
+        """Return how many jobs fill this one's rows, ``rows`` each at most."""
+        return max(1, math.ceil(self.rows / rows))
 
 
-def groups(profile: str, kind: str = "image") -> dict[str, int]:
-    """Return the features that one job extracts, and the rows of one of its shards (0: no shards).
+def groups(profile: str, dataset: str) -> list[str]:
+    """Return the groups of features of a data set; each is a job.
 
-    A job starts Python and torch, which takes as long as a mini extraction. So one job makes all four
-    features; in the paper profile, where they take hours, each is a job, or several jobs that write
-    different rows. The embedding comes with the KL gradient. Texts and sounds have no DINO.
+    A job starts Python and torch, which takes seconds: as long as the mini extraction itself. So
+    one job makes all features, but in the paper profile, where they take hours, each gradient has
+    its own. The embedding comes with the KL gradient for nothing. Text and audio have no DINO
+    (Tables 12, 19); a data set without an entry in the table holds images.
     """
-    found = dict(ROWS_A_SHARD)
-    if kind != "image":
-        del found["dino"]
-    return found if profile == "paper" else {"+".join(found): 0}
+    entry = datasets.DATASETS.get(dataset)
+    image = entry is None or entry.modality == "image"
+    names = ["embedding+kl", "dino", "simclr"] if image else ["embedding+kl", "simclr"]
+    return names if profile == "paper" else ["+".join(names)]
 
 
-def jobs(parameters: dict, profile: str, present: Iterable[str] | None = None) -> list[Job]:
-    """Return what a notebook with these parameters reads: backbones x data sets x splits x groups.
-
-    Notebooks that declare none of them read nothing. ``present``: only these backbones and data sets.
+def jobs(parameters: dict, profile: str, present: Collection[str] | None = None) -> list[Job]:
+    """Return what a notebook with these parameters reads: backbones x data sets x splits x groups,
+    where it declares them and their sizes. ``present``: only these backbones and data sets.
     """
     if not {"backbones", "datasets", "n_train", "n_test", "seed"} <= parameters.keys():
         return []
-    here = lambda name: present is None or name in present
-    sizes = parameters["n_train"], parameters["n_test"], parameters["seed"]
+    backbones, sets = (
+        [name for name in parameters[kind] if present is None or name in present]
+        for kind in ("backbones", "datasets")
+    )
+    sizes = [parameters[name] for name in ("n_train", "n_test", "seed")]
     return [
         Job(backbone, dataset, split, *sizes, group)
-        for backbone in parameters["backbones"]
-        if here(backbone)
-        for dataset in parameters["datasets"]
-        if here(dataset)
+        for backbone in backbones
+        for dataset in sets
         for split in ("train", "test")
-        for group in groups(profile, modality(dataset))
+        for group in groups(profile, dataset)
     ]
 
 
-def modality(dataset: str) -> str:
-    """Return what a data set holds; one that is not in the table holds images."""
-    return datasets.DATASETS[dataset].modality if dataset in datasets.DATASETS else "image"
+def listing(todo: Collection[Job]) -> str:
+    """Return jobs as text: how many of each data set, split and features, their rows and shards."""
+    same = defaultdict(list)
+    for job in sorted(todo):
+        same[f"{job.dataset:24} {job.split:5} {job.group}", job.rows].append(job)
+    lines = [f"{'jobs':>6} {'shards':>6} {'rows each':>10}  data set"]
+    for (name, rows), found in sorted(same.items()):
+        shards = sum(job.shards() for job in found)
+        lines.append(f"{len(found):6} {shards:6} {rows or 'not known':>10}  {name}")
+    shards, rows = sum(job.shards() for job in todo), sum(job.rows for job in todo)
+    return "\n".join([*lines, f"{len(todo):6} {shards:6}  in all: {rows:,} rows"])
 
 
-def shards(job: Job, rows: int) -> int:
-    """Return the number of jobs that fill this one's rows, ``rows`` each at most; 1 for 0 rows."""
-    return max(1, math.ceil(job.rows / rows)) if rows else 1
-
-
-def summary(todo: Sequence[Job], profile: str, rows: dict[str, int] | None = None) -> str:
-    """Return jobs and rows by group, as lines of text; ``rows``: of a shard by group."""
-    if not todo:
-        return (
-            f"profile {profile}: no features to extract; either all is there, or none of its data "
-            "or backbones is"
-        )
-    rows = rows or groups(profile) | groups(profile, "audio")
-    table = pd.DataFrame(todo)
-    table["jobs"] = [shards(job, rows[job.group]) for job in todo]
-    table["rows"] = [job.rows for job in todo]
-    sums = table.groupby("group", sort=False)[["jobs", "rows"]].sum()
-    sums.loc["all"] = sums.sum()
-    lines = [f"profile {profile}, features to extract:", sums.to_string()]
-    if unknown := sorted({job.dataset for job in todo if not job.rows}):
-        lines.append(f"Rows not known, counted as none: {', '.join(unknown)}")
-    return "\n".join(lines)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line."""
+def main(argv: list[str] | None = None) -> None:
+    """Print the jobs of a profile."""
     profile = (argv if argv is not None else sys.argv[1:] or ["mini"])[0]
     try:
-        parameters = [run.parameters(slug, profile) for slug in run.notebooks()]
+        wanted = [jobs(run.parameters(slug, profile), profile) for slug in run.notebooks()]
     except ValueError as error:
         sys.exit(f"plan: {error}")
-    print(summary(sorted({job for one in parameters for job in jobs(one, profile)}), profile))
+    print(f"features to extract for the profile {profile}:")
+    print(listing(set().union(*wanted)))
 
 
 if __name__ == "__main__":

@@ -8,8 +8,11 @@ notebook that declares them, so that ``papermill -f`` reads it as well; ``notebo
 {...}}`` in it goes to one notebook alone.
 """
 
+# papermill and nbformat take a second to import, and the kernel of every notebook imports this
+# module (through `page`): they are imported where they are used.
 import argparse
 import ast
+import json
 import logging
 import math
 import os
@@ -17,289 +20,207 @@ import sys
 import time
 from pathlib import Path
 
-import nbformat
-import papermill
 import yaml
-from nbclient.exceptions import CellTimeoutError, DeadKernelError
 
 from companion import devices
 from companion.paths import ROOT
 
 NOTEBOOKS = ROOT / "notebooks"
-TYPES = {
-    "int": int,
-    "float": float,
-    "str": str,
-    "bool": bool,
-    "list": list,
-    "dict": dict,
-    "None": type(None),
-}
+# Annotations that a parameter may have, and the types of its values; a bool is no int here.
+TYPES = {"int": (int,), "float": (float, int), "str": (str,), "bool": (bool,), "list": (list,)}
 # Numbers, alone or in lists, are finite and not negative; these are at least 1.
-COUNTS = {
-    "k",
-    "shots",
-    "most",
-    "shown",
-    "size",
-    "seeds",
-    "draws",
-    "repeats",
-    "views_a_call",
-    "precision_images",
-    "simclr_steps",
-    "strides",
-}
-KEPT_METADATA = {"kernelspec": ("display_name", "language", "name"), "language_info": ("name",)}
+COUNTS = frozenset(
+    "k shots most shown size seeds draws repeats views_a_call precision_images simclr_steps strides"
+    .split()
+)  # fmt: skip
+# What differs between two runs with equal outputs, beside what nbstripout always removes.
+STRIPPED = """metadata.papermill cell.metadata.papermill cell.metadata.execution metadata.widgets
+    metadata.language_info.codemirror_mode metadata.language_info.file_extension
+    metadata.language_info.mimetype metadata.language_info.nbconvert_exporter
+    metadata.language_info.pygments_lexer metadata.language_info.version""".split()
 
 
 def notebooks() -> list[str]:
-    """Slugs of all notebooks, in the paper's order."""
+    """Return the slugs of all notebooks, in the paper's order."""
     return sorted(p.stem for p in NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
 
 
 def profiles() -> list[str]:
-    """Names of all profiles."""
+    """Return the names of all profiles."""
     return sorted(p.stem for p in (NOTEBOOKS / "profiles").glob("*.yaml"))
 
 
-def _known(kind: str, name: str, exist: list[str]) -> str:
-    if name not in exist:
-        raise ValueError(f"unknown {kind} '{name}'; there are: {', '.join(exist) or 'none'}")
-    return name
+def require(kind: str, name: str, known: list[str]) -> None:
+    """Raise a ValueError that lists what exists where ``name`` is not among the ``known``."""
+    if name not in known:
+        raise ValueError(f"unknown {kind} '{name}'; there are: {', '.join(known) or 'none'}")
 
 
 def declared(slug: str) -> dict[str, dict]:
-    """Parameters of a notebook: name -> {"type": annotation, "default": value, "help": trailing
-    comment}.
+    """Read the parameters that a notebook declares, in the cell tagged "parameters".
+
+    Returns {name: {"type": annotation, "default": value, "help": trailing comment}}. Raises
+    ValueError for an unknown notebook and for a default that is no literal.
     """
-    _known("notebook", slug, notebooks())
+    require("notebook", slug, notebooks())
+    cells = json.loads((NOTEBOOKS / f"{slug}.ipynb").read_text(encoding="utf-8"))["cells"]
+    tagged = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
+    source = "".join(line for cell in tagged for line in cell["source"])
     found = {}
-    for name, p in papermill.inspect_notebook(NOTEBOOKS / f"{slug}.ipynb").items():
+    for node in (n for n in ast.parse(source).body if isinstance(n, ast.AnnAssign)):
+        name, line = node.target.id, source.splitlines()[node.lineno - 1]
         try:
-            default = ast.literal_eval(p["default"])
-        except (ValueError, SyntaxError):
-            raise ValueError(
-                f"{slug}: the default of parameter '{name}' is no literal: {p['default']}"
-            ) from None
-        found[name] = {"type": p["inferred_type_name"], "default": default, "help": p["help"]}
+            default = ast.literal_eval(node.value)
+        except ValueError:
+            raise ValueError(f"{slug}: the default of '{name}' is no literal: {line}") from None
+        annotation, comment = ast.unparse(node.annotation), line.partition("  # ")[2]
+        found[name] = {"type": annotation, "default": default, "help": comment}
     return found
 
 
 def fits(value: object, annotation: str) -> bool:
-    """Whether a value has an annotated type: int, float (takes int), str, bool, list, dict,
-    list[str], int | None.
+    """Tell whether a value has an annotated type: int, float (which takes an int), str, bool or
+    list.
     """
-    for option in (part.strip() for part in annotation.split("|")):
-        outer, _, inner = option.removesuffix("]").partition("[")
-        if outer not in TYPES:
-            raise ValueError(f"unknown parameter type '{option}'; accepted are: {', '.join(TYPES)}")
-        exact = type(value) is TYPES[outer] or (
-            outer == "float" and type(value) is int
-        )  # a bool is no int here
-        if exact and (outer != "list" or not inner or all(fits(v, inner) for v in value)):
-            return True
-    return False
+    if annotation not in TYPES:
+        raise ValueError(f"unknown parameter type '{annotation}'; accepted are: {', '.join(TYPES)}")
+    return type(value) in TYPES[annotation]
 
 
-def _checked(slug: str, name: str, value: object, exist: dict[str, dict]) -> object:
+def check(slug: str, name: str, value: object, exist: dict[str, dict]) -> None:
+    """Raise ValueError where a notebook has no such parameter (``exist``: those declared), or the
+    value has another type or is out of range.
+    """
     if name not in exist:
         raise ValueError(f"{slug} has no parameter '{name}'; it has: {', '.join(exist) or 'none'}")
-    kind = exist[name]["type"]
-    if not fits(value, kind):
-        raise ValueError(
-            f"{slug}: parameter '{name}' takes {kind}, not {type(value).__name__} {value!r}"
-        )
-    low, items = int(name in COUNTS), value if isinstance(value, list) else [value]
-    for item in items:
-        if (
-            isinstance(item, (int, float))
-            and not isinstance(item, bool)
-            and not low <= item < math.inf
-        ):
+    wanted, low = exist[name]["type"], int(name in COUNTS)
+    if not fits(value, wanted):
+        given = f"{type(value).__name__} {value!r}"
+        raise ValueError(f"{slug}: parameter '{name}' takes {wanted}, not {given}")
+    if value == []:
+        raise ValueError(f"{slug}: parameter '{name}' needs at least one entry")
+    for item in value if isinstance(value, list) else [value]:
+        if type(item) in (int, float) and not low <= item < math.inf:
             raise ValueError(
                 f"{slug}: parameter '{name}' takes numbers from {low} on, not {item!r}"
             )
-    if value == []:
-        raise ValueError(f"{slug}: parameter '{name}' needs at least one entry")
-    return value
 
 
 def load_profile(name: str) -> tuple[dict, dict[str, dict]]:
-    """(parameters for every notebook that declares them, {slug: parameters of that notebook alone})
-    of a profile.
+    """Read a profile: the parameters for every notebook that declares them, and {slug: parameters
+    of that notebook alone}. Raises ValueError for an unknown profile, notebook or parameter.
     """
-    _known("profile", name, profiles())
-    common = (
-        yaml.safe_load((NOTEBOOKS / "profiles" / f"{name}.yaml").read_text(encoding="utf-8")) or {}
-    )
+    require("profile", name, profiles())
+    file = NOTEBOOKS / "profiles" / f"{name}.yaml"
+    common = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
     own = common.pop("notebooks", None) or {}
     if common.get("profile") != name:
-        raise ValueError(f"profile {name}.yaml must hold the line 'profile: {name}'")
+        raise ValueError(f"profile {file.name} must hold the line 'profile: {name}'")
     for slug in own:
-        _known(f"notebook in profile {name}.yaml", slug, notebooks())
-    declared_anywhere = set().union(*(declared(slug) for slug in notebooks()))
+        require(f"notebook in profile {file.name}", slug, notebooks())
+    anywhere = sorted(set().union(*(declared(slug) for slug in notebooks())))
     for parameter in common:
-        _known(f"parameter in profile {name}.yaml", parameter, sorted(declared_anywhere))
+        require(f"parameter in profile {file.name}", parameter, anywhere)
     return common, own
 
 
 def parameters(slug: str, profile: str = "mini", overrides: dict | None = None) -> dict:
-    """All parameters of a notebook under a profile: its defaults, then the profile's, then
+    """Return all parameters of a notebook under a profile: its defaults, then the profile's, then
     ``overrides``.
 
-    ValueError for an unknown notebook, profile or parameter (listing what exists), for a value of
-    the wrong type or out of range.
+    Raises ValueError for an unknown notebook, profile or parameter (listing what exists), and for
+    a value of the wrong type or out of range.
     """
-    exist = declared(slug)
+    exist, overrides = declared(slug), overrides or {}
     common, own = load_profile(profile)
-    if (overrides or {}).get("profile", profile) != profile:
+    if overrides.get("profile", profile) != profile:
         raise ValueError(f"{slug}: choose the profile with --profile, not with -p profile")
-    given = {k: v for k, v in common.items() if k in exist} | own.get(slug, {}) | (overrides or {})
-    return {k: p["default"] for k, p in exist.items()} | {
-        k: _checked(slug, k, v, exist) for k, v in given.items()
-    }
+    given = {name: value for name, value in common.items() if name in exist}
+    given |= own.get(slug, {}) | overrides
+    for name, value in given.items():
+        check(slug, name, value, exist)
+    return {name: parameter["default"] for name, parameter in exist.items()} | given
 
 
-def normalize(nb: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """Strip, in place, what differs between two runs with equal outputs: times, versions, ids,
-    stream chunks.
+def normalize(notebook):
+    """Strip in place what differs between two runs with equal outputs; return the notebook."""
+    from nbconvert.preprocessors import CoalesceStreamsPreprocessor
+    from nbstripout import strip_output
 
-    Outputs and execution counts stay (counts renumbered from 1): nbval compares against them.
-    """
-    nb.metadata = {
-        k: {f: nb.metadata[k][f] for f in fields if f in nb.metadata[k]}
-        for k, fields in KEPT_METADATA.items()
-        if k in nb.metadata
-    }
-    count = 0
-    for cell in nb.cells:
-        cell.metadata = {"tags": cell.metadata.tags} if cell.metadata.get("tags") else {}
-        if "injected-parameters" in cell.metadata.get("tags", []):
-            cell.id = "injected-parameters"  # papermill draws a random one
-        if cell.cell_type != "code" or cell.execution_count is None:
-            continue
-        cell.execution_count = count = count + 1
-        merged = []
-        for out in cell.outputs:
-            if out.output_type == "execute_result":
-                out.execution_count = count
-            if out.output_type == "stream" and merged and merged[-1].get("name") == out.name:
-                merged[-1].text += out.text  # where a stream is cut depends on the machine's load
-            else:
-                merged.append(out)
-        cell.outputs = merged
-    return nbformat.from_dict(nb)
-
-
-def _last_cell(nb: nbformat.NotebookNode) -> int:
-    """Position, from 1, of the last cell that was started, as the source notebook counts them."""
-    added = {"injected-parameters", "papermill-error-cell-tag"}
-    cells = [c for c in nb.cells if not added & set(c.metadata.get("tags", []))]
-    return max(
-        (n for n, c in enumerate(cells, 1) if c.metadata.get("papermill", {}).get("start_time")),
-        default=0,
+    # Where a stream is cut into pieces depends on the machine's load.
+    merged, _ = CoalesceStreamsPreprocessor().preprocess(notebook, {})
+    return strip_output(
+        merged, keep_output=True, keep_count=True, keep_id=True, extra_keys=STRIPPED
     )
 
 
 def execute(
-    slug: str,
-    profile: str,
-    overrides: dict | None = None,
-    out: Path | None = None,
-    bar: bool = False,
+    slug: str, profile: str, overrides: dict | None = None, out: Path | None = None
 ) -> Path:
-    """Run a notebook in its own folder; returns where the executed one lies (default
+    """Run a notebook in its own folder and return where the executed one lies (default
     runs/PROFILE/SLUG.ipynb).
 
     A failing cell raises RuntimeError with one line; the partial notebook stays beside ``out`` as
     SLUG.failed.ipynb.
     """
+    import nbformat
+    import papermill
+    from nbclient.exceptions import CellTimeoutError, DeadKernelError
+
     values = parameters(slug, profile, overrides)
     out = Path(out or ROOT / "runs" / profile / f"{slug}.ipynb").resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_suffix(".failed.ipynb")
     try:
-        nb = papermill.execute_notebook(
+        executed = papermill.execute_notebook(
             NOTEBOOKS / f"{slug}.ipynb",
             partial,
             parameters=values,
             cwd=NOTEBOOKS,
-            progress_bar=bar,
-            extra_arguments=["--log-level=CRITICAL"],
-        )  # nothing about loopback ports or shutting down
-    except (papermill.PapermillExecutionError, DeadKernelError, CellTimeoutError) as e:
-        kind, text = (
-            getattr(e, "ename", type(e).__name__),
-            " ".join(str(getattr(e, "evalue", e)).split()),
+            progress_bar=sys.stderr.isatty(),
+            extra_arguments=["--log-level=CRITICAL"],  # nothing about loopback ports
         )
-        cell = _last_cell(nbformat.read(partial, as_version=4))
+    except (papermill.PapermillExecutionError, DeadKernelError, CellTimeoutError) as e:
+        kind = getattr(e, "ename", type(e).__name__)
+        text = " ".join(str(getattr(e, "evalue", e)).split())[:500]
+        times = [c.metadata.get("papermill", {}) for c in nbformat.read(partial, 4).cells]
+        cell = sum(bool(t.get("start_time")) for t in times) - 1  # one holds the parameters given
         raise RuntimeError(
-            f"{slug}, cell {cell}: {kind}: {text[:500]} (partial output: {partial})"
+            f"{slug}, cell {cell}: {kind}: {text} (partial output: {partial})"
         ) from e
-    nbformat.write(normalize(nb), partial)
+    for cell in executed.cells:
+        if "injected-parameters" in cell.metadata.get("tags", []):
+            cell.id = "injected-parameters"  # papermill draws a random one
+    nbformat.write(normalize(executed), partial)
     os.replace(partial, out)
     return out
 
 
-def _override(slug: str, name: str, text: str) -> object:
-    """A command-line value: taken as it stands where the notebook wants a string, else read as
-    YAML.
-    """
-    return text if declared(slug).get(name, {}).get("type") == "str" else yaml.safe_load(text)
-
-
-def _list() -> None:
-    for slug in notebooks():
-        print(slug)
-        for name, p in declared(slug).items():
-            print(f"    {name}: {p['type']} = {p['default']!r}  # {p['help']}")
-
-
 def main(argv: list[str] | None = None) -> int:
-    """Command line; returns the exit status: 0 done, 1 a cell failed, 2 the request was wrong."""
+    """Run the command line; return 0 when done, 1 when a cell failed, 2 for a wrong request."""
     parser = argparse.ArgumentParser(
-        prog="python -m companion.run", description=__doc__.split("\n\n")[0]
+        "python -m companion.run", description=__doc__.split("\n\n")[0]
     )
-    parser.add_argument("notebook", nargs="?", help="slug, such as 02_complementarity")
-    parser.add_argument(
-        "--profile", default="mini", help="a file of notebooks/profiles (default: mini)"
-    )
-    parser.add_argument(
-        "-p", dest="override", nargs=2, action="append", default=[], metavar=("NAME", "VALUE")
-    )
-    parser.add_argument(
-        "--out", type=Path, help="executed notebook (default: runs/PROFILE/NOTEBOOK.ipynb)"
-    )
-    parser.add_argument(
-        "--list", action="store_true", help="show the notebooks with their parameters"
-    )
-    parser.add_argument(
-        "--normalize",
-        nargs="+",
-        type=Path,
-        metavar="FILE",
-        help="normalise notebook files in place",
-    )
-    args = parser.parse_args(argv)
+    add = parser.add_argument
+    add("notebook", help="slug, such as 02_complementarity")
+    add("--profile", default="mini", help="a file of notebooks/profiles (default: mini)")
+    add("-p", dest="override", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
+    add("--out", type=Path, help="executed notebook (default: runs/PROFILE/NOTEBOOK.ipynb)")
+    args, start = parser.parse_args(argv), time.perf_counter()
     logging.getLogger("papermill").setLevel(logging.CRITICAL)  # one line on failure, our own
-    start = time.perf_counter()
     try:
-        for path in args.normalize or []:
-            nbformat.write(normalize(nbformat.read(path, as_version=4)), path)
-        if args.list:
-            _list()
-        if args.list or args.normalize:
-            return 0
-        slug = _known("notebook", args.notebook or "", notebooks())
+        exist = declared(args.notebook)
+        overrides = {  # text is taken as it stands where text is wanted, else read as YAML
+            name: text if exist.get(name, {}).get("type") == "str" else yaml.safe_load(text)
+            for name, text in args.override
+        }
         devices.claim()  # the kernel inherits it
-        overrides = {name: _override(slug, name, text) for name, text in args.override}
-        out = execute(slug, args.profile, overrides, args.out, bar=sys.stderr.isatty())
+        out = execute(args.notebook, args.profile, overrides, args.out)
     except (ValueError, RuntimeError, yaml.YAMLError) as e:
         red, plain = ("\033[31m", "\033[0m") if sys.stderr.isatty() else ("", "")
         print(f"{red}{' '.join(str(e).split())}{plain}", file=sys.stderr)
         return 1 if isinstance(e, RuntimeError) else 2
-    print(f"{slug} ({args.profile}): {time.perf_counter() - start:.0f} s, {out}")
+    print(f"{args.notebook} ({args.profile}): {time.perf_counter() - start:.0f} s, {out}")
     return 0
 
 

@@ -9,7 +9,6 @@ pages, there is no script.
 """
 
 import argparse
-import json
 import re
 import shutil
 from collections.abc import Sequence
@@ -34,12 +33,11 @@ THUMBNAIL = 560  # pixels: two for each one of a gallery column
 def build(
     out: Path, profile: str = "lite", notebooks: Path = run.NOTEBOOKS, runs: Path | None = None
 ) -> list[Path]:
-    """Write the site into the folder ``out``, which is replaced; returns its pages, the index
-    first.
+    """Write the site into the folder ``out``, which is replaced; return its pages, the index first.
 
     ``notebooks``: the committed ones; ``runs``: executed ones (default runs/``profile``); figures
-    and measured claims are those of figures/``profile``. A folder without notebooks raises
-    ValueError.
+    and measured claims are those of figures/``profile``. Raises ValueError for a folder without
+    notebooks.
     """
     sources = sorted(notebooks.glob("[0-9][0-9]_*.ipynb"))
     if not sources:
@@ -49,32 +47,12 @@ def build(
     out.mkdir(parents=True)
     read = [executed(path, runs / path.name) for path in sources]
     pages = [
-        {"slug": p.stem, "title": title(nb), "profile": ran}
-        for p, (nb, ran) in zip(sources, read, strict=True)
+        {"slug": path.stem, "title": title(nb), "profile": ran}
+        for path, (nb, ran) in zip(sources, read, strict=True)
     ]
-    slugs = [page["slug"] for page in pages]
-    drawn = gallery(out, paths.figures_dir() / profile)
-    board = paper.scoreboard(profile)
-    board["order"] = board["verdict"].map(list(VERDICTS).index)
-    claims = board.sort_values("order", kind="stable").to_dict("records")
-    items = [
-        row
-        | {
-            "verdicts": board.loc[board["item"] == row["item"], "verdict"].value_counts().to_dict(),
-            "figures": [f for f in drawn if row["item"] in f["items"]],
-        }
-        for row in paper.items().to_dict("records")
-    ]
-    shared = {
-        "pages": pages,
-        "slugs": slugs,
-        "figures": drawn,
-        "claims": claims,
-        "items": items,
-        "profile": profile,
-        "colours": VERDICTS,
-        "counts": board["verdict"].value_counts().reindex(VERDICTS).dropna().astype(int),
-    }
+    figures = gallery(out, profile)
+    shared = {"pages": pages, "slugs": [page["slug"] for page in pages], "figures": figures}
+    shared |= {"profile": profile, "colours": VERDICTS} | judged(profile, figures)
     env = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -82,55 +60,80 @@ def build(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    env.filters |= {"points": points, "anchor": anchor}
+    env.filters |= {"points": lambda row: paper.ours(row, 2), "anchor": anchor}
     style = (TEMPLATES / "style.css").read_text() + HtmlFormatter().get_style_defs(".highlight")
     (out / "style.css").write_text(style, encoding="utf-8")
-    written = [_write(out, env, name, shared) for name in ("index", "scoreboard")]
+    written = [write(out, env, name, shared) for name in ("index", "scoreboard")]
     around = zip([None, *pages[:-1]], pages, [*pages[1:], None], read, strict=True)
     for before, page, after, (nb, _) in around:
-        here = {"page": page, "before": before, "after": after, "body": body(nb, slugs)}
-        here["own"] = [f for f in drawn if f["notebook"] == page["slug"]]
-        written.append(_write(out, env, "notebook", shared | here, page["slug"]))
+        here = {"page": page, "before": before, "after": after, "body": body(nb, shared["slugs"])}
+        here["own"] = [f for f in figures if f["notebook"] == page["slug"] and f["size"]]
+        written.append(write(out, env, "notebook", shared | here, page["slug"]))
     return written
 
 
-def executed(source: Path, ran: Path) -> tuple[nbformat.NotebookNode, str]:
-    """A notebook with outputs and the profile it ran with: ``ran`` where its cells are those of
-    ``source``.
+def write(out: Path, env: Environment, template: str, values: dict, name: str = "") -> Path:
+    """Write one page from its template; return its path."""
+    path = out / f"{name or template}.html"
+    path.write_text(env.get_template(f"{template}.html").render(**values), encoding="utf-8")
+    return path
+
+
+def judged(profile: str, figures: list[dict]) -> dict:
+    """Return the claims with the disagreements first, how many have which verdict, and the paper's
+    items, each with its verdicts and figures.
     """
+    board = paper.scoreboard(profile)
+    board["order"] = board["verdict"].map(paper.VERDICTS.index)
+    counts = lambda rows: rows["verdict"].value_counts()
+    items = [
+        row
+        | {
+            "verdicts": counts(board[board["item"] == row["item"]]).to_dict(),
+            "figures": [figure for figure in figures if row["item"] in figure["items"]],
+        }
+        for row in paper.items().to_dict("records")
+    ]
+    return {
+        "claims": board.sort_values("order", kind="stable").to_dict("records"),
+        "counts": counts(board).reindex(paper.VERDICTS).dropna().astype(int),
+        "items": items,
+    }
+
+
+def executed(source: Path, ran: Path) -> tuple[nbformat.NotebookNode, str]:
+    """Return a notebook with outputs and the profile that it ran with: ``ran`` where its code is
+    that of ``source``, which is the committed one.
+    """
+
+    def code(notebook) -> list[str]:
+        given = "injected-parameters"  # papermill's own cell
+        cells = [c for c in notebook.cells if given not in c.metadata.get("tags", [])]
+        return [cell.source.strip() for cell in cells]
+
     committed = nbformat.read(source, 4)
-    if ran.is_file():
-        other = nbformat.read(ran, 4)
-        if _code(other) == _code(committed):
-            return other, ran.parent.name
-        print(
-            f"{source.stem}: the run in {ran.parent.name} is of other code; its page shows the committed notebook"
-        )
+    if not ran.is_file():
+        return committed, "mini"
+    other, profile = nbformat.read(ran, 4), ran.parent.name
+    if code(other) == code(committed):
+        return other, profile
+    print(f"{source.stem}: its run in {profile} is of other code; the committed page is shown")
     return committed, "mini"
 
 
-def _code(nb: nbformat.NotebookNode) -> list[str]:
-    cells = [c for c in nb.cells if "injected-parameters" not in c.metadata.get("tags", [])]
-    return [c.source.strip() for c in cells]
-
-
 def title(nb: nbformat.NotebookNode) -> str:
-    """The first heading, without its mark."""
+    """Return the first heading, without its mark."""
     return nb.cells[0].source.splitlines()[0].lstrip("# ")
 
 
 def body(nb: nbformat.NotebookNode, slugs: Sequence[str]) -> str:
-    """A notebook's cells as HTML: alternative texts, formulas as MathML, code folded, links between
-    pages relative.
+    """Return a notebook's cells as HTML: images with a text, formulas as MathML, code folded, links
+    between pages relative.
     """
-    for cell in nb.cells:
-        cell.outputs = [
-            o
-            for o in cell.get("outputs", [])
-            if not (o.output_type == "stream" and o.name == "stderr")
-        ]
     for cell, text in zip(nb.cells, alternatives(nb), strict=True):
         cell.metadata["alt"] = text
+        shown = [output for output in cell.get("outputs", []) if output.get("name") != "stderr"]
+        cell.outputs = shown
     exporter = HTMLExporter(template_name="basic", filters={"markdown2html": markdown})
     soup = BeautifulSoup(exporter.from_notebook_node(nb)[0], "html.parser")
     for link in soup.select("a[href]"):
@@ -139,16 +142,11 @@ def body(nb: nbformat.NotebookNode, slugs: Sequence[str]) -> str:
         if code.text in slugs:
             code.wrap(soup.new_tag("a", href=f"{code.text}.html"))
     for source in soup.select("div.input"):
-        fold = source.wrap(soup.new_tag("details"))
-        fold.insert(0, summary := soup.new_tag("summary"))
         tags = " ".join(source.find_parent(class_="cell")["class"])
-        summary.string = (
-            "parameters given"
-            if "injected" in tags
-            else "parameters"
-            if "celltag" in tags
-            else "code"
-        )
+        given = "parameters" if "celltag" in tags else "code"
+        summary = soup.new_tag("summary")
+        summary.string = "parameters given" if "injected" in tags else given
+        source.wrap(soup.new_tag("details")).insert(0, summary)
     for prompt in soup.select("div.prompt"):
         prompt.decompose()
     box = {"class": "scroll", "tabindex": "0", "role": "region", "aria-label": "table"}
@@ -158,30 +156,21 @@ def body(nb: nbformat.NotebookNode, slugs: Sequence[str]) -> str:
 
 
 def alternatives(nb: nbformat.NotebookNode) -> list[str]:
-    """A text for the images of each cell: title, the heading above it and the page's own "How to
-    read it" after it.
+    """Return a text for the images of each cell: title, the heading above it and the page's own
+    "How to read it" after it.
     """
     heading, texts = "", []
-    for i, cell in enumerate(nb.cells):
-        if cell.cell_type == "markdown" and (
-            found := re.findall(r"^#+ +(.+)$", cell.source, re.MULTILINE)
-        ):
+    said = [cell.source if cell.cell_type == "markdown" else "" for cell in nb.cells]
+    for here, after in zip(said, [*said[1:], ""], strict=True):
+        if found := re.findall(r"^#+ +(.+)$", here, re.MULTILINE):
             heading = f": {found[-1]}" if found[-1] != title(nb) else ""
-        after = (
-            nb.cells[i + 1].source
-            if i + 1 < len(nb.cells) and nb.cells[i + 1].cell_type == "markdown"
-            else ""
-        )
         read = re.match(r"\*\*How to read it\.?\*\*\s*(.+)", after)
-        texts.append(_plain(f"{title(nb)}{heading}. {read[1] if read else ''}"))
+        text = f"{title(nb)}{heading}. {read[1] if read else ''}"
+        texts.append(" ".join(re.sub(r"[*`$\\]", "", text).split()))
     return texts
 
 
-def _plain(text: str) -> str:
-    return " ".join(re.sub(r"[*`$\\]", "", text).split())
-
-
-class _Formulas(IPythonRenderer):
+class Formulas(IPythonRenderer):
     """Markdown with its formulas as MathML, which browsers set without a script."""
 
     def inline_math(self, body: str) -> str:
@@ -192,79 +181,42 @@ class _Formulas(IPythonRenderer):
 
 
 def markdown(source: str) -> str:
-    """nbconvert's Markdown filter, with formulas as MathML."""
-    return MarkdownWithMath(renderer=_Formulas(escape=False, exclude_anchor_links=True)).render(
-        source
-    )
+    """Return Markdown as HTML, as nbconvert's filter does, with formulas as MathML."""
+    renderer = Formulas(escape=False, exclude_anchor_links=True)
+    return MarkdownWithMath(renderer=renderer).render(source)
 
 
-def gallery(out: Path, folder: Path) -> list[dict]:
-    """Copy the figures of ``folder`` into the site, whole and as thumbnails; name, notebook, paper
-    items, size, alt.
+def gallery(out: Path, profile: str) -> list[dict]:
+    """Copy figures, whole and as thumbnails, and numbers of a profile into the site; return
+    `paper.written` of each, with the file to link to and the thumbnail's size, None for a table.
     """
+    folder, found = paths.figures_dir() / profile, []
     for sub in ("figures", "thumbnails"):
         (out / sub).mkdir()
-    found = []
-    for path in sorted(folder.glob("*.png")):
-        record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        image = Image.open(path).convert("RGB")
-        image.save(out / "figures" / f"{path.stem}.webp", lossless=True)
-        small = image.copy()
-        small.thumbnail((THUMBNAIL, THUMBNAIL))
-        small.save(out / "thumbnails" / f"{path.stem}.webp", quality=85)
-        shutil.copy(path.with_suffix(".csv"), out / "figures")
-        kinds = {"fig": "Fig.", "table": "Table"}
-        items = [
-            f"{kinds[kind]} {int(n)}"
-            for kind, n in re.findall(r"(?:^|_)(fig|table)(\d\d)(?=_|$)", path.stem)
-        ]
-        alt = record.get("alt", f"Figure {path.stem}")
-        here = {
-            "name": path.stem,
-            "notebook": record["notebook"],
-            "items": items,
-            "size": small.size,
-            "alt": alt,
-        }
-        found.append(here)
+    for figure in paper.written(profile):
+        name, size = figure["name"], None
+        shutil.copy(folder / f"{name}.csv", out / "figures")
+        if (drawn := folder / f"{name}.png").is_file():
+            image = Image.open(drawn).convert("RGB")
+            image.save(out / "figures" / f"{name}.webp", lossless=True)
+            image.thumbnail((THUMBNAIL, THUMBNAIL))
+            image.save(out / "thumbnails" / f"{name}.webp", quality=85)
+            size = image.size
+        found.append(figure | {"file": f"{name}.{'webp' if size else 'csv'}", "size": size})
     return found
 
 
-def points(row: dict) -> str:
-    """Ours with its interval, as text; a dash where there is none."""
-    if row["value"] != row["value"]:
-        return "–"
-    number = lambda x: f"{x:+.2f}".replace("-", "−")
-    interval = "" if row["low"] != row["low"] else f" [{number(row['low'])}, {number(row['high'])}]"
-    return number(row["value"]) + interval
-
-
 def anchor(text: str) -> str:
-    """ "Fig. 2" -> "fig-2"."""
+    """Return a text as the name of a place on a page: "Fig. 2" -> "fig-2"."""
     return re.sub(r"\W+", "-", text.lower()).strip("-")
 
 
-def _write(
-    out: Path, env: Environment, template: str, values: dict, name: str | None = None
-) -> Path:
-    path = out / f"{name or template}.html"
-    path.write_text(env.get_template(f"{template}.html").render(**values), encoding="utf-8")
-    return path
-
-
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m companion.site", description="Build the static site."
-    )
-    parser.add_argument(
-        "--profile", default="lite", choices=run.profiles(), help="whose figures and runs (lite)"
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=paths.ROOT / "build" / "site",
-        help="folder, replaced (build/site)",
-    )
+    """Build the site of a profile and say where it is."""
+    parser = argparse.ArgumentParser("python -m companion.site", description="Build the site.")
+    add, folder = parser.add_argument, paths.ROOT / "build" / "site"
+    add("--profile", default="lite", choices=run.profiles(), help="whose figures and runs (lite)")
+    add("--out", type=Path, default=folder, help="folder, replaced (build/site)")
     args = parser.parse_args(argv)
     pages = build(args.out, args.profile)
     size = sum(p.stat().st_size for p in args.out.rglob("*") if p.is_file()) / 1e6
