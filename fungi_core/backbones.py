@@ -176,6 +176,7 @@ def load(
     Raises ValueError for an unknown name, a layer that is none, or a file that is no checkpoint.
     """
     options = dict(layer=layer, device=device, dtype=dtype, head=head)
+    name = str(name) if isinstance(name, Path) else name
     if isinstance(name, torch.nn.Module):
         title = type(name).__name__
         if layer is None:
