@@ -271,10 +271,11 @@ def read_checkpoint(
         if not head:
             state = {key: value for key, value in state.items() if not key.startswith("head.")}
         model.load_state_dict(state, strict=True)
-    except (SafetensorError, RuntimeError, ValueError) as error:
+        inputs = replace(timm_inputs(model), **json.loads(metadata.get("input", "{}")))
+    except (SafetensorError, AssertionError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{file} does not hold the weights it should: {reason}") from error
-    return model, replace(timm_inputs(model), **json.loads(metadata.get("input", "{}")))
+    return model, inputs
 
 
 def timm_inputs(model: torch.nn.Module) -> ImageInputs:
