@@ -176,6 +176,7 @@ def load(
     Raises ValueError for an unknown name, a layer that is none, or a file that is no checkpoint.
     """
     options = dict(layer=layer, device=device, dtype=dtype, head=head)
+    name = str(name) if isinstance(name, Path) else name
     if isinstance(name, torch.nn.Module):
         title = type(name).__name__
         if layer is None:
@@ -270,10 +271,11 @@ def _read_checkpoint(
         if not head:
             state = {key: value for key, value in state.items() if not key.startswith("head.")}
         model.load_state_dict(state, strict=True)
-    except (SafetensorError, RuntimeError, ValueError) as error:
+        inputs = replace(_timm_inputs(model), **json.loads(metadata.get("input", "{}")))
+    except (SafetensorError, AssertionError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{file} does not hold the weights it should: {reason}") from error
-    return model, replace(_timm_inputs(model), **json.loads(metadata.get("input", "{}")))
+    return model, inputs
 
 
 def _timm_inputs(model: torch.nn.Module) -> ImageInputs:

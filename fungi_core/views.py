@@ -164,18 +164,22 @@ class ImageInputs(Inputs):
         size, scaled = self.size, math.floor(self.size / self.crop)
         if self.mode == "squash":
             resized = scaled, scaled
+        elif self.mode == "border":
+            ratio = max(image.size) / scaled
+            resized = tuple(max(1, round(side / ratio)) for side in image.size)
         else:
-            shorter_or_longer = max(image.size) if self.mode == "border" else min(image.size)
-            resized = tuple(int(scaled * side / shorter_or_longer) for side in image.size)
+            resized = tuple(int(scaled * side / min(image.size)) for side in image.size)
         if max(resized) > 64 * size:  # 20,000 x 1 pixels would become 3 GB: resize the middle alone
-            return np.asarray(_resized_middle(image, size, resized))[None]
+            return np.asarray(_resized_middle(image, size, resized, self.interpolation))[None]
         if resized != image.size:
             image = image.resize(resized, _FILTERS[self.interpolation])
-        left, top = (round((side - size) / 2) for side in resized)
         if self.mode == "border" and min(resized) < size:
-            canvas = Image.new("RGB", (size, size), tuple(round(255 * v) for v in self.mean))
-            canvas.paste(image, (-left, -top))
-            return np.asarray(canvas)[None]
+            # An odd border is one pixel wider on the right and below.
+            colour = tuple(round(255 * v) for v in self.mean)
+            canvas = Image.new("RGB", tuple(max(size, side) for side in resized), colour)
+            canvas.paste(image, tuple(max(0, size - side) // 2 for side in resized))
+            image = canvas
+        left, top = (round((side - size) / 2) for side in image.size)
         return np.asarray(image.crop((left, top, left + size, top + size)))[None]
 
     def finish(self, batch: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -209,14 +213,16 @@ class ImageInputs(Inputs):
         return [self.size, self.mean, self.std, self.crop, self.mode, self.interpolation]
 
 
-def _resized_middle(image: Image.Image, size: int, resized: tuple[int, int]) -> Image.Image:
+def _resized_middle(
+    image: Image.Image, size: int, resized: tuple[int, int], interpolation: str
+) -> Image.Image:
     """Resize only what a centre crop of the ``resized`` image would keep."""
     box = []
     for old, new in zip(image.size, resized):
         low = round((new - size) / 2) * old / new
         box.append((low, min(low + size * old / new, old)))
     (left, right), (top, bottom) = box
-    return image.resize((size, size), Image.BICUBIC, box=(left, top, right, bottom))
+    return image.resize((size, size), FILTERS[interpolation], box=(left, top, right, bottom))
 
 
 def to_image(item, name: str = "image") -> Image.Image:

@@ -10,13 +10,14 @@ tint too.
 import numpy as np
 import pytest
 import torch
+from sklearn.neighbors import KNeighborsClassifier
 
-from companion.evaluate import knn as evaluate
-from fungi_core import objectives as O
-from fungi_core.fungi import Fungi
+from fungi_core import DINO, KL, Fungi, SimCLR
+from fungi_core.features import join
+from fungi_core.views import Patches
 
 CLASSES, SIZE = 4, 24
-OBJECTIVES = (O.KL(), O.DINO(), O.SimCLR(negatives=16, stride_scale=2))
+OBJECTIVES = (KL(), DINO(), SimCLR(Patches(stride=2), negatives=16))
 CHANCE = 100 / CLASSES
 
 
@@ -86,8 +87,11 @@ def accuracies(sets, objective):
         "E+K": ["embedding", objective.name],
         "E+?": ["embedding", "shuffled"],
     }
-    score = lambda use: 100 * np.mean(
-        evaluate.knn_predict(evaluate.combine(a, use), train_y, evaluate.combine(b, use), k=10) == test_y)  # fmt: skip
+
+    def score(use):
+        found = KNeighborsClassifier(10).fit(join(a, use), train_y).predict(join(b, use))
+        return 100 * np.mean(found == test_y)
+
     return {name: score(use) for name, use in names.items()}
 
 

@@ -14,10 +14,10 @@ import torch
 from helpers import encoder, relative
 from PIL import Image
 
-from fungi_core import objectives as O
-from fungi_core import views
-from fungi_core.fungi import Parts
+from fungi_core import DINO, KL, SimCLR
 from fungi_core.projection import Rademacher
+from fungi_core.rows import Parts
+from fungi_core.views import ImageInputs, Patches
 
 # The published library is a test dependency; without it there is nothing to compare with, and `make
 # test` installs it.
@@ -40,7 +40,11 @@ def published(backbone, config):
     model = copy.deepcopy(backbone.model)
     with torch.random.fork_rng(devices=[]):
         wrapper = FUNGIWrapper(
-            model, LAYER, torch.device("cpu"), input_dim=backbone.size, extractor_configs=[config]
+            model,
+            LAYER,
+            torch.device("cpu"),
+            input_dim=backbone.inputs.size,
+            extractor_configs=[config],
         )
     return wrapper.extractors[0]
 
@@ -49,9 +53,16 @@ def our_parts(backbone, objective):
     """Heads, projection and negatives from numpy, all different from what either side would draw
     itself.
     """
-    heads = objective.heads(backbone.width, np.random.default_rng(5))
+    heads = objective.heads(backbone, np.random.default_rng(5))
     negatives = torch.randn(40, objective.dim, generator=torch.Generator().manual_seed(6))
-    return Parts(heads, Rademacher(backbone.width, backbone.gradient_size(), 9, "given"), negatives)
+    rows, columns = backbone.gradient_shape()
+    projection = Rademacher(backbone.width, rows * columns, 9, "given")
+    return Parts(backbone.layer, heads, projection, negatives)
+
+
+def given_views(backbone, batch, count):
+    size = backbone.inputs.size
+    return torch.randn(batch, count, 3, size, size, generator=torch.Generator().manual_seed(1))
 
 
 def hand_over(extractor, parts, given):
@@ -78,10 +89,10 @@ def their_gradients(extractor, count):
 
 
 CASES = [
-    ("kl at its temperature", O.KL(temperature=1.0), KLConfig()),
-    ("kl at the paper's temperature", O.KL(), KLConfig(temperature=15)),
-    ("dino", O.DINO(), DINOConfig()),
-    ("simclr", O.SimCLR(denominator="published"), SimCLRConfig()),
+    ("kl at its temperature", KL(temperature=1.0), KLConfig()),
+    ("kl at the paper's temperature", KL(), KLConfig(temperature=15)),
+    ("dino", DINO(), DINOConfig()),
+    ("simclr", SimCLR(denominator="published"), SimCLRConfig()),
 ]
 
 
@@ -92,12 +103,10 @@ CASES = [
 def test_gradients_are_those_of_the_published_library(objective, config, pool):
     backbone = encoder(pool)
     count = {"kl": 1, "dino": 12, "simclr": 9}[objective.name]
-    given = torch.randn(
-        BATCH, count, 3, backbone.size, backbone.size, generator=torch.Generator().manual_seed(1)
-    )
+    given = given_views(backbone, BATCH, count)
     parts = our_parts(backbone, objective)
     loss = lambda embeddings: objective.loss(embeddings, parts.heads, parts.negatives)
-    _, (factors,) = backbone.factors(given, loss)
+    _, (factors,) = backbone.factors(given, [loss])
     extractor = published(backbone, config)
     hand_over(extractor, parts, given[:, 0] if objective.name == "kl" else given)
     raw, projected = their_gradients(extractor, count)
@@ -116,27 +125,23 @@ def test_the_denominator_of_eq_5_is_another_gradient():
     agrees.
     """
     backbone = encoder()
-    given = torch.randn(
-        BATCH, 9, 3, backbone.size, backbone.size, generator=torch.Generator().manual_seed(1)
-    )
+    given = given_views(backbone, BATCH, 9)
     grads = {}
     for denominator in ("published", "eq5"):
-        objective = O.SimCLR(denominator=denominator)
+        objective = SimCLR(denominator=denominator)
         parts = our_parts(backbone, objective)
         loss = lambda e, o=objective, p=parts: o.loss(e, p.heads, p.negatives)
-        grads[denominator] = backbone.factors(given, loss)[1][0].gradient()
+        grads[denominator] = backbone.factors(given, [loss])[1][0].gradient()
     assert relative(grads["eq5"], grads["published"]) > 0.01
 
 
 def test_negatives_are_encoded_alike():
-    backbone, objective = encoder(), O.SimCLR()
+    backbone, objective = encoder(), SimCLR()
     parts, extractor = (
         our_parts(backbone, objective),
         published(backbone, SimCLRConfig(comparison_batch_size=2)),
     )
-    given = torch.randn(
-        2, 9, 3, backbone.size, backbone.size, generator=torch.Generator().manual_seed(1)
-    )
+    given = given_views(backbone, 2, 9)
     hand_over(extractor, parts, given)
     extractor.transform = lambda views: views
     with torch.random.fork_rng(devices=[]):
@@ -153,9 +158,9 @@ def test_patches_are_its_patchify():
     image = Image.fromarray(
         np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
     ).resize((300, 260))
-    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    square = torch.from_numpy(views.square(image, 224).copy())[None]
-    ours = views.finish(square, O.SimCLR(), mean, std, torch.float32)[0]
+    inputs, kind = ImageInputs(224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), Patches()
+    square = inputs.stack([kind.draw(image, inputs, np.random.default_rng(0), "cpu")])
+    (ours,) = kind.finish(square, inputs, torch.float32)
     theirs = extractor.transform(image)
     assert ours.shape == theirs.shape == (49, 3, 224, 224)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
@@ -165,6 +170,12 @@ def test_it_still_cannot_take_a_projection():
     """When this fails, the work-around above can go."""
     backbone = encoder()
     with pytest.raises(UnboundLocalError):
-        FUNGIWrapper(copy.deepcopy(backbone.model), LAYER, torch.device("cpu"), projection=torch.ones(64, 64 * 65),
-                     input_dim=backbone.size, extractor_configs=[KLConfig()])  # fmt: skip
+        FUNGIWrapper(
+            copy.deepcopy(backbone.model),
+            LAYER,
+            torch.device("cpu"),
+            projection=torch.ones(64, 64 * 65),
+            input_dim=backbone.inputs.size,
+            extractor_configs=[KLConfig()],
+        )
     assert autograd_hacks._hooks_disabled is False

@@ -3,7 +3,6 @@ one.
 """
 
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pytest
@@ -11,11 +10,17 @@ import torch
 from helpers import SMALL, encoder, parts, relative, views
 from PIL import Image
 
-from fungi_core import backbones
-from fungi_core import objectives as O
-from fungi_core.fungi import draw_parts, project_gradients
+from companion.encoders.objectives import (
+    IBOT,
+    DeepCluster,
+    class_and_patches,
+    masked_crops,
+    patch_count,
+)
+from fungi_core import KL, load
 from fungi_core.gradients import linear_layer, tap, tapped_factors
-from fungi_core.views import finish, masked, prepare
+from fungi_core.rows import draw_parts
+from fungi_core.views import Crops, ImageInputs, Patches
 
 
 def autograd(backbone, objective, given, batch, path):
@@ -40,69 +45,64 @@ def autograd(backbone, objective, given, batch, path):
 @pytest.mark.parametrize("objective", SMALL, ids=lambda o: o.name)
 def test_tapped_gradients_equal_per_sample_autograd(objective, pool):
     backbone = encoder(pool)
-    given, batch = parts(backbone, objective), views(objective, backbone.size)
+    given, batch = parts(backbone, objective), views(objective, backbone.inputs.size)
     expected = autograd(backbone, objective, given, batch, backbone.layer)
     loss = lambda e: objective.loss(e, given.heads, given.negatives)
-    _, (factors,) = tapped_factors(backbone.model, backbone.embed, batch, loss, [backbone.layer])
+    _, (factors,) = tapped_factors(backbone.model, backbone.embed, batch, [loss], [backbone.layer])
     assert relative(factors.gradient(), expected) < 1e-5
     assert backbone.reads_class_token([backbone.layer]) == (pool == "token")
-    embeddings, (chosen,) = backbone.factors(batch, loss)
+    embeddings, (chosen,) = backbone.factors(batch, [loss])
     assert relative(chosen.gradient(), expected) < 1e-5
     torch.testing.assert_close(embeddings[:, 0], backbone.embed(batch[:, 0]), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("layer", ["blocks.5.attn.proj", "blocks.3.mlp.fc1"])
-def test_deepcluster_and_ibot_gradients_equal_per_sample_autograd(layer):
-    backbone = encoder()
-    for objective in (O.DeepCluster(dim=16), O.IBOT(dim=24, local_crops=2)):
-        count = objective.global_crops + objective.local_crops
-        size, g = backbone.size, torch.Generator().manual_seed(1)
-        batch = torch.randn(3, count, 3, size, size, generator=g)
-        given = draw_parts(backbone, objective, 0, layer)
-        given.negatives = torch.nn.functional.normalize(torch.randn(3 * 5, 16, generator=g), dim=-1)
-        tokens = objective.name == "ibot"
-        seen = masked(batch, given.heads["masks"]) if tokens else batch
-        linear, expected = linear_layer(backbone.model, layer), []
-        for sample in seen:
-            linear.requires_grad_(True)
-            out = (backbone.model.forward_features(sample) if tokens else backbone.embed(sample))[
-                None
-            ]
-            objective.loss(out, given.heads, given.negatives).sum().backward()
-            expected.append(torch.cat([linear.weight.grad, linear.bias.grad[:, None]], 1))
-            linear.requires_grad_(False)
-            linear.weight.grad = linear.bias.grad = None
-        expected = torch.stack(expected)
-        loss = partial(objective.loss, heads=given.heads)
-        loss = loss if tokens else partial(loss, centroids=given.negatives)
-        _, (factors,) = backbone.factors(seen, loss, [layer], tokens)
-        assert relative(factors.gradient(), expected) < 1e-5
-        _, together = project_gradients(backbone, objective, given, batch, layer)
-        alone = torch.cat(
-            [project_gradients(backbone, objective, given, one[None], layer)[1] for one in batch]
-        )
-        assert relative(together, alone) < 1e-5
+@pytest.mark.parametrize(
+    "objective", [DeepCluster(dim=16), IBOT(Crops(2, 2), dim=24)], ids=lambda o: o.name
+)
+def test_deepcluster_and_ibot_gradients_equal_per_sample_autograd(objective, layer):
+    backbone, g = encoder(), torch.Generator().manual_seed(1)
+    size, count = backbone.inputs.size, objective.views.count(backbone.inputs)
+    batch = torch.randn(3, count, 3, size, size, generator=g)
+    given = draw_parts(backbone, objective, 0, layer)
+    given.negatives = torch.nn.functional.normalize(torch.randn(3 * 5, 16, generator=g), dim=-1)
+    read, seen = backbone.embed, batch
+    if objective.name == "ibot":  # no registers here: these are the class token and the patches
+        read, seen = backbone.model.forward_features, masked_crops(batch, given.heads["masks"])
+    linear, expected = linear_layer(backbone.model, layer), []
+    for sample in seen:
+        linear.requires_grad_(True)
+        objective.loss(read(sample)[None], given.heads, given.negatives).sum().backward()
+        expected.append(torch.cat([linear.weight.grad, linear.bias.grad[:, None]], 1))
+        linear.requires_grad_(False)
+        linear.weight.grad = linear.bias.grad = None
+    pair = [given.heads], [given.negatives], [layer]
+    _, (factors,) = objective.factors(backbone, batch, *pair)
+    assert relative(factors.gradient(), torch.stack(expected)) < 1e-5
+    alone = [objective.factors(backbone, one[None], *pair)[1][0] for one in batch]
+    alone = torch.cat([given.projection.apply(one) for one in alone])
+    assert relative(given.projection.apply(factors), alone) < 1e-5
 
 
 def test_tokens_are_the_class_token_and_the_patches():
     backbone = encoder(reg_tokens=2)
-    x = torch.randn(2, 3, backbone.size, backbone.size, generator=torch.Generator().manual_seed(0))
-    tokens, whole = backbone.tokens(x), backbone.model.forward_features(x)
-    assert tokens.shape == (2, 1 + backbone.patches, backbone.width)
+    size = backbone.inputs.size
+    x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    tokens, whole = class_and_patches(backbone, x), backbone.model.forward_features(x)
+    assert tokens.shape == (2, 1 + patch_count(backbone), backbone.width)
     torch.testing.assert_close(tokens[:, 0], backbone.embed(x))
     assert torch.equal(tokens[:, 1:], whole[:, 3:])  # no registers
     with pytest.raises(ValueError, match="reads no class token"):
-        encoder("avg").tokens(x)
-    other = backbones.load(
-        torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 4, 5)), layer="1"
-    )
+        class_and_patches(encoder("avg"), x)
+    other = load(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 4, 5)), layer="1")
+    other = replace(other, inputs=replace(other.inputs, size=2))
     with pytest.raises(ValueError, match="has no patch embedding"):
-        draw_parts(replace(other, size=2), O.IBOT(), 0)
+        draw_parts(other, IBOT(), 0)
 
 
 def test_tapped_gradients_equal_vmap_of_grad():
     backbone, objective = encoder("avg"), SMALL[0]
-    given, batch = parts(backbone, objective), views(objective, backbone.size)
+    given, batch = parts(backbone, objective), views(objective, backbone.inputs.size)
     for module in backbone.model.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = False  # the fused kernel has no batching rule
@@ -117,8 +117,30 @@ def test_tapped_gradients_equal_vmap_of_grad():
         {n: state[n] for n in names}, batch
     )
     expected = torch.cat([per_sample[names[0]], per_sample[names[1]][..., None]], 2)
-    _, (factors,) = backbone.factors(batch, lambda e: objective.loss(e, given.heads))
+    _, (factors,) = backbone.factors(batch, [lambda e: objective.loss(e, given.heads)])
     assert relative(factors.gradient(), expected) < 1e-5
+
+
+@pytest.mark.parametrize("pool", ["token", "avg"])
+def test_several_losses_at_several_layers_are_each_alone(pool):
+    """Factors come loss by loss, then layer by layer; one forward pass serves them all."""
+    backbone = encoder(pool)
+    batch = views(SMALL[2], backbone.inputs.size, 2)
+    given = [parts(backbone, SMALL[0]), parts(backbone, SMALL[2])]
+    losses = [
+        lambda e, o=objective, p=part: o.loss(e, p.heads, p.negatives)
+        for objective, part in zip((SMALL[0], SMALL[2]), given, strict=True)
+    ]
+    for layers in ([backbone.layer], ["blocks.2.mlp.fc1", "blocks.4.attn.qkv"]):
+        embeddings, together = backbone.factors(batch, losses, layers)
+        pairs = [(loss, layer) for loss in losses for layer in layers]
+        assert len(together) == len(pairs)
+        for (loss, layer), factors in zip(pairs, together, strict=True):
+            alone, (one,) = backbone.factors(batch, [loss], [layer])
+            torch.testing.assert_close(embeddings, alone, rtol=1e-4, atol=1e-5)
+            assert relative(factors.gradient(), one.gradient()) < 1e-5
+    embeddings, none = backbone.factors(batch, [])
+    assert none == [] and embeddings.shape == (2, 5, backbone.width)
 
 
 @pytest.mark.parametrize(
@@ -126,9 +148,9 @@ def test_tapped_gradients_equal_vmap_of_grad():
 )
 def test_every_linear_layer_in_one_pass(path):
     backbone, objective = encoder(), SMALL[2]
-    given, batch = parts(backbone, objective), views(objective, backbone.size, 2)
+    given, batch = parts(backbone, objective), views(objective, backbone.inputs.size, 2)
     loss = lambda e: objective.loss(e, given.heads, given.negatives)
-    _, several = backbone.factors(batch, loss, ["blocks.0.attn.proj", path, "blocks.5.attn.proj"])
+    _, several = backbone.factors(batch, [loss], ["blocks.0.attn.proj", path, "blocks.5.attn.proj"])
     assert relative(several[1].gradient(), autograd(backbone, objective, given, batch, path)) < 1e-5
 
 
@@ -136,10 +158,10 @@ def test_a_layer_without_bias_and_registers_and_layer_scale():
     backbone = encoder(reg_tokens=2, init_values=0.3, qkv_bias=False)
     assert backbone.reads_class_token([backbone.layer])
     objective = SMALL[1]
-    given, batch = parts(backbone, objective), views(objective, backbone.size, 2)
+    given, batch = parts(backbone, objective), views(objective, backbone.inputs.size, 2)
     loss = lambda e: objective.loss(e, given.heads)
     for path in (backbone.layer, "blocks.5.attn.qkv"):
-        _, (factors,) = backbone.factors(batch, loss, [path])
+        _, (factors,) = backbone.factors(batch, [loss], [path])
         assert factors.bias == (path == backbone.layer)
         assert (
             relative(factors.gradient(), autograd(backbone, objective, given, batch, path)) < 1e-5
@@ -148,9 +170,9 @@ def test_a_layer_without_bias_and_registers_and_layer_scale():
 
 def test_no_parameter_requires_grad_and_hooks_are_removed_even_after_an_error():
     backbone = encoder("avg")
-    batch = views(SMALL[0], backbone.size)
+    batch = views(SMALL[0], backbone.inputs.size)
     with pytest.raises(RuntimeError, match="broken loss"):
-        backbone.factors(batch, lambda e: (_ for _ in ()).throw(RuntimeError("broken loss")))
+        backbone.factors(batch, [lambda e: (_ for _ in ()).throw(RuntimeError("broken loss"))])
     layer = linear_layer(backbone.model, backbone.layer)
     assert not layer._forward_hooks and not layer._forward_pre_hooks
     assert not any(p.requires_grad or p.grad is not None for p in backbone.model.parameters())
@@ -161,7 +183,7 @@ def test_a_loss_that_is_not_finite_names_its_sample():
     backbone = encoder()
     broken = lambda e: e.sum((1, 2)) * torch.tensor([1.0, torch.nan, 1.0])
     with pytest.raises(FloatingPointError, match="sample 1 of the batch is nan"):
-        backbone.factors(views(SMALL[0], backbone.size), broken)
+        backbone.factors(views(SMALL[0], backbone.inputs.size), [broken])
 
 
 @pytest.mark.parametrize(
@@ -170,14 +192,14 @@ def test_a_loss_that_is_not_finite_names_its_sample():
 )
 def test_wrong_layers_are_named(path, message):
     with pytest.raises(ValueError, match=message):
-        encoder().factors(torch.zeros(1, 1, 3, 160, 160), lambda e: e.sum((1, 2)), [path])
+        encoder().factors(torch.zeros(1, 1, 3, 160, 160), [lambda e: e.sum((1, 2))], [path])
 
 
 def test_a_tap_that_runs_twice_is_refused():
     layer = torch.nn.Linear(4, 4)
     model = torch.nn.Sequential(layer, layer)
     with pytest.raises(ValueError, match="ran 2 times"):
-        tapped_factors(model, model, torch.zeros(1, 1, 4), lambda e: e.sum((1, 2)), ["0"])
+        tapped_factors(model, model, torch.zeros(1, 1, 4), [lambda e: e.sum((1, 2))], ["0"])
 
 
 def test_taps_leave_the_output_as_it_is():
@@ -193,42 +215,35 @@ def test_taps_leave_the_output_as_it_is():
 
 
 def test_bf16_features_stay_close_to_fp32():
-    objective = O.KL()
+    objective = KL()
     encoders = [
-        backbones.load("random:vit_tiny_patch16_224", dtype=dtype)
-        for dtype in ("float32", "bfloat16")
+        load("random:vit_tiny_patch16_224", dtype=dtype) for dtype in ("float32", "bfloat16")
     ]
     given = draw_parts(encoders[0], objective, 0)
     results = []
     for backbone in encoders:
-        images = torch.rand(4, 1, 3, 224, 224, generator=torch.Generator().manual_seed(0)).to(
-            backbone.dtype
-        )
-        embeddings, (factors,) = backbone.factors(images, lambda e: objective.loss(e, given.heads))
+        images = torch.rand(4, 1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+        images, loss = images.to(backbone.dtype), lambda e: objective.loss(e, given.heads)
+        embeddings, (factors,) = backbone.factors(images, [loss])
         results.append((embeddings[:, 0], given.projection.apply(factors, backbone.dtype)))
     for exact, fast in zip(*results, strict=True):
         assert np.all(torch.cosine_similarity(exact, fast).numpy() > 0.99)
 
 
-NATIVE = (replace(SMALL[1], native=True), replace(SMALL[2], native=True, stride_scale=2))
+NATIVE = (
+    replace(SMALL[1], views=Crops(native=True)),
+    replace(SMALL[2], views=Patches(stride=2, native=True)),
+)
 
 
 @pytest.mark.parametrize("objective", NATIVE, ids=lambda o: o.name)
 def test_views_at_their_own_sizes_equal_per_sample_autograd(objective):
     backbone = encoder()  # 160 px: local crops of 64 px, patches of 80 px
-    given, generator = parts(backbone, objective), np.random.default_rng(0)
-    prepared = [
-        prepare(
-            Image.fromarray(generator.integers(0, 256, (170, 160, 3), dtype=np.uint8)),
-            160,
-            1.0,
-            objective,
-            0,
-        )
-        for _ in range(3)
-    ]
-    mean, std = torch.full((3,), 0.5), torch.full((3,), 0.25)
-    batch = finish(torch.from_numpy(np.stack(prepared)), objective, mean, std, torch.float32)
+    given, rng = parts(backbone, objective), np.random.default_rng(0)
+    inputs = ImageInputs(160, (0.5,) * 3, (0.25,) * 3)
+    images = [rng.integers(0, 256, (170, 160, 3), dtype=np.uint8) for _ in range(3)]
+    drawn = [objective.views.draw(Image.fromarray(one), inputs, rng, "cpu") for one in images]
+    batch = objective.views.finish(inputs.stack(drawn), inputs, torch.float32)
     groups = batch if isinstance(batch, list) else [batch]
     assert [g.shape[1:] for g in groups] == {
         "dino": [(2, 3, 160, 160), (10, 3, 64, 64)],
@@ -252,7 +267,7 @@ def test_views_at_their_own_sizes_equal_per_sample_autograd(objective):
             total = total + torch.cat([weight, bias[:, None]], 1)
         expected.append(total)
     loss = lambda e: objective.loss(e, given.heads, given.negatives)
-    embeddings, (factors,) = backbone.factors(batch, loss)
+    embeddings, (factors,) = backbone.factors(batch, [loss])
     assert relative(factors.gradient(), torch.stack(expected)) < 1e-5
     assert embeddings.shape == (3, sum(g.shape[1] for g in groups), 64)
 
@@ -260,14 +275,11 @@ def test_views_at_their_own_sizes_equal_per_sample_autograd(objective):
 def test_other_sizes_need_whole_patches_and_a_class_token():
     backbone = encoder()
     assert backbone.at_size(160) is backbone and backbone.at_size(96) is backbone.at_size(96)
-    with pytest.raises(
-        ValueError, match="cannot take 50 px images; it takes multiples of its patch, 16 px"
-    ):
+    with pytest.raises(ValueError, match="cannot take 50 px images; it takes multiples of 16 px"):
         backbone.at_size(50)
     with pytest.raises(ValueError, match="views at their own sizes need a class token"):
-        encoder("avg").factors(torch.zeros(1, 1, 3, 80, 80), lambda e: e.sum((1, 2)))
-    plain = backbones.load(
-        torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 4)), layer="1", device="cpu"
-    )
+        encoder("avg").factors(torch.zeros(1, 1, 3, 80, 80), [lambda e: e.sum((1, 2))])
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 4))
+    plain = load(model, layer="1", device="cpu")
     with pytest.raises(ValueError, match="cannot take 3 px images; it takes"):
         plain.at_size(3)

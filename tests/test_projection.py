@@ -149,7 +149,7 @@ def test_projection_is_linear_and_zero_stays_zero():
 def test_wrong_shapes_are_one_line():
     with pytest.raises(ValueError, match=r"must have shape \(7, 36\), got \(36, 7\)"):
         Rademacher(7, 36, matrix=torch.ones(36, 7))
-    with pytest.raises(ValueError, match="the gradient has 36 entries, the projection 30 columns"):
+    with pytest.raises(ValueError, match="the gradient has 36 entries, R has 30 columns"):
         Rademacher(7, 30, 0).apply(factors())
 
 

@@ -119,10 +119,10 @@ def load(name: str, *, layer: str | None = None, device="auto", dtype="auto") ->
         return load_published(row, options)
     arguments = {"img_size": row.img_size} if row.img_size else {}
     found = None if random else local_file(name)
-    source = found or name
+    source = found or (f"random:{row.architecture}" if row.architecture else name)
     backbone = fungi_core.load(source, head=row.head, arguments=arguments, **options)
     inputs = replace(backbone.inputs, crop=row.crop) if row.crop else backbone.inputs
-    return replace(backbone, inputs=inputs)
+    return replace(backbone, name=name, inputs=inputs)
 
 
 def local_file(name: str) -> Path | None:
