@@ -222,7 +222,7 @@ def _resized_middle(
         low = round((new - size) / 2) * old / new
         box.append((low, min(low + size * old / new, old)))
     (left, right), (top, bottom) = box
-    return image.resize((size, size), FILTERS[interpolation], box=(left, top, right, bottom))
+    return image.resize((size, size), _FILTERS[interpolation], box=(left, top, right, bottom))
 
 
 def to_image(item, name: str = "image") -> Image.Image:

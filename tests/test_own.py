@@ -36,7 +36,7 @@ def made(embedding, labels=None, **blocks) -> own.Album:
     pixels = [np.zeros((4, 4, 3), np.uint8)] * n
     images = Images("own", "train", labels, classes, "accuracy", names, pixels, np.arange(n))
     return own.Album(
-        extract.Rows(images, {"embedding": np.asarray(embedding, np.float32)} | blocks, ()),
+        extract.Features(images, {"embedding": np.asarray(embedding, np.float32)} | blocks, ()),
         [],
         "made",
     )

@@ -41,7 +41,7 @@ class Data(SimpleNamespace):
 
 def rows(dataset: str, split: str, *keys: str):
     data = Data(name=dataset, split=split, fingerprint=dataset + split, note="")
-    return SimpleNamespace(data=data, store_keys=keys)
+    return SimpleNamespace(data=data, keys=keys)
 
 
 def made(backbone: str, dataset: str):

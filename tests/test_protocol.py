@@ -31,7 +31,7 @@ def rows(n, seed, informative="kl", metric="accuracy"):
     data = Images(
         "toy", "test", labels, list("abcd"), metric, names, [None] * n, np.arange(n), "", ""
     )
-    return extract.Rows(data, blocks, ("key",))
+    return extract.Features(data, blocks, ("key",))
 
 
 def test_accuracies_are_scikit_learns_with_the_papers_pipeline():
@@ -386,7 +386,7 @@ def test_projections_of_factors_approach_the_exact_similarity():
         d[torch.arange(n), 0, torch.from_numpy(plain.labels)] += (
             2  # the output gradient knows the class
         )
-        splits.append(extract.Rows(plain.data, plain.blocks | {"kl": Factors(a, d, True)}, ()))
+        splits.append(extract.Features(plain.data, plain.blocks | {"kl": Factors(a, d, True)}, ()))
     table = studies.projections(*splits, "K", draws=3, multiples=(1, 16), k=5, seed=0).set_index(
         ["kind", "size"]
     )
@@ -457,7 +457,7 @@ def test_changed_images_are_those_that_scikit_learns_votes_put_on_the_other_side
     def drawn(n, seed):
         out = rows(n, seed)
         pixels = [np.full((4, 4, 3), i % 256, np.uint8) for i in range(n)]
-        return extract.Rows(replace(out.data, items=pixels), out.blocks, ())
+        return extract.Features(replace(out.data, items=pixels), out.blocks, ())
 
     train, test = drawn(200, 0), drawn(120, 1)
     right = {}
