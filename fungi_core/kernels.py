@@ -20,7 +20,7 @@ try:
 except ImportError:  # Triton has no build for this platform: there is no CUDA device either
     triton = None
 
-BLOCK_BYTES = 2**26  # of the torch twin: gradients or signs held at once
+_BLOCK_BYTES = 2**26  # of the torch twin: gradients or signs held at once
 
 
 def project_tokens(d: torch.Tensor, a: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
@@ -58,7 +58,7 @@ def project_tokens_torch(
     (count, d_out), d_in, rows = d.shape, a.shape[1], len(bits if dense is None else dense)
     out = torch.zeros(count, rows, device=a.device)
     entries = max(
-        1, BLOCK_BYTES // (max(count, rows) * a.element_size())
+        1, _BLOCK_BYTES // (max(count, rows) * a.element_size())
     )  # gradient entries at once
     units, wide = max(1, entries // d_in), min(d_in, entries)
     for o in range(0, d_out, units):

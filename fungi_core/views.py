@@ -23,8 +23,8 @@ from PIL import Image, ImageOps
 
 from .resampling import bicubic_matrix, crops_on
 
-FILTERS = {"bicubic": Image.BICUBIC, "bilinear": Image.BILINEAR, "nearest": Image.NEAREST}
-CROP_MODES = ("center", "squash", "border")
+_FILTERS = {"bicubic": Image.BICUBIC, "bilinear": Image.BILINEAR, "nearest": Image.NEAREST}
+_CROP_MODES = ("center", "squash", "border")
 
 
 @dataclass(frozen=True)
@@ -168,10 +168,10 @@ class ImageInputs:
     kind: ClassVar[str] = "image"
 
     def __post_init__(self):
-        if self.mode not in CROP_MODES or self.interpolation not in FILTERS:
+        if self.mode not in _CROP_MODES or self.interpolation not in _FILTERS:
             raise ValueError(
                 f"crop mode {self.mode!r} with {self.interpolation!r} interpolation is unknown; "
-                f"there are {', '.join(CROP_MODES)} with {', '.join(FILTERS)}"
+                f"there are {', '.join(_CROP_MODES)} with {', '.join(_FILTERS)}"
             )
 
     def decode(self, item, name: str) -> Image.Image:
@@ -198,7 +198,7 @@ class ImageInputs:
         if max(resized) > 64 * size:  # 20,000 x 1 pixels would become 3 GB: resize the middle alone
             return np.asarray(_resized_middle(image, size, resized, self.interpolation))[None]
         if resized != image.size:
-            image = image.resize(resized, FILTERS[self.interpolation])
+            image = image.resize(resized, _FILTERS[self.interpolation])
         if self.mode == "border" and min(resized) < size:
             # An odd border is one pixel wider on the right and below.
             colour = tuple(round(255 * v) for v in self.mean)
@@ -253,7 +253,7 @@ def _resized_middle(
         low = round((new - size) / 2) * old / new
         box.append((low, min(low + size * old / new, old)))
     (left, right), (top, bottom) = box
-    return image.resize((size, size), FILTERS[interpolation], box=(left, top, right, bottom))
+    return image.resize((size, size), _FILTERS[interpolation], box=(left, top, right, bottom))
 
 
 def to_image(item, name: str = "image") -> Image.Image:

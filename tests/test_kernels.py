@@ -63,7 +63,7 @@ def test_a_tokens_result_does_not_depend_on_the_others():
 @pytest.mark.parametrize("limit", [64, 2000, 2**26])
 def test_blocks_of_the_twin_add_up(monkeypatch, limit):
     (d, a, bits), expected = case(6, 5, 31, 9)
-    monkeypatch.setattr(kernels, "BLOCK_BYTES", limit)
+    monkeypatch.setattr(kernels, "_BLOCK_BYTES", limit)
     assert error(kernels.project_tokens_torch(d, a, bits), expected) < 1e-6
 
 
