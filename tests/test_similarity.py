@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 import torch
 
-from companion.evaluate import cka as similarity
 from companion.evaluate.cka import STATES, LinearCKA, cka_matrix
 
 
@@ -100,10 +99,20 @@ def test_shards_merge_to_the_whole(pair):
     assert float(merged.compute()) == pytest.approx(whole, abs=1e-10)
 
 
-@pytest.mark.parametrize("cast", [lambda m: m.to(torch.float32), lambda m: m.half(), lambda m: m.float(),
-                                  torch.nn.Module.half, lambda m: torch.nn.Sequential(m).half()[0],
-                                  lambda m: m.set_dtype(torch.float32), lambda m: m.bfloat16(),
-                                  lambda m: pickle.loads(pickle.dumps(m)), copy.deepcopy])  # fmt: skip
+CASTS = [
+    lambda m: m.to(torch.float32),
+    lambda m: m.half(),
+    lambda m: m.float(),
+    torch.nn.Module.half,
+    lambda m: torch.nn.Sequential(m).half()[0],
+    lambda m: m.set_dtype(torch.float32),
+    lambda m: m.bfloat16(),
+    lambda m: pickle.loads(pickle.dumps(m)),
+    copy.deepcopy,
+]
+
+
+@pytest.mark.parametrize("cast", CASTS)
 def test_states_stay_float64(pair, cast):
     x, y = pair
     for metric in (
@@ -149,9 +158,9 @@ def test_forward_and_reset(pair):
 def test_matrix(pair, unbiased):
     x, y = (z.astype(np.float32) for z in pair)
     features = {"embedding": x, "kl": y, "both": np.hstack([x, y])}
-    expected = [[gram_cka(a.astype(float), b.astype(float), unbiased) for b in features.values()]
-                for a in features.values()]  # fmt: skip
-    np.testing.assert_allclose(cka_matrix(features, unbiased, batch=50), expected, atol=1e-10)
+    exact = [block.astype(float) for block in features.values()]
+    expected = [[gram_cka(a, b, unbiased) for b in exact] for a in exact]
+    np.testing.assert_allclose(cka_matrix(features, unbiased), expected, atol=1e-10)
 
 
 def test_errors(pair):
@@ -159,7 +168,7 @@ def test_errors(pair):
     with pytest.raises(ValueError, match="at least 4 rows, got 3"):
         stream(x[:3], y[:3]).compute()
     assert np.isfinite(float(stream(x[:4], y[:4]).compute()))
-    with pytest.raises(ValueError, match=r"same rows, got \(5, 10\), \(6, 7\)"):
+    with pytest.raises(ValueError, match=r"same rows, got \(5, 10\).*\(6, 7\)"):
         stream(x[:5], y[:6])
     with pytest.raises(ValueError, match=r"same rows, got \(120,\)"):
         LinearCKA().update(x[:, 0], y)
@@ -176,12 +185,3 @@ def test_errors(pair):
             stream(x, np.full((120, 7), 0.1), unbiased=unbiased).compute()
     with pytest.raises(ValueError, match="'a': 120, 'b': 119"):
         cka_matrix({"a": x, "b": y[1:]})
-
-
-def test_from_gram_matrices(pair):
-    x, y = pair
-    found = similarity.gram_cka(x @ x.T, y @ y.T)
-    assert found == pytest.approx(gram_cka(x, y), abs=1e-12)
-    assert found == pytest.approx(float(stream(x, y).compute()), abs=1e-12)
-    with pytest.raises(ValueError, match=r"two square Gram matrices .* got \(3, 3\) and \(3, 3\)"):
-        similarity.gram_cka(np.eye(3), np.eye(3))
