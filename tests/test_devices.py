@@ -22,7 +22,8 @@ def machine(tmp_path, monkeypatch):
     program = tmp_path / "bin" / "nvidia-smi"
     program.parent.mkdir()
     program.write_text(
-        "#!/bin/sh\necho 'GPU 0: A (UUID: a)'\necho '  MIG 1g (UUID: m)'\necho 'GPU 1: A (UUID: b)'\n"
+        "#!/bin/sh\necho 'GPU 0: A (UUID: a)'\necho '  MIG 1g (UUID: m)'\n"
+        "echo 'GPU 1: A (UUID: b)'\n"
     )
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
@@ -32,8 +33,9 @@ def machine(tmp_path, monkeypatch):
 
 
 def start(**env) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-c", CLAIM], cwd=paths.ROOT, env=os.environ | env, text=True,
-                            stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
+    command, pipe = [sys.executable, "-c", CLAIM], subprocess.PIPE
+    env = os.environ | env
+    return subprocess.Popen(command, cwd=paths.ROOT, env=env, text=True, stdin=pipe, stdout=pipe)
 
 
 def test_processes_take_different_devices_and_a_killed_one_frees_its_own(machine):
