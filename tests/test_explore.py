@@ -9,8 +9,8 @@ import pytest
 from IPython.display import HTML
 from tqdm import tqdm
 
-from companion import explore
-from fungi_core import extract
+from companion import explore, protocol
+from fungi_core import filling
 
 DISPLAYED = []
 
@@ -155,15 +155,15 @@ def test_downloads_are_links_for_a_reader_only(live, tmp_path, monkeypatch):
 
 def test_bars_are_for_people_and_quiet_in_batch_logs(monkeypatch, capsys):
     monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
-    assert (
-        list(extract.each(range(3), "three")) == [0, 1, 2] and extract.progress(3, "three").disable
-    )
+    assert list(protocol.each(range(3), "three")) == [0, 1, 2]
+    assert filling.progress(3, "three").disable
     assert capsys.readouterr().err == ""
     monkeypatch.setenv("JPY_SESSION_NAME", "notebook.ipynb")
-    monkeypatch.setattr(extract, "tqdm", tqdm)  # text, not a widget
-    bar = extract.each(range(3), "three")
+    for module in (protocol, filling):
+        monkeypatch.setattr(module, "tqdm", tqdm)  # text, not a widget
+    bar = protocol.each(range(3), "three")
     assert not bar.disable and bar.delay == 2 and list(bar) == [0, 1, 2]
     assert capsys.readouterr().err == ""  # done before the third second
-    with extract.progress(2, "two") as bar:
+    with filling.progress(2, "two") as bar:
         bar.update(2)
     assert "two: 100%" in (shown := capsys.readouterr().err) and "2/2" in shown

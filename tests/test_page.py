@@ -10,7 +10,7 @@ from nbformat.v4 import new_code_cell, new_notebook
 
 from companion import paper, protocol, run
 from companion.figures import style
-from companion.page import Page, on
+from companion.page import Page, where
 
 SLUG = "15_pca"  # a made-up notebook under a name that has a claim
 PARAMETERS = """\
@@ -67,7 +67,9 @@ def saved(tmp_path, name: str) -> dict:
 
 def test_opening_says_what_will_be_run(names, capsys):
     Page(SLUG, names)
-    assert capsys.readouterr().out == "profile mini, 1 backbone x 2 data sets, seed 3\n"
+    assert capsys.readouterr().out == (
+        "profile mini: backbones ['a'], datasets ['x', 'y'], n_train 5, n_test 4, k 7, seed 3\n"
+    )
 
 
 def test_a_parameter_without_a_value_is_one_line(names):
@@ -81,11 +83,24 @@ def test_a_parameter_without_a_value_is_one_line(names):
 def test_runs_take_the_parameters_unless_given(names, asked):
     page = Page(SLUG, names)
     assert [found[:2] for found in page.runs()] == [("a", "x"), ("a", "y")]
-    page.runs(["b"], ["z"], ["kl"], seed=4, layer="blocks.1")
+    page.runs(["kl"], seed=4, layer="blocks.1")
     sizes = {"n_train": 5, "n_test": 4}
     assert asked == [
         (["a"], ["x", "y"], ["kl", "dino", "simclr"], sizes | {"seed": 3}),
-        (["b"], ["z"], ["kl"], sizes | {"seed": 4, "layer": "blocks.1"}),
+        (["a"], ["x", "y"], ["kl"], sizes | {"seed": 4, "layer": "blocks.1"}),
+    ]
+
+
+def test_a_check_is_made_with_the_declared_parameters_alone(names, capsys):
+    Page(SLUG, names).check("gain", 1.0, 1.1, within=0.2)
+    page = Page(SLUG, names | {"k": 20})
+    for value in (1.0, 2.0):
+        page.check("gain", value, 1.1, within=0.2)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("gain")]
+    assert lines == [
+        "gain: other parameters than the stored number's",
+        "gain: within 0.2 of 1.1: True",
+        "gain: within 0.2 of 1.1: False",
     ]
 
 
@@ -93,9 +108,8 @@ def test_the_provenance_holds_every_declared_parameter_and_all_that_was_read(
     names, asked, tmp_path
 ):
     page, numbers = Page(SLUG, names), pd.DataFrame({"value": [1.0]})
-    page.runs(datasets=["x"])
-    page.used([made("b", "x")])
-    page.used_data([Data(name="own", split="test", fingerprint="f", note="n")], ["o"])
+    page.use([made("a", "x")])
+    page.use([made("b", "x")])
     fig, _ = style.figure(width=2, height=2)
     assert page.figure(fig, "table16_pca", numbers) is fig
     shown = page.table(numbers, "table16_numbers", decimals=2)
@@ -105,9 +119,9 @@ def test_the_provenance_holds_every_declared_parameter_and_all_that_was_read(
         assert record["notebook"] == SLUG and record["seed"] == 3
         assert record["parameters"] == {name: names[name] for name in run.declared(SLUG)}
         assert record["parameters"]["k"] == 7
-        assert record["stores"] == ["e", "k", "t", "o"]  # each once, in the order of reading
+        assert record["stores"] == ["e", "k", "t"]  # each once, in the order of reading
         read = [(data["name"], data["split"]) for data in record["datasets"]]
-        assert read == [("x", "train"), ("x", "test"), ("own", "test")]
+        assert read == [("x", "train"), ("x", "test")]
         assert record["wall_seconds"] >= 0
     short = page.provenance()
     assert list(short) == ["notebook", "seed", "commit", "versions"] and short["notebook"] == SLUG
@@ -131,4 +145,4 @@ def test_claims_go_to_the_scoreboard_and_are_shown_in_words(names, asked):
 
 
 def test_on_names_data_sets_and_backbones_once():
-    assert on([("a", "x"), ("b", "x"), ("a", "y")]) == "x, y; a, b"
+    assert where([("a", "x"), ("b", "x"), ("a", "y")]) == "x, y; a, b"
