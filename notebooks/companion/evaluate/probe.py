@@ -29,7 +29,10 @@ def fit(x, y, strength: float) -> LogisticRegression:
     Raises ValueError for rows that are not finite or labels of one class.
     """
     settings = dict(fit_intercept=False, tol=1e-5, max_iter=STEPS)
-    return LogisticRegression(C=1 / (strength * len(y)), **settings).fit(x, y)
+    # Of two classes scikit-learn fits the difference of their weights, w: its penalty ||w||^2 / 2
+    # is twice that of the two rows w / 2 and -w / 2.
+    rows = len(y) / 2 if len(np.unique(y)) == 2 else len(y)
+    return LogisticRegression(C=1 / (strength * rows), **settings).fit(x, y)
 
 
 def predict(train_x, train_y, test_x, *, seed: int, strengths=STRENGTHS) -> Probe:
