@@ -15,20 +15,11 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
-from PIL import Image
+from PIL import Image, ImageOps
 
-from companion.figures.style import (
-    DASHED,
-    INK,
-    NAMES,
-    PAGE,
-    PALE,
-    SMALL,
-    VERDICTS,
-    colour,
-    figure,
-    panels,
-)
+from companion.figures import style
+from companion.figures.panels import DASHED, panels
+from companion.figures.style import NAMES, PAGE, SMALL, colour, figure
 
 Matrices = Mapping[str, tuple[Sequence[str], np.ndarray]]  # {title: (labels, (n, n) array)}
 MASKS = (  # after Tol's muted scheme, safe for colour-blind readers
@@ -48,11 +39,11 @@ def cka_heatmaps(matrices: Matrices) -> Figure:
     return fig
 
 
-def pair_matrix(acc: Matrices, combined: Mapping[str, float], reference: str = "E") -> Figure:
+def pair_matrix(acc: Matrices, combined: Mapping[str, float]) -> Figure:
     """Draw Fig. 2, bottom: the kNN accuracy of each feature (diagonal) and pair; at most nine
     matrices.
 
-    Colour is the difference from the `reference` feature alone. `combined` gives, for each title,
+    Colour is the difference from the embedding alone. `combined` gives, for each title,
     the accuracy of all features together, drawn as the framed cell in the empty corner.
     """
     fig, axes = panels(list(acc), 2.1, width=2.1)
@@ -61,7 +52,7 @@ def pair_matrix(acc: Matrices, combined: Mapping[str, float], reference: str = "
         labels, values = acc[title]
         numbers[title] = np.where(np.tri(len(labels), dtype=bool), values, np.nan)
         numbers[title][0, -1] = combined[title]
-        at = list(labels).index(reference)
+        at = list(labels).index("E")
         shade[title] = numbers[title] - numbers[title][at, at]
     reach = max(0.1, *(np.nanmax(np.abs(values)) for values in shade.values()))
     look = {"vmin": -reach, "vmax": reach, "cmap": "RdBu", "square": True}
@@ -71,7 +62,7 @@ def pair_matrix(acc: Matrices, combined: Mapping[str, float], reference: str = "
         _heatmap(ax, shade[title], numbers[title], ".1f", labels, **look)
         ax.add_patch(Rectangle((len(labels) - 1, 0), 1, 1, **frame))
         ax.text(len(labels) - 1.12, 0.5, "all", ha="right", va="center_baseline", size=SMALL)
-    _colour_bar(fig, list(axes.values()), f"points above {NAMES[reference]} alone")
+    _colour_bar(fig, list(axes.values()), "points above the embedding alone")
     return fig
 
 
@@ -152,9 +143,10 @@ def image_grid(
     if not len(images):
         raise ValueError("nothing to show: no images")
     ncols = min(ncols, len(images))
-    rows, side = math.ceil(len(images) / ncols), min(1.1, PAGE / ncols)
-    lines = 1 + max(title.count("\n") for title in titles)
-    fig, axes = figure(rows, ncols, width=side * ncols, height=rows * (side + 0.14 * lines))
+    rows, wide = math.ceil(len(images) / ncols), min(1.6, PAGE / ncols)
+    pixels = np.asarray(images[0]).shape
+    high = wide * pixels[0] / pixels[1] + 0.14 * (1 + max(t.count("\n") for t in titles))
+    fig, axes = figure(rows, ncols, width=wide * ncols, height=high * rows)
     for ax in axes.flat[len(images) :]:
         ax.axis("off")
     frames = frames or [None] * len(images)
@@ -163,26 +155,19 @@ def image_grid(
     return fig
 
 
-def pairs(images: Sequence, titles: Sequence[str], ncols: int = 4) -> Figure:
+def pairs(images: Sequence, titles: Sequence[str]) -> Figure:
     """Draw pictures two by two, (first, second) of each pair side by side under one title, in rows
-    of `ncols` pairs. Raises ValueError without a pair.
+    of four pairs. Raises ValueError without a pair.
     """
     if not len(images):
         raise ValueError("nothing to show: no pairs")
-    count = len(images) // 2
-    ncols = min(ncols, count)
-    rows, gap = math.ceil(count / ncols), 0.25
-    ratios = [1, 1, gap] * (ncols - 1) + [1, 1]
-    size = {"width": 1.55 * ncols, "height": 1.1 * rows, "width_ratios": ratios}
-    fig, axes = figure(rows, len(ratios), **size)
-    fig.get_layout_engine().set(w_pad=0.01, wspace=0)
-    for ax in axes.flat:
-        ax.axis("off")
-    for i in range(count):
-        left = 3 * (i % ncols)
-        _tile(axes[i // ncols, left], images[2 * i], titles[i])
-        _tile(axes[i // ncols, left + 1], images[2 * i + 1])
-    return fig
+    square = lambda image: ImageOps.pad(_rgb(image), (160, 160), color="white")
+    joined = []
+    for first, second in zip(images[::2], images[1::2], strict=True):
+        joined.append(both := Image.new("RGB", (324, 160), "white"))
+        both.paste(square(first), (0, 0))
+        both.paste(square(second), (164, 0))
+    return image_grid(joined, titles, ncols=4)
 
 
 def class_colours(classes: int) -> np.ndarray:
@@ -327,7 +312,7 @@ def image_map(
     width, height, side = PAGE - 0.6, 4.4, 0.42  # inches
     inches = (places - places.min(0)) / np.where(spread > 0, spread, 1) * [width, height]
     colours = class_colours(max(len(names), 1))
-    inks = [PALE] * len(places) if labels is None else colours[np.asarray(labels)]
+    inks = [style.PALE] * len(places) if labels is None else colours[np.asarray(labels)]
     ax.scatter(*inches.T, s=14, c=inks, linewidths=0)
     taken = np.full((0, 2), np.inf)
     for at, image, ink in zip(inches, images, inks, strict=True):
@@ -335,8 +320,9 @@ def image_map(
             continue
         taken = np.vstack([taken, at])
         left, low = at - side / 2
-        pixels = Image.fromarray(np.asarray(image)).convert("RGB").resize((96, 96))
-        ax.imshow(pixels, extent=(left, left + side, low, low + side), zorder=2)
+        ax.imshow(
+            _rgb(image).resize((96, 96)), extent=(left, left + side, low, low + side), zorder=2
+        )
         frame = {"facecolor": "none", "edgecolor": ink, "linewidth": 1.6, "zorder": 3}
         ax.add_patch(Rectangle((left, low), side, side, **frame))
     ax.set(xlim=(-side / 2, width + side / 2), ylim=(-side / 2, height + side / 2), aspect="equal")
@@ -344,6 +330,10 @@ def image_map(
     if labels is not None and len(names) <= 16:
         _class_key(fig, dict(zip(names, colours, strict=True)))
     return fig
+
+
+def _rgb(image) -> Image.Image:
+    return Image.fromarray(np.asarray(image)).convert("RGB")
 
 
 def _tile(ax: Axes, image, title: str = "", right: bool | None = None, **look) -> None:
@@ -355,7 +345,7 @@ def _tile(ax: Axes, image, title: str = "", right: bool | None = None, **look) -
     ax.set_title(title, loc="center", size=SMALL, pad=3)
     ax.spines[:].set_visible(right is not None)
     if right is not None:
-        ax.spines[:].set(linewidth=2.5, color=VERDICTS["agrees" if right else "disagrees"])
+        ax.spines[:].set(linewidth=2.5, color=style.VERDICTS["agrees" if right else "disagrees"])
 
 
 def _beside(found: Mapping[str, Sequence[Mapping]], **shape):
@@ -396,7 +386,7 @@ def _colour_bar(fig: Figure, axes: list[Axes], label: str) -> None:
 
 def _class_key(fig: Figure, inks: Mapping) -> None:
     """Write the colours of classes below a figure."""
-    edge = {"edgecolor": INK, "linewidth": 0.5}
+    edge = {"edgecolor": style.INK, "linewidth": 0.5}
     handles = [Patch(facecolor=ink, label=name, **edge) for name, ink in inks.items()]
     spacing = {"ncols": 6, "handlelength": 1.2, "columnspacing": 1.2}
     fig.legend(handles=handles, loc="outside lower center", fontsize=SMALL, **spacing)

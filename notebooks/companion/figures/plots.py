@@ -12,40 +12,33 @@ import textwrap
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import (
-    FixedLocator,
-    LogLocator,
-    MaxNLocator,
-    NullLocator,
-    StrMethodFormatter,
-)
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
-from companion.figures.style import (
-    COLOURS,
-    COLUMN,
+from companion.figures import style
+from companion.figures.panels import (
     DASHED,
-    FUNGI,
-    INK,
     MOST_PANELS,
-    NAMES,
-    PAGE,
-    PALE,
     PAPER,
-    SMALL,
-    VERDICTS,
-    colour,
-    contrast,
-    figure,
+    curves_of,
+    facets,
     key,
+    line_of,
+    list_axis,
+    mark,
+    note,
     panels,
+    plain_log,
+    rows_of_panels,
     say_left_out,
+    titles_of,
 )
+from companion.figures.style import COLUMN, INK, NAMES, PALE, SMALL, colour, figure
 
 CONDITION = ("dataset", "backbone")
 SHADE = "#F1F1F1"
+PAIR = {"embedding": {"color": style.COLOURS["E"]}, "FUNGI": {"color": style.FUNGI}}
 
 
 def class_deltas(df: pd.DataFrame) -> Figure:
@@ -56,16 +49,15 @@ def class_deltas(df: pd.DataFrame) -> Figure:
     """
     df = _need(df, "features", "class", "value")
     kinds = list(df["features"].unique())
-    fig, rows = _rows(df, (*CONDITION, "setting"), len(kinds), 1.3, sharey="row")
+    fig, rows = rows_of_panels(df, (*CONDITION, "setting"), len(kinds), 1.3, sharey="row")
     for i, (title, axes, here) in enumerate(rows):
         axes[0].set_title(title)
         # Sorted bars leave the upper right and the lower left free: the counts go where more is.
         below = -here["value"].min() > here["value"].max()
         for ax, kind in zip(axes, kinds, strict=True):
             delta = np.sort(here.loc[here["features"] == kind, "value"].to_numpy())[::-1]
-            ax.bar(
-                range(len(delta)), delta, width=1 if len(delta) > 40 else 0.8, color=colour(kind)
-            )
+            width = 1 if len(delta) > 40 else 0.8  # many bars touch
+            ax.bar(range(len(delta)), delta, width=width, color=colour(kind))
             ax.axhline(0, color=INK, linewidth=0.7)
             ax.spines["bottom"].set_visible(False)
             ax.set(xticks=[], xlabel=f"{len(delta)} classes" if len(delta) else "not run")
@@ -93,13 +85,13 @@ def accuracy_by_features(
     outer = [name for name in ("backbone", "setting") if name in df]
     if outer:  # the data sets of one backbone and setting stand side by side
         df = df.iloc[df.groupby(outer, sort=False).ngroup().argsort(kind="stable")]
-    fig, facets = _facets(df, (*CONDITION, "setting"), 1.9)
-    for ax, here in facets:
+    fig, parts = facets(df, (*CONDITION, "setting"), 1.9)
+    for ax, here in parts:
         base = here.loc[here["features"] == "E", "value"].mean()  # NaN where it was not run
         ax.axhline(base, color=PALE, linewidth=0.7, linestyle=DASHED, zorder=0)
         for r in here.itertuples():
             x, ink = kinds.index(r.features), colour(r.features)
-            _mark(ax, x, r.value, ink, y_interval=(r.low, r.high))
+            mark(ax, x, r.value, ink, y_interval=(r.low, r.high))
             if r.features != "E":
                 ax.plot(x + 0.25, base + r.paper, color=ink, **PAPER)
         if here["value"].isna().all():
@@ -124,22 +116,26 @@ def variants(df: pd.DataFrame, *, against: str, interval: str = "95 % interval")
     """
     df = _need(df, "column", "variant", "features", "value", "gain", "gain_low", "gain_high")
     columns, names = list(df["column"].unique()), list(df["variant"].unique())
-    width = min(PAGE, COLUMN * (0.55 + 0.75 * len(columns)))
+    width = min(style.PAGE, COLUMN * (0.55 + 0.75 * len(columns)))
     shape = {"width": width, "sharex": "col", "sharey": True}
-    fig, rows = _rows(df, CONDITION, len(columns), 0.4 + 0.2 * len(names), **shape)
+    fig, rows = rows_of_panels(df, CONDITION, len(columns), 0.4 + 0.2 * len(names), **shape)
     for title, axes, here in rows:
         for ax, column in zip(axes, columns, strict=True):
-            beside = {"transform": ax.get_yaxis_transform(), "va": "center_baseline", "size": SMALL}
+            beside = {
+                "transform": ax.get_yaxis_transform(),
+                "va": "center_baseline",
+                "size": SMALL,
+            }
             for r in here[here["column"] == column].itertuples():
                 y, ink = names.index(r.variant), colour(r.features)
-                _mark(ax, r.gain, y, ink, x_interval=(r.gain_low, r.gain_high))
+                mark(ax, r.gain, y, ink, x_interval=(r.gain_low, r.gain_high))
                 ax.plot(r.paper, y + 0.3, color=ink, **PAPER)
                 if np.isnan(r.value):
                     ax.text(0.5, y, "not applicable", ha="center", color=PALE, **beside)
                 else:
                     ax.text(1.02, y, f"{r.value:.1f}", color=INK, **beside)
             ax.axvline(0, color=INK, linewidth=0.7, linestyle=DASHED)
-            _list(ax, names)
+            list_axis(ax, names)
             ax.set_title(column)
         if title:
             axes[0].set_title(f"{title}\n{columns[0]}")
@@ -157,13 +153,13 @@ def curves(df: pd.DataFrame, *, x: str, label: str) -> Figure:
     are.
     """
     df = _need(df, x, "features", "value")
-    fig, facets = _facets(df, CONDITION, 2.1)
-    for ax, here in facets:
-        _curves(ax, here, x)
+    fig, parts = facets(df, CONDITION, 2.1)
+    for ax, here in parts:
+        curves_of(ax, here, x)
         ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     fig.supxlabel(label)
     fig.supylabel("accuracy (%)")
-    key(fig, {kind: _line(kind) for kind in df["features"].unique()})
+    key(fig, {kind: line_of(kind) for kind in df["features"].unique()})
     return fig
 
 
@@ -174,13 +170,13 @@ def views_and_speed(df: pd.DataFrame) -> Figure:
     `df` has features, views, value with low and high (percent), speed and floor (images/s).
     """
     df = _need(df, "features", "views", "value", "speed", "floor")
-    titles = _titles(df, CONDITION)
+    titles = titles_of(df, CONDITION)
     names, last = list(titles.unique()), "speed\n(dashed: floor)"
     fig, axes = panels([*names[: MOST_PANELS - 1], last], 2.5, width=2.5)
     say_left_out(fig, max(0, len(names) - MOST_PANELS + 1))
     speed = axes.pop(last)
     for title, ax in axes.items():
-        _curves(ax, df[titles == title], "views")
+        curves_of(ax, df[titles == title], "views")
         ax.set_ylabel("accuracy (%)")
     backbones = df["backbone"] if "backbone" in df else pd.Series("", df.index)
     for name in backbones.unique():
@@ -188,15 +184,15 @@ def views_and_speed(df: pd.DataFrame) -> Figure:
         speed.plot(part["views"], part["speed"], color=INK, marker="o", markersize=3)
         speed.plot(part["views"], part["floor"], color=PALE, linestyle=DASHED)
         if backbones.nunique() > 1:
-            _note(speed, name, part["views"].iloc[0], part["speed"].iloc[0], (5, 3))
+            note(speed, name, part["views"].iloc[0], part["speed"].iloc[0], (5, 3))
     speed.set(yscale="log", ylabel="images/s")
-    _plain_log(speed.yaxis)
+    plain_log(speed.yaxis)
     ticks = sorted(df["views"].unique())
     for ax in (*axes.values(), speed):
         ax.set(xlabel="views an image", xscale="log")
         ax.set_xticks(ticks, [str(tick) for tick in ticks], size=SMALL)
         ax.xaxis.set_minor_locator(NullLocator())
-    key(fig, {NAMES.get(kind, kind): _line(kind) for kind in df["features"].unique()})
+    key(fig, {NAMES.get(kind, kind): line_of(kind) for kind in df["features"].unique()})
     return fig
 
 
@@ -208,20 +204,20 @@ def trade_off(df: pd.DataFrame) -> Figure:
     gain_low, gain_high.
     """
     df = _need(df, "features", "label", "native", "speed", "gain", "gain_low", "gain_high")
-    fig, facets = _facets(df, CONDITION, 2.9, width=1.35 * COLUMN, columns=2)
-    for ax, here in facets:
+    fig, parts = facets(df, CONDITION, 2.9, width=1.35 * COLUMN, columns=2)
+    for ax, here in parts:
         here = here.sort_values("speed", ascending=False)
         best = here[here["gain"] > here["gain"].cummax().shift(fill_value=-np.inf)]
         ax.plot(best["speed"], best["gain"], color=PALE, linewidth=0.8, zorder=0)
         for r in here.itertuples():
             ink = colour(r.features)
             look = {"alpha": 0.5, "markerfacecolor": "white" if r.native else ink}
-            _mark(ax, r.speed, r.gain, ink, y_interval=(r.gain_low, r.gain_high), **look)
+            mark(ax, r.speed, r.gain, ink, y_interval=(r.gain_low, r.gain_high), **look)
             # The two kinds of SimCLR points lie close together: one is named below, one above.
-            _note(ax, r.label, r.speed, r.gain, (3, -8 if r.native else 8), color=ink)
+            note(ax, r.label, r.speed, r.gain, (3, -8 if r.native else 8), color=ink)
         ax.axhline(0, color=PALE, linewidth=0.7, linestyle=DASHED, zorder=0)
-        ax.set(xscale="log", xlabel="images/s", ylabel="gain over the embedding (points)")
-        _plain_log(ax.xaxis)
+        ax.set(xscale="log", xlabel="images/s", ylabel="gain (points)")
+        plain_log(ax.xaxis)
         ax.margins(x=0.12)
         ax.grid(axis="y")
     marks = {NAMES.get(kind, kind): {"color": colour(kind)} for kind in df["features"].unique()}
@@ -240,21 +236,21 @@ def projections(df: pd.DataFrame) -> Figure:
     df = df.assign(name=df["kind"] + (", " + df["size"]).where(df["size"] != "", ""))
     names = list(df["name"].unique())
     inks = dict(zip(df["kind"].unique(), (INK, "#0072B2", "#D55E00", "#009E73"), strict=False))
-    fig, rows = _rows(df, CONDITION, 3, 0.65 + 0.19 * len(names), sharey=True)
+    fig, rows = rows_of_panels(df, CONDITION, 3, 0.65 + 0.19 * len(names), sharey=True)
     for title, (accuracy, distortion, seconds), here in rows:
         exact = here.loc[here["kind"] == "exact", "value"].iloc[0]
         accuracy.axvline(exact, color=INK, linewidth=0.8, linestyle=DASHED, zorder=0)
         for r in here.itertuples():
             y, ink = names.index(r.name), inks[r.kind]
-            _mark(accuracy, r.value, y, ink, x_interval=(r.low, r.high))
+            mark(accuracy, r.value, y, ink, x_interval=(r.low, r.high))
             distortion.barh(y, r.distortion, height=0.55, color=ink)
-            _note(distortion, f"{r.distortion:.1f}", r.distortion, y, (3, 0))
-            _mark(seconds, r.seconds, y, ink)
-            _note(seconds, f"{r.seconds:.2g}", r.seconds, y, (5, 0))
+            note(distortion, f"{r.distortion:.1f}", r.distortion, y, (3, 0))
+            mark(seconds, r.seconds, y, ink)
+            note(seconds, f"{r.seconds:.2g}", r.seconds, y, (5, 0))
         seconds.set(xscale="log")
         seconds.xaxis.set_minor_locator(NullLocator())
         for ax in (accuracy, distortion, seconds):
-            _list(ax, names)
+            list_axis(ax, names)
             ax.margins(x=0.25)
         accuracy.set(title=title, xlabel="accuracy (%)")
         distortion.set(xlabel="error of distances (%)")
@@ -263,22 +259,18 @@ def projections(df: pd.DataFrame) -> Figure:
 
 
 def backbone_bars(df: pd.DataFrame) -> Figure:
-    """Draw Figs 5 and 11: the embedding ("E") against FUNGI (any other `features`) for each
+    """Draw Figs 5 and 11: the embedding ("E") against style.FUNGI (any other `features`) for each
     backbone, a column of panels for each setting.
 
-    Rows with `paper` instead of, or beside, `value` fill the lower panels: the published numbers of
-    their backbones.
+    Rows without `value` fill the lower panels: `paper`, the published numbers of their backbones.
     """
     df = _need(df, "backbone", "features", "value")
     df = df if "setting" in df else df.assign(setting="")
-    settings = list(df["setting"].unique())
     many = "dataset" in df and df["dataset"].nunique() > 1
-    df = df.assign(label=_titles(df, ("backbone", "dataset") if many else ("backbone",), " · "))
-    parts = {
-        who: df[df[column].notna()]
-        for who, column in {"ours": "value", "paper": "paper"}.items()
-        if df[column].notna().any()
-    }
+    df = df.assign(label=df["backbone"] + (" · " + df["dataset"] if many else ""))
+    ours = df["value"].notna()
+    parts = {who: df[rows] for who, rows in {"ours": ours, "paper": ~ours}.items() if rows.any()}
+    settings = list(df["setting"].unique())
     counts = [part["label"].nunique() for part in parts.values()]
     height = 0.9 + 0.24 * sum(counts) + 0.35 * len(parts)
     shape = {"sharey": "row", "height_ratios": [count + 0.8 for count in counts]}
@@ -286,28 +278,16 @@ def backbone_bars(df: pd.DataFrame) -> Figure:
     for line, (who, part) in zip(axes, parts.items(), strict=True):
         names = list(part["label"].unique())
         for ax, setting in zip(line, settings, strict=True):
-            draw = _ours_by_backbone if who == "ours" else _paper_by_backbone
-            draw(ax, part[part["setting"] == setting], names)
-            _list(ax, names)
+            for r in part[part["setting"] == setting].itertuples():
+                ink, shift = _pair(r.features, 0.13)  # so that neither mark hides the other
+                y = names.index(r.label) + shift
+                mark(ax, r.value, y, ink, x_interval=(r.low, r.high))
+                ax.plot(r.paper, y, color=ink, **PAPER)
+            list_axis(ax, names)
             ax.set_title(", ".join(filter(None, [who, setting])))
     fig.supxlabel("accuracy (%)")
-    marks = {"embedding": {"color": COLOURS["E"]}, "FUNGI": {"color": FUNGI}}
-    key(fig, marks, "the paper's" if "paper" in parts else "")
+    key(fig, PAIR, "the paper's" if "paper" in parts else "")
     return fig
-
-
-def _ours_by_backbone(ax: Axes, part: pd.DataFrame, names: list[str]) -> None:
-    for r in part.itertuples():
-        ink, shift = _pair(r.features, 0.13)  # so that neither interval hides the other
-        _mark(ax, r.value, names.index(r.label) + shift, ink, x_interval=(r.low, r.high))
-
-
-def _paper_by_backbone(ax: Axes, part: pd.DataFrame, names: list[str]) -> None:
-    for label, pair in part.groupby("label", sort=False):
-        y = names.index(label)
-        ax.plot(pair["paper"], [y] * len(pair), color="#BBBBBB", linewidth=2, zorder=1)
-        for r in pair.itertuples():
-            ax.plot(r.paper, y, color=_pair(r.features)[0], **PAPER)
 
 
 def miou_by_memory(df: pd.DataFrame) -> Figure:
@@ -318,7 +298,7 @@ def miou_by_memory(df: pd.DataFrame) -> Figure:
     value, low, high, gain, gain_low, gain_high. `paper` is the published gain in points.
     """
     df = _need(df, "memory", "share", "features", "value", "gain", "gain_low", "gain_high")
-    fig, rows = _rows(df, CONDITION, 2, 1.9, width_ratios=[1.25, 1])
+    fig, rows = rows_of_panels(df, CONDITION, 2, 1.9, width_ratios=[1.25, 1])
     for title, (level, gains), here in rows:
         shares = here.groupby("memory")["share"].first()  # sorted by memory
         sizes = list(shares.index)
@@ -327,11 +307,11 @@ def miou_by_memory(df: pd.DataFrame) -> Figure:
             places = [sizes.index(size) + shift for size in part["memory"]]
             level.plot(places, part["value"], color=ink, linewidth=0.9)
             for x, r in zip(places, part.itertuples(), strict=True):
-                _mark(level, x, r.value, ink, y_interval=(r.low, r.high))
+                mark(level, x, r.value, ink, y_interval=(r.low, r.high))
         for r in here[here["features"] != "E"].itertuples():
             x = sizes.index(r.memory)
-            _mark(gains, x, r.gain, FUNGI, y_interval=(r.gain_low, r.gain_high))
-            gains.plot(x + 0.15, r.paper, color=FUNGI, **PAPER)
+            mark(gains, x, r.gain, style.FUNGI, y_interval=(r.gain_low, r.gain_high))
+            gains.plot(x + 0.15, r.paper, color=style.FUNGI, **PAPER)
         ticks = [f"{size:,}\n({100 * share:.0f} %)" for size, share in shares.items()]
         for ax in (level, gains):
             ax.set_xticks(range(len(sizes)), ticks)
@@ -341,40 +321,39 @@ def miou_by_memory(df: pd.DataFrame) -> Figure:
         gains.axhline(0, color=INK, linewidth=0.7)
         gains.set(ylabel="points", title="FUNGI − embedding")
     fig.supxlabel("patches in the memory\n(share of the training patches)")
-    marks = {"embedding": {"color": COLOURS["E"]}, "FUNGI": {"color": FUNGI}}
-    key(fig, marks, "the paper's gain" if df["paper"].notna().any() else "")
+    key(fig, PAIR, "the paper's gain" if df["paper"].notna().any() else "")
     return fig
 
 
-def class_iou(df: pd.DataFrame, most: int = 24) -> Figure:
+def class_iou(df: pd.DataFrame) -> Figure:
     """Draw the IoU of each class with the embedding and with FUNGI, sorted by their difference, a
     panel for each data set and backbone.
 
     `df` has class, share (of the test pixels, percent), features ("E" or any other, FUNGI), value.
-    A class that does not occur in the test images has no bar; of more than `most` classes those
-    with the largest gains and losses are drawn.
+    A class that does not occur in the test images has no bar; of more than two dozen
+    classes those with the largest gains and losses are drawn.
     """
     df = _need(df, "class", "share", "features", "value")
     df = df.assign(side=np.where(df["features"] == "E", "E", "FUNGI"))
+    most = 24
     many = min(most, df["class"].nunique())
-    fig, facets = _facets(df, CONDITION, 0.7 + 0.25 * many, width=4.6, columns=2)
-    for ax, here in facets:
+    fig, parts = facets(df, CONDITION, 0.7 + 0.25 * many, width=4.6, columns=2)
+    for ax, here in parts:
         table = here.pivot_table("value", ["class", "share"], "side", sort=False).reset_index()
         table = table.assign(gain=table["FUNGI"] - table["E"]).sort_values("gain", ascending=False)
         if len(table) > most:
             table = pd.concat([table.head(most // 2), table.tail(most - most // 2)])
         y = np.arange(len(table))
-        ax.barh(y - 0.2, table["E"], height=0.38, color=COLOURS["E"])
-        ax.barh(y + 0.2, table["FUNGI"], height=0.38, color=FUNGI)
+        ax.barh(y - 0.2, table["E"], height=0.38, color=style.COLOURS["E"])
+        ax.barh(y + 0.2, table["FUNGI"], height=0.38, color=style.FUNGI)
         ends = table[["E", "FUNGI"]].max(axis=1).fillna(0)
         for at, end, gain in zip(y, ends, table["gain"], strict=True):
-            _note(ax, f"{gain:+.1f}".replace("-", "−"), end, at, (4, 0))
+            note(ax, f"{gain:+.1f}".replace("-", "−"), end, at, (4, 0))
         names = table["class"].str.replace("_", " ") + table["share"].map(" ({:.1f} %)".format)
-        _list(ax, list(names))
+        list_axis(ax, list(names))
         ax.set(xlabel="IoU (%)")
         ax.margins(x=0.12)
-    bar = {"marker": "s"}
-    key(fig, {"embedding": bar | {"color": COLOURS["E"]}, "FUNGI": bar | {"color": FUNGI}})
+    key(fig, {name: {"marker": "s"} | look for name, look in PAIR.items()})
     return fig
 
 
@@ -391,24 +370,24 @@ def throughput(df: pd.DataFrame) -> Figure:
     tick = {"marker": "|", "markersize": 10, "markeredgewidth": 1.2, "linestyle": "none"}
     for y, r in enumerate(df.itertuples()):
         ink, reached = colour(r.features), r.value / r.floor
-        _mark(speed, r.value, y, ink, x_interval=(r.low, r.high))
+        mark(speed, r.value, y, ink, x_interval=(r.low, r.high))
         speed.plot(r.floor, y, color=INK, **tick)
         speed.plot(r.paper, y, color=ink, **PAPER)
         share.barh(y, reached, height=0.5, color=ink)
         share.plot(r.paper / r.paper_floor, y, color=INK, **PAPER)
         if np.isnan(reached):
-            _note(share, "not run", 0, y, (4, 0), color=PALE)
+            note(share, "not run", 0, y, (4, 0), color=PALE)
         else:
-            _note(share, f"{reached:.2f}", 0, y, (4, 0), color=contrast(ink))
+            note(share, f"{reached:.2f}", 0, y, (4, 0), color=style.contrast(ink))
     names = df["features"].map(lambda f: "embedding" if f == "E" else f"{NAMES.get(f, f)} gradient")
     if "backbone" in df and df["backbone"].nunique() > 1:
         names = names + "\n" + df["backbone"]
     speed.set(xscale="log", xlabel="images/s")
-    _plain_log(speed.xaxis, each_decade=(1,))
+    plain_log(speed.xaxis, each_decade=(1,))
     share.axvline(1, color=INK, linewidth=0.7, linestyle=DASHED)
     share.set(xlabel="fraction of the floor\n(stock forward pass / views)", xlim=(0, None))
     for ax in (speed, share):
-        _list(ax, list(names))
+        list_axis(ax, list(names))
     paper = "the paper's (A100, ViT-B/16)" if df["paper"].notna().any() else ""
     key(fig, {"ours": {}, "floor": tick}, paper)
     return fig
@@ -428,17 +407,17 @@ def against_published(df: pd.DataFrame) -> Figure:
     fig, [[speed, memory]] = figure(1, 2, height=0.9 + 0.32 * len(df), sharey=True)
     for y, r in enumerate(df.itertuples()):
         ink = colour(r.features)
-        _mark(speed, r.value, y, ink, x_interval=(r.published, r.value))
+        mark(speed, r.value, y, ink, x_interval=(r.published, r.value))
         speed.plot(r.published, y, color=ink, **PAPER)
-        _note(speed, f"x {r.ratio:.1f}", r.value, y, (6, 0), color=ink)
-        _mark(memory, r.memory, y, ink)
+        note(speed, f"x {r.ratio:.1f}", r.value, y, (6, 0), color=ink)
+        mark(memory, r.memory, y, ink)
         memory.plot(r.published_memory, y, color=ink, **PAPER)
     speed.set(xscale="log", xlabel="images/s")
-    _plain_log(speed.xaxis)
+    plain_log(speed.xaxis)
     speed.margins(x=0.2)
     memory.set(xlabel="peak memory of the process (GiB)", xlim=(0, None))
     for ax in (speed, memory):
-        _list(ax, list(names))
+        list_axis(ax, list(names))
     key(fig, {"ours": {}}, "the published library")
     return fig
 
@@ -453,32 +432,27 @@ def scoreboard(df: pd.DataFrame) -> Figure:
     """
     df = _need(df, "item", "claim", "paper", "value", "verdict")
     df = df if "expected" in df else df.assign(expected="")
-    if unknown := set(df["verdict"]) - set(VERDICTS):
-        raise ValueError(f"unknown verdict {min(unknown)!r}: use one of {', '.join(VERDICTS)}")
-    order = df["verdict"].map(list(VERDICTS).index)
-    df = df.iloc[order.argsort(kind="stable")]
-    df = df.assign(text=(df["item"] + ": " + df["claim"]).map(lambda text: textwrap.fill(text, 56)))
-    df = df.assign(height=0.2 + 0.14 * df["text"].str.count("\n"))  # inches
-    first = df["verdict"] != df["verdict"].shift()  # a group's heading is above its first claim
-    df = df.assign(first=first, y=(df["height"] + 0.27 * first).cumsum() - df["height"] / 2)
+    if unknown := set(df["verdict"]) - set(style.VERDICTS):
+        known = ", ".join(style.VERDICTS)
+        raise ValueError(f"unknown verdict {min(unknown)!r}: use one of {known}")
+    df = _claim_rows(df)
     bottom = df["y"].iloc[-1] + df["height"].iloc[-1] / 2 + 0.05
     fig, [[ax]] = figure(height=bottom + 0.75)
     numbers = df[["paper", "value", "low", "high"]].to_numpy(float)
     left, right = min(0, np.nanmin(numbers)) - 1, max(0, np.nanmax(numbers)) + 1
     counts = df["verdict"].value_counts()
     for r in df.itertuples():
-        top, ink = r.y - r.height / 2, VERDICTS[r.verdict]
+        top, ink = r.y - r.height / 2, style.VERDICTS[r.verdict]
         if r.first:
             head = {"ha": "right", "va": "center", "weight": "bold", "annotation_clip": False}
             at = {"xycoords": ax.get_yaxis_transform(), "textcoords": "offset points"}
-            ax.annotate(
-                f"{r.verdict} ({counts[r.verdict]})", (0, top - 0.13), (-4, 0), **head, **at
-            )
+            name = f"{r.verdict} ({counts[r.verdict]})"
+            ax.annotate(name, (0, top - 0.13), (-4, 0), **head, **at)
         if side := {"+": (0, right), "-": (left, 0)}.get(r.expected):
             ax.fill_betweenx([top, top + r.height], *side, color=SHADE, linewidth=0, zorder=0)
         ax.plot([r.paper, r.value], [r.y, r.y], color="#BBBBBB", linewidth=1, zorder=1)
         ax.plot(r.paper, r.y, color=ink, zorder=3, **PAPER)
-        _mark(ax, r.value, r.y, ink, x_interval=(r.low, r.high), zorder=4)
+        mark(ax, r.value, r.y, ink, x_interval=(r.low, r.high), zorder=4)
     ax.set_yticks(df["y"], df["text"], size=SMALL)
     ax.set(ylim=(bottom, 0), xlim=(left, right), xlabel="difference (points)")
     ax.tick_params(axis="y", length=0)
@@ -487,6 +461,19 @@ def scoreboard(df: pd.DataFrame) -> Figure:
     shade = {"marker": "s", "markersize": 9, "color": "#DDDDDD"}
     key(fig, {"ours, 95 % interval": {}, "side that the claim predicts": shade}, "the paper's")
     return fig
+
+
+def _claim_rows(df: pd.DataFrame) -> pd.DataFrame:
+    """Return the scoreboard's claims by verdict, with text, height and y of each row (inches), and
+    whether it is the first of its verdict: a heading goes above it.
+    """
+    order = df["verdict"].map(list(style.VERDICTS).index)
+    df = df.iloc[order.argsort(kind="stable")]
+    text = (df["item"] + ": " + df["claim"]).map(lambda claim: textwrap.fill(claim, 56))
+    height = 0.2 + 0.14 * text.str.count("\n")
+    first = df["verdict"] != df["verdict"].shift()
+    y = (height + 0.27 * first).cumsum() - height / 2
+    return df.assign(text=text, height=height, first=first, y=y)
 
 
 def deltas(df: pd.DataFrame) -> Figure:
@@ -503,24 +490,21 @@ def deltas(df: pd.DataFrame) -> Figure:
         raise ValueError("nothing to plot: no claim has the paper's number and ours")
     apart = df[~df["paper"].between(df["low"], df["high"])]
     words = apart["item"] + ": " + apart["claim"]
-    names = [textwrap.fill(f"{n}  {text}", 96) for n, text in enumerate(words, 1)]
+    names = [textwrap.fill(f"{n}  {text}", 106) for n, text in enumerate(words, 1)]
     lines = sum(name.count("\n") + 1 for name in names)
-    fig, [[ax]] = figure(width=PAGE, height=1.4 * COLUMN + 0.15 * lines)
+    fig, [[ax]] = figure(width=style.PAGE, height=1.4 * COLUMN + 0.15 * lines)
     _same_scales(ax, df)
     marks = {"disagrees": "X", "undecided": "s", "agrees": "o"}
     for r in df.itertuples():
         look = {"marker": marks[r.verdict], "markersize": 6, "alpha": 0.8}
-        _mark(ax, r.paper, r.value, VERDICTS[r.verdict], y_interval=(r.low, r.high), **look)
+        mark(ax, r.paper, r.value, style.VERDICTS[r.verdict], y_interval=(r.low, r.high), **look)
     for number, r in enumerate(apart.itertuples(), 1):
-        _note(ax, str(number), r.paper, r.value, (6, 0), color=VERDICTS[r.verdict])
+        note(ax, str(number), r.paper, r.value, (6, 0), color=style.VERDICTS[r.verdict])
     ax.set(xlabel="the paper's difference (points)", ylabel="our difference (points)")
     counts = df["verdict"].value_counts()
-    drawn = {
-        f"{verdict} ({counts[verdict]})": {"color": VERDICTS[verdict], "marker": mark}
-        for verdict, mark in marks.items()
-        if verdict in counts
-    }
-    key(fig, drawn)
+    seen = [verdict for verdict in marks if verdict in counts]
+    looks = [{"color": style.VERDICTS[verdict], "marker": marks[verdict]} for verdict in seen]
+    key(fig, dict(zip([f"{verdict} ({counts[verdict]})" for verdict in seen], looks, strict=True)))
     if names:
         handles = [Line2D([], [], linestyle="none", label=name) for name in names]
         place = {"loc": "outside lower left", "handlelength": 0, "handletextpad": 0}
@@ -562,59 +546,6 @@ def _need(df: pd.DataFrame, *columns: str) -> pd.DataFrame:
     return df.assign(**{c: np.nan for c in ("low", "high", "paper") if c not in df})
 
 
-def _titles(df: pd.DataFrame, columns: tuple[str, ...], by: str = "\n") -> pd.Series:
-    """Return a title for each row, made of those of the columns that the frame has; a long name of
-    a backbone goes on in a new line after its dot.
-    """
-    wrap = lambda name: name if len(name) < 28 else name.replace(".", ".\n", 1)
-    have = [df[column].astype(str).map(wrap) for column in columns if column in df]
-    return have[0].str.cat(have[1:], sep=by) if have else pd.Series("", df.index)
-
-
-def _facets(df: pd.DataFrame, columns_of_title: tuple[str, ...], height: float, **shape):
-    """Return a figure with a panel for each title, and (axes, its rows of the frame) pairs; the
-    rest is as for `panels`.
-    """
-    titles = _titles(df, columns_of_title)
-    fig, axes = panels(list(titles.unique()), height, **shape)
-    return fig, [(ax, df[titles == title]) for title, ax in axes.items()]
-
-
-def _rows(df: pd.DataFrame, columns_of_title: tuple[str, ...], count: int, height: float, **shape):
-    """Return a figure with a row of `count` panels, `height` inches high, for each title, and
-    (title, axes, its rows of the frame) triples; `shape` as for `figure`.
-    """
-    titles = _titles(df, columns_of_title, ", ")
-    names = list(titles.unique())
-    drawn = names[: max(1, MOST_PANELS // count)]
-    fig, axes = figure(len(drawn), count, height=0.75 + height * len(drawn), **shape)
-    say_left_out(fig, len(names) - len(drawn))
-    return fig, [(name, line, df[titles == name]) for name, line in zip(drawn, axes, strict=True)]
-
-
-def _mark(ax: Axes, x, y, ink: str, *, x_interval=(), y_interval=(), alpha=0.75, **look) -> None:
-    """Draw our number as a filled dot, with its interval (low, high) along one of the axes."""
-    bar = {"color": ink, "linewidth": 1.4, "solid_capstyle": "butt", "alpha": alpha}
-    if len(x_interval):
-        ax.plot(x_interval, [y, y], **bar)
-    if len(y_interval):
-        ax.plot([x, x], y_interval, **bar)
-    ax.plot(x, y, **({"marker": "o", "color": ink, "linestyle": "none", "zorder": 3} | look))
-
-
-def _note(ax: Axes, text: str, x, y, offset: tuple[float, float], color: str = INK) -> None:
-    """Write a small text `offset` points away from a place of the panel."""
-    place = {"textcoords": "offset points", "va": "center_baseline", "annotation_clip": False}
-    ax.annotate(text, (x, y), offset, size=SMALL, color=color, **place)
-
-
-def _list(ax: Axes, names: list[str]) -> None:
-    """Make the y axis a list of names, the first on top, with lines that lead the eye down."""
-    ax.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.4, -0.6))
-    ax.tick_params(axis="y", length=0)
-    ax.grid(axis="x")
-
-
 def _feature_ticks(ax: Axes, kinds: list[str]) -> None:
     """Name feature sets below a panel; one that continues the set before it is "+ what it adds"."""
     ticks = []
@@ -625,31 +556,6 @@ def _feature_ticks(ax: Axes, kinds: list[str]) -> None:
     ax.set_xticks(range(len(kinds)), ticks, rotation=40 * crowded)
 
 
-def _plain_log(axis: Axis, each_decade: tuple[int, ...] = (1, 3)) -> None:
-    """Mark a logarithmic axis at few numbers, written out."""
-    axis.set_major_locator(LogLocator(subs=each_decade))
-    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axis.set_minor_locator(NullLocator())
-
-
-def _curves(ax: Axes, here: pd.DataFrame, x: str) -> None:
-    """Draw a line with its band for each feature set of one panel."""
-    for kind, part in here.groupby("features", sort=False):
-        part = part.sort_values(x)
-        band = {"color": colour(kind), "alpha": 0.18, "linewidth": 0}
-        ax.fill_between(part[x], part["low"], part["high"], **band)
-        ax.plot(part[x], part["value"], **_line(kind))
-    ax.grid(axis="y")
-
-
-def _line(kind: str) -> dict:
-    """Return the look of a feature set's line. The embedding's is dashed: its grey and a dark hue
-    of the same lightness are hard to tell apart.
-    """
-    dashes = (0, (3, 1.5)) if kind == "E" else "-"
-    return {"color": colour(kind), "marker": "o", "markersize": 3, "linestyle": dashes}
-
-
 def _pair(features: str, shift: float = 0.0) -> tuple[str, float]:
     """Return colour and shift of the embedding, or those of FUNGI, the opposite."""
-    return (COLOURS["E"], shift) if features == "E" else (FUNGI, -shift)
+    return (style.COLOURS["E"], shift) if features == "E" else (style.FUNGI, -shift)

@@ -2,35 +2,31 @@
 
 A figure is a PNG, a PDF, its numbers as CSV and its provenance as JSON; a table is a CSV and a
 JSON. Writing is atomic (a file is whole or absent), and a second run writes the same PNG, PDF and
-CSV byte for byte; the JSON holds times. The drawings are in `plots` and `grids`.
+CSV byte for byte; the JSON holds times. What panels share is in
+`panels`, the drawings are in `plots` and `grids`.
 """
 
 import hashlib
 import io
 import json
-import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from IPython.display import Image
-from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from pandas.io.formats.style import Styler
 
 from companion import paths
 
 COLUMN, PAGE = 85 / 25.4, 160 / 25.4  # widths in inches: a column of 85 mm, a page of 160 mm
-MOST_PANELS = 9  # of one figure: more cannot be read
 SMALL = 8  # points: the smallest text, 9 pixels high from 85 dots an inch on
 INK, PALE = "#333333", "#888888"
-DASHED = (0, (4, 3))
 
 FEATURES = (  # letter, stored block, name, colour
     ("E", "embedding", "embedding", "#555555"),
@@ -58,14 +54,6 @@ VERDICTS = {  # the disagreements first
     "not testable here": "#333333",
     "not run": "#999999",
 }
-# The paper's number: an open diamond.
-PAPER = {
-    "marker": "D",
-    "markerfacecolor": "white",
-    "linestyle": "none",
-    "markersize": 4.5,
-    "markeredgewidth": 1.1,
-}
 
 
 def figure(
@@ -78,48 +66,6 @@ def figure(
     fig = plt.figure(figsize=(width, height), layout="constrained")
     plt.close(fig)  # pyplot forgets it: a notebook shows it once, as the value of its cell
     return fig, fig.subplots(rows, cols, squeeze=False, **subplots)
-
-
-def panels(
-    titles: Sequence[str], height: float, *, width: float = COLUMN, columns: int = 3
-) -> tuple[Figure, dict[str, Axes]]:
-    """Return a figure with a panel for each title, `columns` in a row, and {title: axes}.
-
-    A panel is `height` inches high and at most `width` wide. Only the first nine titles get one; a
-    line in the figure says how many are left out. Raises ValueError without a title.
-    """
-    if not len(titles):
-        raise ValueError("nothing to plot: no panels")
-    drawn = list(titles)[:MOST_PANELS]
-    columns = min(columns, len(drawn))
-    rows = math.ceil(len(drawn) / columns)
-    fig, axes = figure(rows, columns, width=min(PAGE, width * columns), height=height * rows)
-    for ax in axes.flat[len(drawn) :]:
-        ax.axis("off")
-    for ax, title in zip(axes.flat, drawn, strict=False):
-        ax.set_title(title)
-    say_left_out(fig, len(titles) - len(drawn))
-    return fig, dict(zip(drawn, axes.flat, strict=False))
-
-
-def say_left_out(fig: Figure, count: int) -> None:
-    """Write below a figure how many of its panels or rows of panels are left to the CSV, if any."""
-    if count:
-        text = f"not drawn: {count} more, with their numbers in the CSV"
-        fig.legend([], [], loc="outside lower right", title=text, title_fontsize=SMALL)
-
-
-def key(fig: Figure, marks: Mapping[str, Mapping], paper: str = "") -> None:
-    """Write the key of the marks above the panels: {label: what differs from a dark dot}, and the
-    label of the paper's open mark, if any is drawn.
-    """
-    dot = {"linestyle": "none", "marker": "o", "color": INK}
-    handles = [Line2D([], [], **(dot | dict(mark)), label=label) for label, mark in marks.items()]
-    if paper:
-        handles.append(Line2D([], [], color=INK, label=paper, **PAPER))
-    spacing = {"handletextpad": 0.2, "columnspacing": 1.4, "borderpad": 0.1}
-    columns = len(handles) if fig.get_figwidth() > 5 else 1
-    fig.legend(handles=handles, loc="outside upper left", ncols=columns, **spacing)
 
 
 def colour(features: str) -> str:
@@ -188,7 +134,7 @@ def show_table(table: pd.DataFrame, decimals: int = 1) -> Styler:
     # An id made from the contents: the same table has the same HTML, two tables have two ids.
     name = hashlib.sha256(table.to_csv().encode()).hexdigest()[:8]
     styled = table.style.set_uuid(name).hide(axis="index")
-    styled = styled.format(lambda cell: _cell(cell, decimals))
+    styled = styled.format(precision=decimals, na_rep="–")
     styled = styled.format_index(lambda head: str(head).replace("_", " "), axis="columns")
     looks = {column: _look(table[column]) for column in table}
     styled = styled.set_table_styles(looks, overwrite=False)
@@ -211,14 +157,6 @@ def _chip(verdict: str) -> str:
     """Return a verdict's own ground and ink, which read alike in light and dark themes."""
     ground = VERDICTS.get(verdict)
     return f"background-color: {ground}; color: {contrast(ground)}" if ground else ""
-
-
-def _cell(value, decimals: int) -> str:
-    if pd.isna(value):
-        return "–"
-    if isinstance(value, float | np.floating):
-        return f"{value:z.{decimals}f}".replace("-", "−")  # z: no minus before zero
-    return str(value)
 
 
 def _flat(table: pd.DataFrame) -> pd.DataFrame:
