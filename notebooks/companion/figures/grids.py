@@ -148,7 +148,7 @@ def image_grid(
     high = wide * pixels[0] / pixels[1] + 0.14 * (1 + max(t.count("\n") for t in titles))
     fig, axes = figure(rows, ncols, width=wide * ncols, height=high * rows)
     for ax in axes.flat[len(images) :]:
-        ax.axis("off")
+        ax.remove()
     frames = frames or [None] * len(images)
     for ax, *picture in zip(axes.flat, images, titles, frames, strict=False):
         _tile(ax, *picture)
@@ -315,15 +315,15 @@ def image_map(
     inks = [style.PALE] * len(places) if labels is None else colours[np.asarray(labels)]
     ax.scatter(*inches.T, s=14, c=inks, linewidths=0)
     taken = np.full((0, 2), np.inf)
-    for at, image, ink in zip(inches, images, inks, strict=True):
+    for i, at in enumerate(inches):
         if (np.abs(taken - at).max(axis=1) < side).any():
             continue
         taken = np.vstack([taken, at])
         left, low = at - side / 2
         ax.imshow(
-            _rgb(image).resize((96, 96)), extent=(left, left + side, low, low + side), zorder=2
+            _rgb(images[i]).resize((96, 96)), extent=(left, left + side, low, low + side), zorder=2
         )
-        frame = {"facecolor": "none", "edgecolor": ink, "linewidth": 1.6, "zorder": 3}
+        frame = {"facecolor": "none", "edgecolor": inks[i], "linewidth": 1.6, "zorder": 3}
         ax.add_patch(Rectangle((left, low), side, side, **frame))
     ax.set(xlim=(-side / 2, width + side / 2), ylim=(-side / 2, height + side / 2), aspect="equal")
     ax.axis("off")

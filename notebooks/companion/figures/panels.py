@@ -41,7 +41,7 @@ def panels(
     rows = math.ceil(len(drawn) / columns)
     fig, axes = figure(rows, columns, width=min(PAGE, width * columns), height=height * rows)
     for ax in axes.flat[len(drawn) :]:
-        ax.axis("off")
+        ax.remove()
     for ax, title in zip(axes.flat, drawn, strict=False):
         ax.set_title(title)
     say_left_out(fig, len(titles) - len(drawn))

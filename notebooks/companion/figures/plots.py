@@ -204,7 +204,7 @@ def trade_off(df: pd.DataFrame) -> Figure:
     gain_low, gain_high.
     """
     df = _need(df, "features", "label", "native", "speed", "gain", "gain_low", "gain_high")
-    fig, parts = facets(df, CONDITION, 2.9, width=1.35 * COLUMN, columns=2)
+    fig, parts = facets(df, CONDITION, 3.4, width=1.35 * COLUMN, columns=2)
     for ax, here in parts:
         here = here.sort_values("speed", ascending=False)
         best = here[here["gain"] > here["gain"].cummax().shift(fill_value=-np.inf)]
