@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import re
@@ -5,17 +6,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 from bs4 import BeautifulSoup
 from matplotlib.colors import to_rgb
+from PIL import Image
 
-from companion import paths, provenance
+from companion import paths
 from companion.figures import grids, panels, plots
 from companion.figures import style as figures
+from companion.provenance import provenance
 
 LETTERS = ["E", "K", "D", "S"]
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,7 +32,7 @@ def small_figure():
 
 @pytest.fixture
 def record():
-    return provenance.record("02_complementarity", {"profile": "mini", "k": 20}, seed=0)
+    return provenance("02_complementarity", {"profile": "mini", "k": 20}, seed=0)
 
 
 def labels(fig) -> set[str]:
@@ -144,8 +146,8 @@ def test_provenance_records_what_a_reader_needs_and_is_json():
             return 797
 
     parameters = {"profile": "mini", "k": np.int64(20), "folder": Path("a") / "b"}
-    stores = ["k1", SimpleNamespace(key="k2")]
-    found = provenance.record(
+    stores = ["k1", "k2"]
+    found = provenance(
         "03", parameters, seed=7, stores=stores, datasets=[Digits()], started=time.time() - 5
     )
     assert found == json.loads(json.dumps(found))
@@ -165,7 +167,7 @@ def test_provenance_records_what_a_reader_needs_and_is_json():
     )
     assert found["device"]["cores"] >= 1 and found["device"]["cpu"]
     with pytest.raises(TypeError, match="object"):
-        provenance.record("03", {"model": object()}, seed=0)
+        provenance("03", {"model": object()}, seed=0)
 
 
 def test_git_state(tmp_path, monkeypatch):
@@ -174,7 +176,7 @@ def test_git_state(tmp_path, monkeypatch):
     nothing = {"commit": None, "dirty": None}
 
     def state():
-        found = provenance.record("x", {}, seed=0)
+        found = provenance("x", {}, seed=0)
         return {k: found[k] for k in nothing}
 
     assert state() == nothing  # no checkout
@@ -214,9 +216,8 @@ def test_a_table_is_written_and_shown_without_a_picture(tmp_path, record):
     )
     shown = figures.save_table(table, "table_1", record, tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["table_1.csv", "table_1.json"]
-    assert (tmp_path / "table_1.csv").read_text().splitlines()[
-        2
-    ] == "cifar,3.04,4.8,1000,,undecided"
+    lines = (tmp_path / "table_1.csv").read_text().splitlines()
+    assert lines[2] == "cifar,3.04,4.8,1000,,undecided"
     said = json.loads((tmp_path / "table_1.json").read_text())
     assert said == record | {"alt": "Table of 2 rows: data_set, ours, paper, n, claim, verdict."}
     html = shown.to_html()
@@ -248,6 +249,7 @@ def test_words_stand_left_numbers_right_and_verdicts_have_their_colours():
     assert "min-width" not in found["td.col2"]
     ink = figures.VERDICTS["undecided"]
     assert f"background-color: {ink}; color: black" in found["col2"]
+    assert "#777777" in rules(pd.DataFrame({"paper gain": [1.0]}))["td.col0"]
     assert "background-color" not in str(rules(frame.rename(columns={"verdict": "other"})))
 
 
@@ -517,6 +519,14 @@ def test_colours_drawn_together_are_told_apart_without_red_and_green(together):
 
     assert nearest(together) > 15
     assert nearest(["#D62728", "#6B8E23"]) < 15  # the check can fail
+
+
+def test_a_compact_drawing_keeps_its_colours():
+    shown = figures.compact(fig := small_figure())
+    picture = Image.open(io.BytesIO(shown.data)).convert("RGB")
+    assert picture.size == tuple((fig.get_size_inches() * fig.dpi).astype(int))
+    wanted = 255 * np.array(to_rgb(figures.colour("K")))
+    assert np.abs(np.asarray(picture) - wanted).max(-1).min() < 16
 
 
 def test_what_a_figure_shows_in_words():

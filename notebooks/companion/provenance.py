@@ -1,4 +1,4 @@
-"""Where a result comes from: notebook, parameters, features, data, commit, versions and machine."""
+"""Where a number comes from: parameters, stores, data, commit, versions and machine."""
 
 import json
 import os
@@ -11,59 +11,64 @@ from importlib import metadata
 from pathlib import Path, PurePath
 
 import numpy as np
-import torch
 
 from companion import paths
 
 PACKAGES = ("torch", "timm", "numpy", "scikit-learn", "matplotlib", "fungi_core")
 
 
-def record(
+def provenance(
     notebook: str,
     parameters: Mapping,
     *,
     seed: int,
-    stores: Iterable = (),
+    stores: Iterable[str] = (),
     datasets: Iterable = (),
     started: float | None = None,
 ) -> dict:
-    """Return where a figure or table comes from, as a dict that JSON can hold.
+    """Return where a figure comes from, as a dict that JSON can hold.
 
-    `stores` are store keys, or rows with a `key`; `datasets` have a `name`, `split`, `fingerprint`,
-    `note` and length; `started` is `time.time()` at the notebook's start. "dirty" tells whether the
-    working tree, figures apart, differs from the commit; both are None outside a git checkout.
-    Raises TypeError for a parameter that JSON cannot hold.
+    ``stores``: keys of the store; ``datasets``: data sets as `companion.data` loads them; ``started``:
+    ``time.time()`` at the notebook's start. "dirty" tells whether the working tree, figures apart,
+    differs from the commit; both are None outside a git checkout.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    import torch  # here, so that plotting alone does not wait for it
+
     cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    found = {
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    record = {
         "notebook": notebook,
         "parameters": dict(parameters),
         "seed": seed,
-        "stores": [getattr(store, "key", store) for store in stores],
+        "stores": list(stores),
         "datasets": [
             {"name": d.name, "split": d.split, "n": len(d), "fingerprint": d.fingerprint}
             | {"note": d.note}
             for d in datasets
         ],
-        **_commit(),
-        "versions": {"python": platform.python_version()} | {p: _version(p) for p in PACKAGES},
-        "device": {"cpu": _cpu(), "cores": cores, "cuda": cuda},
+        **git(),
+        "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
+        "device": {"cpu": cpu(), "cores": cores, "cuda": cuda},
         "wall_seconds": None if started is None else round(time.time() - started, 1),
     }
-    return json.loads(json.dumps(found, default=_plain, allow_nan=False))
+    return json.loads(as_json(record))
 
 
-def _plain(value) -> object:
-    """Return a value of numpy or a path as JSON's nearest type."""
-    if isinstance(value, np.generic | np.ndarray):
-        return value.tolist()
-    if isinstance(value, PurePath):
-        return str(value)
-    raise TypeError(f"provenance holds a {type(value).__name__}, which JSON cannot: {value!r}")
+def as_json(record: Mapping) -> str:
+    """Return a record as JSON text; raises TypeError for what JSON cannot hold."""
+
+    def plain(value):
+        if isinstance(value, np.generic | np.ndarray):
+            return value.tolist()
+        if isinstance(value, PurePath):
+            return str(value)
+        raise TypeError(f"provenance holds a {type(value).__name__}, which JSON cannot: {value!r}")
+
+    return json.dumps(record, indent=2, default=plain, allow_nan=False, ensure_ascii=False)
 
 
-def _commit() -> dict:
+def git() -> dict:
+    """Return the checkout's commit, and whether anything but figures differs from it."""
     command = ["git", "status", "--porcelain=v2", "--branch", "--", ".", ":!figures"]
     try:
         done = subprocess.run(command, cwd=paths.ROOT, capture_output=True, text=True)
@@ -71,20 +76,22 @@ def _commit() -> dict:
         return {"commit": None, "dirty": None}
     if done.returncode:  # no checkout: an unpacked archive or an installed package
         return {"commit": None, "dirty": None}
-    # Before the first commit git writes "(initial)".
+    # It says "(initial)" before the first commit.
     head = re.search(r"^# branch.oid ([0-9a-f]+)$", done.stdout, re.MULTILINE)
-    changed = any(not line.startswith("#") for line in done.stdout.splitlines())
-    return {"commit": head and head[1], "dirty": changed}
+    dirty = any(not line.startswith("#") for line in done.stdout.splitlines())
+    return {"commit": head and head[1], "dirty": dirty}
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
+    """Return the version of an installed package, None where it is not there."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
 
 
-def _cpu() -> str:
+def cpu() -> str:
+    """Return the processor's name."""
     info = Path("/proc/cpuinfo")
     text = info.read_text() if info.exists() else ""
     model = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
