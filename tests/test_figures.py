@@ -1,21 +1,23 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
+from bs4 import BeautifulSoup
 from matplotlib.colors import to_rgb
 from PIL import Image
 
-from companion import diagram, paths
-from companion.figures import grids, plots
+from companion import paths
+from companion.figures import grids, panels, plots
 from companion.figures import style as figures
+from companion.provenance import provenance
 
 LETTERS = ["E", "K", "D", "S"]
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,7 +32,7 @@ def small_figure():
 
 @pytest.fixture
 def record():
-    return figures.provenance("02_complementarity", {"profile": "mini", "k": 20}, seed=0)
+    return provenance("02_complementarity", {"profile": "mini", "k": 20}, seed=0)
 
 
 def labels(fig) -> set[str]:
@@ -38,21 +40,15 @@ def labels(fig) -> set[str]:
 
 
 def filled(ax) -> list:
-    """Our marks: filled dots."""
-    return [line for line in ax.lines if line.get_marker() == "o"]
+    """Our marks: filled dots with a number under them."""
+    dots = [line for line in ax.lines if line.get_marker() == "o"]
+    return [line for line in dots if np.isfinite(np.asarray(line.get_xydata(), float)).all()]
 
 
 def opened(ax) -> list:
     """The paper's marks: open diamonds with a number under them."""
     diamonds = [line for line in ax.lines if line.get_marker() == "D"]
     return [line for line in diamonds if np.isfinite(np.asarray(line.get_xydata(), float)).all()]
-
-
-def test_only_the_drawing_modules_import_matplotlib():
-    sources = {p.stem: p.read_text() for p in (ROOT / "fungi_core").glob("*.py")}
-    words = ("import matplotlib", "from matplotlib", "seaborn")
-    importers = {name for name, text in sources.items() if any(w in text for w in words)}
-    assert importers == {"figures", "plots", "grids", "diagram"}
 
 
 def test_a_second_run_writes_the_same_bytes(tmp_path, record):
@@ -81,18 +77,21 @@ def test_a_second_run_writes_the_same_bytes(tmp_path, record):
 def test_another_process_writes_the_same_bytes(tmp_path):
     """String hashes differ between processes: nothing drawn may hang on the order of a set."""
     code = (
-        "import sys, pandas as pd; from fungi_core import figures; t = pd.DataFrame({'data': ['x'], 'ours': [1.25]});"
-        "figures.save_figure(figures.table_figure(t), 'table', t, {}, sys.argv[1])"
+        "import sys, pandas as pd; from companion.figures import plots, style;"
+        "t = pd.DataFrame({'features': ['E', 'E+K'], 'value': [40, 41.5], 'paper': [40, 1.5]});"
+        "style.save_figure(plots.accuracy_by_features(t), 'plot', t, {}, sys.argv[1]);"
+        "html = style.save_table(t, 'table', {}, sys.argv[1]).to_html();"
+        "open(sys.argv[1] + '/table.html', 'w').write(html)"
     )
     for seed in ("1", "2"):
-        env = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT)}
+        packages = os.pathsep.join([str(ROOT), str(ROOT / "notebooks")])
+        env = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": packages}
         subprocess.run(
             [sys.executable, "-c", code, str(tmp_path / seed)], env=env, check=True, cwd=tmp_path
         )
-    for suffix in ("png", "pdf", "csv"):
-        assert (tmp_path / "1" / f"table.{suffix}").read_bytes() == (
-            tmp_path / "2" / f"table.{suffix}"
-        ).read_bytes()
+    for name in ("plot.png", "plot.pdf", "plot.csv", "table.csv", "table.html"):
+        first, second = (tmp_path / seed / name for seed in ("1", "2"))
+        assert first.read_bytes() == second.read_bytes(), name
 
 
 def test_figures_go_to_their_profile_and_leave_nothing_else(tmp_path, record, monkeypatch):
@@ -147,8 +146,8 @@ def test_provenance_records_what_a_reader_needs_and_is_json():
             return 797
 
     parameters = {"profile": "mini", "k": np.int64(20), "folder": Path("a") / "b"}
-    stores = ["k1", SimpleNamespace(key="k2")]
-    found = figures.provenance(
+    stores = ["k1", "k2"]
+    found = provenance(
         "03", parameters, seed=7, stores=stores, datasets=[Digits()], started=time.time() - 5
     )
     assert found == json.loads(json.dumps(found))
@@ -168,7 +167,7 @@ def test_provenance_records_what_a_reader_needs_and_is_json():
     )
     assert found["device"]["cores"] >= 1 and found["device"]["cpu"]
     with pytest.raises(TypeError, match="object"):
-        figures.provenance("03", {"model": object()}, seed=0)
+        provenance("03", {"model": object()}, seed=0)
 
 
 def test_git_state(tmp_path, monkeypatch):
@@ -177,7 +176,7 @@ def test_git_state(tmp_path, monkeypatch):
     nothing = {"commit": None, "dirty": None}
 
     def state():
-        found = figures.provenance("x", {}, seed=0)
+        found = provenance("x", {}, seed=0)
         return {k: found[k] for k in nothing}
 
     assert state() == nothing  # no checkout
@@ -204,38 +203,71 @@ def test_git_state(tmp_path, monkeypatch):
     assert state()["dirty"] is True
 
 
-def test_a_table_is_drawn_written_and_shown(tmp_path, record):
+def test_a_table_is_written_and_shown_without_a_picture(tmp_path, record):
     table = pd.DataFrame(
-        {"data": ["dtd", "cifar"], "ours": [50.96, -0.04], "paper": [np.nan, 4.8], "n": [400, 1000]}
+        {
+            "data_set": ["dtd", "cifar"],
+            "ours": [50.96, 3.04],
+            "paper": [np.nan, 4.8],
+            "n": [400, 1000],
+            "claim": ["a long claim " * 5, None],
+            "verdict": ["agrees", "undecided"],
+        }
     )
     shown = figures.save_table(table, "table_1", record, tmp_path)
-    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".csv", ".json", ".pdf", ".png"]
-    assert labels(figures.table_figure(table)) >= {
-        "data",
-        "ours",
-        "paper",
-        "dtd",
-        "51.0",
-        "−0.0",
-        "–",
-        "4.8",
-        "400",
-    }
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["table_1.csv", "table_1.json"]
+    lines = (tmp_path / "table_1.csv").read_text().splitlines()
+    assert lines[2] == "cifar,3.04,4.8,1000,,undecided"
+    said = json.loads((tmp_path / "table_1.json").read_text())
+    assert said == record | {"alt": "Table of 2 rows: data_set, ours, paper, n, claim, verdict."}
     html = shown.to_html()
-    assert (
-        "51.0" in html
-        and "–" in html
-        and html == figures.save_table(table, "table_1", record, tmp_path).to_html()
-    )
-    with pytest.raises(ValueError, match="0 rows"):
-        figures.table_figure(table[:0])
+    assert html == figures.show_table(table).to_html()
+    soup = BeautifulSoup(html, "html.parser")
+    assert [cell.text for cell in soup.select("thead th")][:2] == ["data set", "ours"]
+    cells = [[cell.text for cell in row.select("td")] for row in soup.select("tbody tr")]
+    assert cells[0] == ["dtd", "51.0", "–", "400", "a long claim " * 5, "agrees"]
+    assert cells[1] == ["cifar", "3.0", "4.8", "1000", "–", "undecided"]
+    assert not soup.select("tbody th")  # no index
+
+
+def rules(table: pd.DataFrame) -> dict[str, str]:
+    """{selector without the table's id: declarations} of a table as it is shown."""
+    css = BeautifulSoup(figures.show_table(table).to_html(), "html.parser").style.text
+    found = re.findall(r"([^{}]+)\{([^}]*)\}", css)
+    names = []
+    for selectors, what in found:
+        for who in selectors.split(","):  # "#T_1234_row0_col2" or "#T_1234 td.col1"
+            names.append((re.sub(r"#T_[0-9a-f]+(_row\d+_| )?", "", who.strip()), what))
+    return {who: " ".join(what.split()) for who, what in names}
+
+
+def test_words_stand_left_numbers_right_and_verdicts_have_their_colours():
+    frame = pd.DataFrame({"claim": ["x" * 50], "value": [1.0], "verdict": ["undecided"]})
+    found = rules(frame)
+    assert "text-align: right" in found["td.col1"] and "text-align: right" in found["th.col1"]
+    assert "text-align: left" in found["td.col0"] and "min-width" in found["td.col0"]
+    assert "min-width" not in found["td.col2"]
+    ink = figures.VERDICTS["undecided"]
+    assert f"background-color: {ink}; color: black" in found["col2"]
+    assert "#777777" in rules(pd.DataFrame({"paper gain": [1.0]}))["td.col0"]
+    assert "background-color" not in str(rules(frame.rename(columns={"verdict": "other"})))
+
+
+def test_a_named_index_becomes_columns_and_two_tables_have_two_ids():
+    table = pd.DataFrame({"value": [1.25]}, index=pd.Index(["dtd"], name="dataset"))
+    html = figures.show_table(table, 2).to_html()
+    assert "dtd" in html and "1.25" in html
+    ids = {
+        re.search(r'id="(T_\w+?)"', figures.show_table(t).to_html())[1] for t in (table, 2 * table)
+    }
+    assert len(ids) == 2
 
 
 def test_colours_are_fixed_and_far_apart():
     def lab(ink):
         from skimage.color import rgb2lab
 
-        return rgb2lab([[figures.to_rgb(ink)]])[0, 0]
+        return rgb2lab([[to_rgb(ink)]])[0, 0]
 
     inks = list(figures.COLOURS.values())
     for i, a in enumerate(inks):
@@ -247,12 +279,36 @@ def test_colours_are_fixed_and_far_apart():
     assert figures.contrast("#FFFFFF") == "black" and figures.contrast("#0072B2") == "white"
 
 
-def test_figures_are_forgotten_by_pyplot_and_have_the_page_width():
+def test_figures_are_forgotten_by_pyplot_and_have_two_widths():
     before = figures.plt.get_fignums()
-    fig = diagram.method_diagram()
+    fig = small_figure()
     assert figures.plt.get_fignums() == before
-    assert fig.get_figwidth() == figures.WIDE
-    assert {"output projection", "SimCLR: 49 patches", "PCA", "kNN"} <= labels(fig)
+    assert fig.get_figwidth() == pytest.approx(85 / 25.4)
+    assert figures.figure()[0].get_figwidth() == pytest.approx(160 / 25.4)
+
+
+def test_letters_names_and_colours_are_one_table():
+    assert figures.LETTERS["mlm"] == "M" and figures.NAMES["M"] == "masked words"
+    assert list(figures.LETTERS.values()) == list(figures.NAMES) == list(figures.COLOURS)[:7]
+
+
+def test_at_most_nine_panels_are_drawn_and_the_rest_is_counted():
+    rows = [(f"set{i}", k, "a", 1.0) for i in range(4) for k in "KDS"]
+    gains = pd.DataFrame(rows, columns=["dataset", "features", "class", "value"])
+    fig = plots.class_deltas(gains)
+    assert len(fig.axes) == 9
+    assert "not drawn: 1 more, with their numbers in the CSV" in labels(fig)
+    assert not any("not drawn" in text for text in labels(plots.class_deltas(gains[:9])))
+    fig, axes = panels.panels([f"p{i}" for i in range(11)], 1)
+    assert len(fig.axes) == len(axes) == 9
+    assert "not drawn: 2 more, with their numbers in the CSV" in labels(fig)
+
+
+def test_a_long_name_of_a_backbone_goes_on_in_a_new_line():
+    frame = pd.DataFrame({"dataset": ["dtd"], "backbone": ["vit_tiny_patch16_224.augreg_in21k"]})
+    frame = frame.assign(setting="full")
+    [title] = panels.titles_of(frame, ("dataset", "backbone", "setting"))
+    assert title == "dtd\nvit_tiny_patch16_224.\naugreg_in21k, full"
 
 
 def test_variants():
@@ -291,7 +347,7 @@ def test_cka_heatmaps():
         "0.75",
         "1.00",
     ]
-    with pytest.raises(ValueError, match="no matrices"):
+    with pytest.raises(ValueError, match="no panels"):
         grids.cka_heatmaps({})
 
 
@@ -302,7 +358,6 @@ def test_pair_matrix_shades_by_the_difference_from_the_embedding():
     assert np.allclose(np.ma.filled(mesh.get_array(), 99), [[0, 3.5], [2, -5]])
     assert mesh.norm.vmin == -5 and mesh.norm.vmax == 5
     assert {"50.0", "53.5", "52.0", "45.0", "all"} == {t.get_text() for t in fig.axes[0].texts}
-    assert "53.5" not in labels(grids.pair_matrix({"dtd": (["E", "K"], matrix)}))
 
 
 def test_class_deltas_sorts_and_counts():
@@ -318,8 +373,13 @@ def test_class_deltas_sorts_and_counts():
 
 
 def accuracies(**columns):
-    base = {"features": ["E", "E+K", "E+K+D+S"], "value": [40.0, 41.0, np.nan], "low": [39.0, 40.0, np.nan],
-            "high": [41.0, 42.0, np.nan], "paper": [np.nan, 0.5, 3.0]}  # fmt: skip
+    base = {
+        "features": ["E", "E+K", "E+K+D+S"],
+        "value": [40.0, 41.0, np.nan],
+        "low": [39.0, 40.0, np.nan],
+        "high": [41.0, 42.0, np.nan],
+        "paper": [np.nan, 0.5, 3.0],
+    }
     return pd.DataFrame(base).assign(**columns)
 
 
@@ -334,7 +394,12 @@ def test_accuracy_by_features_places_the_papers_gain_on_our_embedding():
             41,
         ]  # the third was not run: no mark
         assert [line.get_ydata()[0] for line in opened(ax)] == [40.5, 43]
-    assert {"vit_mini, full\ndtd", "vit_mini, 5-shot\ndtd", "cifar10"} <= labels(fig)
+    assert [ax.get_title("left").replace("\n", ", ") for ax in fig.axes] == [
+        "dtd, vit_mini, full",
+        "cifar10, vit_mini, full",
+        "dtd, vit_mini, 5-shot",
+        "cifar10, vit_mini, 5-shot",
+    ]
     assert {"E", "+ K", "+ D+S", "our embedding + the paper's gain"} <= labels(fig)
 
 
@@ -363,8 +428,15 @@ def test_throughput_shows_the_fraction_of_the_floor():
 
 
 def test_scoreboard_groups_rows_by_verdict_the_disagreements_first():
-    frame = pd.DataFrame({"item": ["Table 1", "Table 1", "Fig. 3"], "claim": ["a", "b", "c"], "paper": [4.4, 2.8, 7.0],
-                          "value": [1.0, -1.0, np.nan], "verdict": ["agrees", "disagrees", "not run"]})  # fmt: skip
+    frame = pd.DataFrame(
+        {
+            "item": ["Table 1", "Table 1", "Fig. 3"],
+            "claim": ["a", "b", "c"],
+            "paper": [4.4, 2.8, 7.0],
+            "value": [1.0, -1.0, np.nan],
+            "verdict": ["agrees", "disagrees", "not run"],
+        }
+    )
     fig = plots.scoreboard(frame.assign(expected=["+", "-", ""]))
     [ax] = fig.axes
     assert [line.get_color() for line in filled(ax)] == [
@@ -383,12 +455,21 @@ def test_scoreboard_groups_rows_by_verdict_the_disagreements_first():
 
 
 def test_deltas_names_the_claims_whose_size_differs():
-    frame = pd.DataFrame({"id": ["far", "near", "none"], "paper": [17.2, 2.0, np.nan], "value": [-0.5, 1.5, 1.0],
-                          "low": [-0.8, 0.5, 0.0], "high": [-0.2, 2.5, 2.0],
-                          "verdict": ["disagrees", "agrees", "undecided"]})  # fmt: skip
+    frame = pd.DataFrame(
+        {
+            "item": ["Table 3", "Table 2", "Fig. 6"],
+            "claim": ["far", "near", "none"],
+            "paper": [17.2, 2.0, np.nan],
+            "value": [-0.5, 1.5, 1.0],
+            "low": [-0.8, 0.5, 0.0],
+            "high": [-0.2, 2.5, 2.0],
+            "verdict": ["disagrees", "agrees", "undecided"],
+        }
+    )
     fig = plots.deltas(frame)
     [ax] = fig.axes
-    assert [t.get_text() for t in ax.texts] == ["far"]
+    assert [t.get_text() for t in ax.texts] == ["1"]
+    assert "1  Table 3: far" in labels(fig)
     points = {
         line.get_marker(): line.get_xydata().tolist()
         for line in ax.lines
@@ -407,7 +488,7 @@ def deuteranopia(colours) -> np.ndarray:
     """sRGB colours (N, 3) as those without the middle cones see them (Machado, Oliveira and
     Fernandes 2009).
     """
-    rgb = np.array([figures.to_rgb(c) for c in colours])
+    rgb = np.array([to_rgb(c) for c in colours])
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
     matrix = [
         [0.367322, 0.860646, -0.227968],
@@ -418,11 +499,16 @@ def deuteranopia(colours) -> np.ndarray:
     return np.where(seen <= 0.0031308, 12.92 * seen, 1.055 * seen ** (1 / 2.4) - 0.055)
 
 
-@pytest.mark.parametrize("together", [[figures.COLOURS[k] for k in "EKDSCI"], list(figures.VERDICTS.values()),
-                                      [figures.COLOURS[k] for k in ("E", "E+K", "E+K+D", "E+K+D+S")],
-                                      ["#333333", "#0072B2", "#D55E00", "#009E73"],
-                                      ["#0072B2", "#D55E00", "#009E73", "#CC79A7"]],
-                         ids=["gradients", "verdicts", "steps", "projections", "layers"])  # fmt: skip
+TOGETHER = {
+    "gradients": [figures.COLOURS[k] for k in "EKDSCI"],
+    "verdicts": list(figures.VERDICTS.values()),
+    "steps": [figures.COLOURS[k] for k in ("E", "E+K", "E+K+D", "E+K+D+S")],
+    "projections": ["#333333", "#0072B2", "#D55E00", "#009E73"],
+    "layers": ["#0072B2", "#D55E00", "#009E73", "#CC79A7"],
+}
+
+
+@pytest.mark.parametrize("together", TOGETHER.values(), ids=TOGETHER.keys())
 def test_colours_drawn_together_are_told_apart_without_red_and_green(together):
     """CIEDE2000 of every pair, simulated; a red and a green of one lightness fall to about 7."""
     from skimage.color import deltaE_ciede2000, rgb2lab
@@ -438,11 +524,8 @@ def test_colours_drawn_together_are_told_apart_without_red_and_green(together):
 def test_a_compact_drawing_keeps_its_colours():
     shown = figures.compact(fig := small_figure())
     picture = Image.open(io.BytesIO(shown.data)).convert("RGB")
-    assert (
-        picture.size == tuple((fig.get_size_inches() * fig.dpi).astype(int))
-        and shown.format == "png"
-    )
-    wanted = 255 * np.array(figures.to_rgb(figures.colour("K")))
+    assert picture.size == tuple((fig.get_size_inches() * fig.dpi).astype(int))
+    wanted = 255 * np.array(to_rgb(figures.colour("K")))
     assert np.abs(np.asarray(picture) - wanted).max(-1).min() < 16
 
 
@@ -454,19 +537,6 @@ def test_what_a_figure_shows_in_words():
     fig = plots.accuracy_by_features(accuracies(dataset="dtd"))
     said = figures.describe(fig)
     assert "Titles: dtd." in said and "Key: ours, 95 % interval; our embedding" in said
-    table = figures.table_figure(pd.DataFrame({"a": [1], "paper": [2.0]}))
-    assert figures.describe(table) == "Table of 1 rows with the columns a, paper."
-    assert figures.describe(diagram.method_diagram()).startswith("The method in eight steps")
-
-
-def test_a_long_table_is_cut_and_says_so_and_no_word_is_broken():
-    fig = figures.table_figure(
-        pd.DataFrame({"a_difference": np.arange(60), "text": ["word " * 30] * 60})
-    )
-    drawn = labels(fig)
-    assert f"and {60 - figures.MOST} more rows in the CSV" in drawn and "a\ndifference" in drawn
-    assert "49" in drawn and "50" not in drawn
-    assert max(len(line) for text in drawn for line in text.split("\n")) <= 44
 
 
 def test_image_grid_frames_right_and_wrong():
@@ -474,14 +544,12 @@ def test_image_grid_frames_right_and_wrong():
     fig = grids.image_grid(
         images, titles=list("abcde"), ncols=3, frames=[True, False, None, None, None]
     )
-    assert len(fig.axes) == 6 and sum(len(ax.images) for ax in fig.axes) == 5
+    assert sum(len(ax.images) for ax in fig.axes) == len(fig.axes) == 5
     edges = [ax.spines["top"].get_edgecolor()[:3] for ax in fig.axes[:2]]
-    assert np.allclose(
-        edges, [figures.to_rgb(figures.VERDICTS[v]) for v in ("agrees", "disagrees")]
-    )
+    assert np.allclose(edges, [to_rgb(figures.VERDICTS[v]) for v in ("agrees", "disagrees")])
     assert not fig.axes[2].spines["top"].get_visible()
     with pytest.raises(ValueError, match="no images"):
-        grids.image_grid([])
+        grids.image_grid([], [])
 
 
 def test_every_plot_draws_without_a_warning(recwarn):
@@ -490,7 +558,6 @@ def test_every_plot_draws_without_a_warning(recwarn):
     for fig in (
         plots.accuracy_by_features(frame),
         plots.backbone_bars(frame),
-        diagram.method_diagram(),
     ):
         fig.canvas.draw()
     assert not [str(w.message) for w in recwarn]
@@ -516,13 +583,13 @@ def test_neighbours_are_whole_images_framed_by_class():
     fig = grids.neighbours({"image": np.zeros((4, 6, 3), np.uint8), "title": "query"}, found)
     assert {"query", "a", "b", "c", "d", "embedding", "FUNGI"} <= labels(fig)
     framed = {ax.get_title(): frame(ax) for ax in fig.axes if ax.get_title() and ax.images}
-    assert framed == {"a": "agrees", "b": "disagrees", "c": None, "d": "agrees"}
+    assert framed == {"query": None, "a": "agrees", "b": "disagrees", "c": None, "d": "agrees"}
 
 
 def test_changed_images_stand_in_rows_with_both_features_neighbours():
     image = np.zeros((4, 4, 3), np.uint8)
-    row = {"image": image, "better": True, "votes": {"E": 2, "S": 11},
-           "found": {"E": [(image, False)] * 3, "S": [(image, True)] * 3}}  # fmt: skip
+    found = {"E": [(image, False)] * 3, "S": [(image, True)] * 3}
+    row = {"image": image, "better": True, "votes": {"E": 2, "S": 11}, "found": found}
     fig = grids.changes([row, row | {"better": False}], "photos, class moon")
     votes = {"embedding: 2 votes for its class", "SimCLR: 11 votes for its class"}
     assert {"put right", "put wrong"} | votes <= labels(fig)
@@ -533,10 +600,10 @@ def test_changed_images_stand_in_rows_with_both_features_neighbours():
 
 
 def test_pairs_stand_side_by_side_under_one_title():
-    fig = grids.pairs([np.zeros((4, 4, 3), np.uint8)] * 6, ["first", "second", "third"], ncols=2)
+    fig = grids.pairs([np.zeros((4, 4, 3), np.uint8)] * 6, ["first", "second", "third"])
     assert {"first", "second", "third"} <= labels(fig) and sum(
         bool(ax.images) for ax in fig.axes
-    ) == 6
+    ) == 3
     with pytest.raises(ValueError, match="no pairs"):
         grids.pairs([], [])
 
@@ -550,5 +617,5 @@ def test_a_map_of_images_shows_a_thumbnail_where_there_is_room_and_a_dot_for_eac
     assert {t.get_text() for t in fig.legends[0].get_texts()} == {"cat", "dog"}
     assert not grids.image_map(places, images).legends
     assert np.isfinite(
-        grids.image_map(np.ones((3, 2)), images).axes[0].collections[0].get_offsets()
+        grids.image_map(np.ones((3, 2)), images[:3]).axes[0].collections[0].get_offsets()
     ).all()  # all alike

@@ -1,181 +1,191 @@
-"""Heat maps of pairs of features and grids of images: arrays in, a `Figure` out; nothing is read or
-written here.
+"""Heat maps of pairs of features and grids of pictures: arrays in, a `Figure` out; nothing is read
+or written.
+
+A picture is a PIL image or an array, (H, W) or (H, W, 3), already decoded. A picture may be right
+(blue frame), wrong (vermillion frame) or neither (None, no frame).
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 import seaborn
-from matplotlib.colors import Normalize, to_rgb
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
-from PIL import Image
+from PIL import Image, ImageOps
 
-from companion.figures.style import NAMES, VERDICTS, WIDE, colour, contrast, figure
+from companion.figures import style
+from companion.figures.panels import DASHED, panels
+from companion.figures.style import NAMES, PAGE, SMALL, colour, figure
 
-
-def cka_heatmaps(matrices: Mapping[str, tuple[Sequence[str], np.ndarray]]) -> Figure:
-    """Fig. 2, top: linear CKA of each pair of features; `matrices` maps a title to (labels, (n, n)
-    array).
-    """
-    shade = {
-        title: np.where(np.tri(len(m), dtype=bool), m, np.nan) for title, (_, m) in matrices.items()
-    }
-    return _triangles(matrices, shade, Normalize(0, 1), "Blues", ".2f", "linear CKA")[0]
+Matrices = Mapping[str, tuple[Sequence[str], np.ndarray]]  # {title: (labels, (n, n) array)}
+MASKS = (  # after Tol's muted scheme, safe for colour-blind readers
+    "#88CCEE", "#DDCC77", "#AA4499", "#7A7A7A", "#EE7733", "#117733",
+    "#CC6677", "#44AA99", "#332288", "#882255", "#111111", "#999933",
+)  # fmt: skip
 
 
-def pair_matrix(
-    acc: Mapping[str, tuple[Sequence[str], np.ndarray]],
-    combined: Mapping[str, float] | None = None,
-    reference: str = "E",
-) -> Figure:
-    """Fig. 2, bottom: kNN accuracy of each feature (diagonal) and pair; `acc` maps a title to
-    (labels, (n, n)).
+def cka_heatmaps(matrices: Matrices) -> Figure:
+    """Draw Fig. 2, top: the linear CKA of each pair of features; at most nine matrices."""
+    fig, axes = panels(list(matrices), 2.1, width=2.1)
+    for title, ax in axes.items():
+        labels, values = matrices[title]
+        shade = np.where(np.tri(len(labels), dtype=bool), values, np.nan)
+        _heatmap(ax, shade, shade, ".2f", labels, vmin=0, vmax=1, cmap="Blues", square=True)
+    _colour_bar(fig, list(axes.values()), "linear CKA")
+    return fig
 
-    Colour is the difference from the `reference` feature alone; `combined` gives, for each title,
+
+def pair_matrix(acc: Matrices, combined: Mapping[str, float]) -> Figure:
+    """Draw Fig. 2, bottom: the kNN accuracy of each feature (diagonal) and pair; at most nine
+    matrices.
+
+    Colour is the difference from the embedding alone. `combined` gives, for each title,
     the accuracy of all features together, drawn as the framed cell in the empty corner.
     """
+    fig, axes = panels(list(acc), 2.1, width=2.1)
     numbers, shade = {}, {}
-    for title, (labels, matrix) in acc.items():
-        full = np.where(np.tri(len(labels), dtype=bool), matrix, np.nan)
-        full[0, -1] = (combined or {}).get(title, np.nan)
-        at = list(labels).index(reference)
-        numbers[title], shade[title] = (labels, full), full - full[at, at]
-    reach = max([0.1, *(np.nan_to_num(np.abs(s)).max() for s in shade.values())])
-    label = f"points above {NAMES.get(reference, reference)} alone"
-    fig, axes = _triangles(numbers, shade, Normalize(-reach, reach), "RdBu", ".1f", label)
-    for ax, (labels, full) in zip(axes, numbers.values(), strict=True):
-        if not np.isnan(full[0, -1]):
-            n = len(labels)
-            ax.add_patch(
-                Rectangle(
-                    (n - 1, 0),
-                    1,
-                    1,
-                    facecolor="none",
-                    edgecolor="black",
-                    linewidth=1.2,
-                    clip_on=False,
-                )
-            )
-            ax.text(n - 1.12, 0.5, "all", ha="right", va="center_baseline", size=7.5)
+    for title in axes:
+        labels, values = acc[title]
+        numbers[title] = np.where(np.tri(len(labels), dtype=bool), values, np.nan)
+        numbers[title][0, -1] = combined[title]
+        at = list(labels).index("E")
+        shade[title] = numbers[title] - numbers[title][at, at]
+    reach = max(0.1, *(np.nanmax(np.abs(values)) for values in shade.values()))
+    look = {"vmin": -reach, "vmax": reach, "cmap": "RdBu", "square": True}
+    frame = {"facecolor": "none", "edgecolor": "black", "linewidth": 1.2, "clip_on": False}
+    for title, ax in axes.items():
+        labels = acc[title][0]
+        _heatmap(ax, shade[title], numbers[title], ".1f", labels, **look)
+        ax.add_patch(Rectangle((len(labels) - 1, 0), 1, 1, **frame))
+        ax.text(len(labels) - 1.12, 0.5, "all", ha="right", va="center_baseline", size=SMALL)
+    _colour_bar(fig, list(axes.values()), "points above the embedding alone")
     return fig
 
 
 def source_layers(df: pd.DataFrame) -> Figure:
-    """Fig. 8: accuracy of the gradients at every linear layer, a column of panels for each
-    objective.
+    """Draw Fig. 8: the accuracy of the gradients at every linear layer, a column of panels for each
+    objective. Above is a heat map of the difference from the embedding with the accuracy written
+    in, below are lines.
 
-    `df`: features, kind (which layer of a block), block (from 1), value, low, high (percent), base
-    (the embedding's accuracy). Above a heat map of the difference from the embedding with the
-    accuracy written in, below lines.
+    `df` has features, kind (which layer of a block), block (from 1), value, low, high (percent),
+    base (the embedding's accuracy).
     """
     kinds, objectives = list(df["kind"].unique()), list(df["features"].unique())
     blocks = sorted(df["block"].unique())
     inks = dict(zip(kinds, ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"), strict=False))
-    size = {"height": 1.3 + 0.3 * len(kinds) + 2.2, "height_ratios": [0.3 * len(kinds) + 0.2, 2.0]}
-    fig, axes = figure(2, len(objectives), sharex="row", sharey="row", **size)
+    size = {"height": 3.5 + 0.3 * len(kinds), "height_ratios": [0.3 * len(kinds) + 0.2, 2.0]}
+    fig, axes = figure(2, len(objectives), sharey="row", **size)
     reach = max(0.1, (df["value"] - df["base"]).abs().max())
+    look = {"vmin": -reach, "vmax": reach, "cmap": "RdBu"}
     for (top, bottom), name in zip(axes.T, objectives, strict=True):
         here = df[df["features"] == name]
-        wide = here.pivot(index="kind", columns="block", values="value").loc[kinds, blocks]
         base = here["base"].iloc[0]
-        mesh = top.pcolormesh(
-            wide - base, norm=Normalize(-reach, reach), cmap="RdBu", edgecolors="white", linewidth=1
-        )
-        for i, j in np.ndindex(wide.shape):
-            ink = contrast(mesh.to_rgba(wide.iloc[i, j] - base))
-            text = f"{wide.iloc[i, j]:.0f}"
-            top.text(j + 0.5, i + 0.5, text, ha="center", va="center_baseline", size=7, color=ink)
-        top.set(ylim=(len(kinds), 0), title=f"{NAMES[name]} gradient")
-        top.set_xticks(np.arange(len(blocks)) + 0.5, blocks)
-        top.set_yticks(np.arange(len(kinds)) + 0.5, kinds)
-        top.spines[:].set_visible(False)
-        top.tick_params(length=0)
-        for kind in kinds:
-            part = here[here["kind"] == kind].sort_values("block")
-            bottom.fill_between(
-                part["block"], part["low"], part["high"], color=inks[kind], alpha=0.1, linewidth=0
-            )
-            bottom.plot(
-                part["block"], part["value"], color=inks[kind], marker="o", markersize=3, label=kind
-            )
-        bottom.axhline(
-            base, color=colour("E"), linewidth=1, linestyle=(0, (4, 3)), label="embedding"
-        )
+        values = here.pivot(index="kind", columns="block", values="value").loc[kinds, blocks]
+        _heatmap(top, values.to_numpy() - base, values.to_numpy(), ".0f", blocks, kinds, **look)
+        top.set_title(f"{NAMES[name]} gradient")
+        for kind, part in here.sort_values("block").groupby("kind", sort=False):
+            line, band = {"color": inks[kind], "label": kind}, {"color": inks[kind], "alpha": 0.1}
+            bottom.fill_between(part["block"], part["low"], part["high"], linewidth=0, **band)
+            bottom.plot(part["block"], part["value"], marker="o", markersize=3, **line)
+        bottom.axhline(base, color=colour("E"), linewidth=1, linestyle=DASHED, label="embedding")
         bottom.set(xlabel="block", xticks=blocks)
         bottom.grid(axis="y")
     axes[1, 0].set_ylabel("accuracy (%)")
-    bar = fig.colorbar(mesh, ax=axes[0], aspect=8, pad=0.02, label="points above\nthe embedding")
-    bar.outline.set_visible(False)
-    fig.legend(
-        *axes[1, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(kinds) + 1
-    )
+    _colour_bar(fig, list(axes[0]), "points above\nthe embedding")
+    handles, labels = axes[1, 0].get_legend_handles_labels()
+    order = [labels.index(name) for name in (*kinds, "embedding")]
+    key = {"handles": [handles[i] for i in order], "ncols": len(order)}
+    fig.legend(loc="outside lower center", **key)
+    return fig
+
+
+def gradient_panels(
+    image, matrices: Mapping[str, np.ndarray], blocks: Mapping[str, np.ndarray]
+) -> Figure:
+    """Draw one image, its gradient matrix for each objective (D_out, D_in + 1), and below the
+    vectors that are kept.
+
+    `matrices` and `blocks` ((d,) each, unit length) are keyed by letter; `blocks` starts with the
+    embedding, "E".
+    """
+    fig, axes = figure(2, 1 + len(matrices), height=3.4, height_ratios=[2, 1])
+    _tile(axes[0, 0], image, "image")
+    for ax, (letter, matrix) in zip(axes[0, 1:], matrices.items(), strict=True):
+        reach = np.percentile(np.abs(matrix), 99)  # a few entries are far larger than the rest
+        look = {"vmin": -reach, "vmax": reach, "cmap": "RdBu", "rasterized": True}
+        seaborn.heatmap(matrix, ax=ax, cbar=False, xticklabels=False, yticklabels=False, **look)
+        ax.set(xlabel="input unit, bias last")
+        ax.set_title(f"{NAMES[letter]}, rank {np.linalg.matrix_rank(matrix)}")
+    axes[0, 1].set_ylabel("output unit")
+    top = max(np.abs(vector).max() for vector in blocks.values())
+    for ax, (letter, vector) in zip(axes[1], blocks.items(), strict=True):
+        ax.bar(range(len(vector)), vector, width=1, color=colour(letter))
+        ax.spines["bottom"].set_visible(False)
+        ax.set(ylim=(-top, top), xlabel=f"{len(vector)} entries", xticks=[], yticks=[])
+        ax.set_title(NAMES[letter] + (", projected" if letter != "E" else ""))
+        ax.margins(x=0)
     return fig
 
 
 def image_grid(
     images: Sequence,
-    titles: Sequence[str] | None = None,
+    titles: Sequence[str],
     ncols: int = 8,
     frames: Sequence[bool | None] | None = None,
 ) -> Figure:
-    """Images (PIL, or arrays (H, W) or (H, W, 3)) in rows of `ncols`.
-
-    `frames`: True for right (blue), False for wrong (vermillion), None for no frame.
+    """Draw pictures with their titles in rows of `ncols`; `frames` tells which are right. Raises
+    ValueError without a picture.
     """
     if not len(images):
         raise ValueError("nothing to show: no images")
     ncols = min(ncols, len(images))
-    rows, side = -(-len(images) // ncols), min(1.1, WIDE / ncols)
-    lines = 1 + max(t.count("\n") for t in titles) if titles else 0
-    fig, axes = figure(rows, ncols, width=side * ncols, height=rows * (side + 0.13 * lines))
-    for ax in axes.flat:
-        ax.set(xticks=[], yticks=[])
-        ax.spines[:].set_visible(False)
-    for i, (ax, image) in enumerate(zip(axes.flat, images, strict=False)):
-        pixels = np.asarray(image)
-        ax.imshow(pixels, cmap="gray" if pixels.ndim == 2 else None, interpolation="nearest")
-        if titles:
-            ax.set_title(titles[i], loc="center", size=7, pad=3)
-        if frames:
-            _framed(ax, frames[i])
+    rows, wide = math.ceil(len(images) / ncols), min(1.6, PAGE / ncols)
+    pixels = np.asarray(images[0]).shape
+    high = wide * pixels[0] / pixels[1] + 0.14 * (1 + max(t.count("\n") for t in titles))
+    fig, axes = figure(rows, ncols, width=wide * ncols, height=high * rows)
+    for ax in axes.flat[len(images) :]:
+        ax.remove()
+    frames = frames or [None] * len(images)
+    for ax, *picture in zip(axes.flat, images, titles, frames, strict=False):
+        _tile(ax, *picture)
     return fig
 
 
-MASKS = (
-    "#88CCEE",
-    "#DDCC77",
-    "#AA4499",
-    "#7A7A7A",
-    "#EE7733",
-    "#117733",
-    "#CC6677",
-    "#44AA99",
-    "#332288",
-    "#882255",
-    "#111111",
-    "#999933",
-)  # after Tol's muted scheme, safe for colour-blind readers
+def pairs(images: Sequence, titles: Sequence[str]) -> Figure:
+    """Draw pictures two by two, (first, second) of each pair side by side under one title, in rows
+    of four pairs. Raises ValueError without a pair.
+    """
+    if not len(images):
+        raise ValueError("nothing to show: no pairs")
+    square = lambda image: ImageOps.pad(_rgb(image), (160, 160), color="white")
+    joined = []
+    for first, second in zip(images[::2], images[1::2], strict=True):
+        joined.append(both := Image.new("RGB", (324, 160), "white"))
+        both.paste(square(first), (0, 0))
+        both.paste(square(second), (164, 0))
+    return image_grid(joined, titles, ncols=4)
 
 
 def class_colours(classes: int) -> np.ndarray:
-    """A colour for each class, (classes, 3) in [0, 1]; beyond a dozen hues alternate in lightness."""
+    """Return a colour for each class, (classes, 3) in [0, 1]; beyond a dozen, hues alternate in
+    lightness.
+    """
     if classes <= len(MASKS):
         return np.array([to_rgb(ink) for ink in MASKS[:classes]])
     light, dark = (np.array(seaborn.husl_palette(classes, s=0.85, l=tone)) for tone in (0.72, 0.45))
-    order = np.argsort(
-        np.arange(classes) * 0.618 % 1
-    )  # neighbours in the list are far apart in hue
+    order = np.argsort(np.arange(classes) * 0.618 % 1)  # neighbours in the list differ in hue
     return np.where(np.arange(classes)[:, None] % 2 == 0, light, dark)[order]
 
 
 def painted(image, mask: np.ndarray, classes: int) -> np.ndarray:
-    """A mask over its image in grey, borders between classes dark, void as the grey image; RGB in
-    [0, 1].
+    """Return a mask (H, W) over its image in grey as RGB in [0, 1]: borders between classes are
+    dark, void (an index of `classes` or more) is the grey image.
     """
-    fine = -(-400 // mask.shape[1])  # small images are enlarged, so that a border stays a thin line
+    fine = math.ceil(400 / mask.shape[1])  # small images are enlarged: a border stays a thin line
     image, mask = (np.repeat(np.repeat(x, fine, 0), fine, 1) for x in (np.asarray(image), mask))
     grey = np.asarray(Image.fromarray(image).convert("L"))[..., None] / 255
     known = (mask < classes)[..., None]
@@ -188,172 +198,99 @@ def painted(image, mask: np.ndarray, classes: int) -> np.ndarray:
 
 
 def mask_rows(rows: Sequence[Mapping], names: Sequence[str]) -> Figure:
-    """Fig. 7: image, mask from the embedding, from FUNGI, and the truth, a row an image; the same
-    colours everywhere.
+    """Draw Fig. 7: an image, its masks from the embedding and from FUNGI, and the truth, a row for
+    each image, in the same colours everywhere.
 
-    Each of `rows`: title, image (H, W, 3) uint8, masks {title: (H, W) class indices, else void};
-    `names`: classes.
+    Each of `rows` has title, image (H, W, 3) uint8, masks {title: (H, W) class indices, else void};
+    `names` are the classes.
     """
-    wide, high = np.asarray(rows[0]["image"]).shape[1::-1]
+    high, wide = np.asarray(rows[0]["image"]).shape[:2]
     columns = 1 + len(rows[0]["masks"])
-    cell = WIDE / columns
-    seen = np.unique(
-        np.concatenate([np.unique(mask) for row in rows for mask in row["masks"].values()])
+    seen = sorted(
+        {int(c) for row in rows for mask in row["masks"].values() for c in np.unique(mask)}
     )
-    shown = [int(c) for c in seen if c < len(names)]
-    lines = -(-len(shown) // 6)
-    height = len(rows) * (cell * high / wide + 0.2) + 0.25 + 0.18 * lines
-    fig, axes = figure(len(rows), columns, width=WIDE, height=height)
-    for ax in axes.flat:
-        ax.set(xticks=[], yticks=[])
-        ax.spines[:].set_visible(False)
+    shown = [c for c in seen if c < len(names)]
+    height = len(rows) * (PAGE / columns * high / wide + 0.2) + 0.25 + 0.18 * len(shown) / 6
+    fig, axes = figure(len(rows), columns, height=height)
     for line, row in zip(axes, rows, strict=True):
-        line[0].imshow(row["image"])
-        line[0].set_title(row["title"], size=7.5, pad=3)
+        _tile(line[0], row["image"], row["title"])
         for ax, (title, mask) in zip(line[1:], row["masks"].items(), strict=True):
-            ax.imshow(painted(row["image"], mask, len(names)), interpolation="nearest")
-            ax.set_title(title, size=7.5, pad=3)
+            _tile(ax, painted(row["image"], mask, len(names)), title)
     colours = class_colours(len(names))
-    handles = [
-        Patch(facecolor=colours[c], edgecolor="#333333", linewidth=0.5, label=names[c])
-        for c in shown
-    ]
+    inks = {names[c].replace("_", " "): colours[c] for c in shown}
     if len(shown) < len(seen):
-        handles.append(
-            Patch(
-                facecolor="#CFCFCF", edgecolor="#333333", linewidth=0.5, label="void (not scored)"
-            )
-        )
-    fig.legend(
-        handles=handles, loc="outside lower center", ncols=6, handlelength=1.2, columnspacing=1.2
-    )
+        inks["void (not scored)"] = "#CFCFCF"
+    _class_key(fig, inks)
     return fig
 
 
 def neighbours(query: Mapping, found: Mapping[str, Sequence[Mapping]]) -> Figure:
-    """An image and, a row a feature set, what is nearest to it.
+    """Draw a picture and, a row for each feature set, what is nearest to it.
 
-    `query` and each neighbour: image (H, W, 3) uint8, title; `right`: True, False or None as in
-    `image_grid`; `box` (left, top, side): a patch of the image is meant, and of a neighbour only
-    what is around it is shown.
+    `query` and each neighbour have image, title and, optionally, right, and box (left, top, side):
+    a patch of the image is meant, and of a neighbour only what is around it is shown.
     """
     count = max(map(len, found.values()))
-    side = min(1.5, (WIDE - 1.9) / count)
+    side = min(1.5, (PAGE - 1.9) / count)
     lines = 1 + max(one["title"].count("\n") for some in found.values() for one in some)
-    height, ratios = len(found) * (side + 0.12 + 0.14 * lines) + 0.1, [1.9 / side, *[1] * count]
-    fig, axes = figure(
-        len(found), count + 1, width=2 + count * side, height=height, width_ratios=ratios
-    )
-    for ax in axes.flat:
-        ax.set(xticks=[], yticks=[])
-        ax.spines[:].set_visible(False)
-    grid = axes[0, 0].get_gridspec()
-    for ax in axes[:, 0]:
-        ax.remove()
-    tiles = [(fig.add_subplot(grid[:, 0]), query, None)]
-    for line, (name, some) in zip(axes, found.items(), strict=True):
-        line[1].set_ylabel(name)
-        tiles += [(ax, one, 3.5) for ax, one in zip(line[1:], some, strict=False)]
-    for ax, one, reach in tiles:
-        patch = "box" in one
-        ax.imshow(one["image"], interpolation="nearest" if reach and patch else "bilinear")
-        if patch:
+    height = len(found) * (side + 0.12 + 0.14 * lines) + 0.1
+    shape = {
+        "width": 2 + count * side,
+        "height": height,
+        "width_ratios": [1.9 / side, *[1] * count],
+    }
+    fig, first, rest = _beside(found, **shape)
+    for ax, one in [(first, query), *rest]:
+        _tile(ax, one["image"], one["title"], one.get("right"))
+        if "box" in one:
             left, top, width = one["box"]
             for ink, line in (("white", 2.6), ("black", 1.2)):
                 frame = {"facecolor": "none", "edgecolor": ink, "linewidth": line}
                 ax.add_patch(Rectangle((left - 0.5, top - 0.5), width, width, **frame))
-            if reach:  # the patch and what is around it
-                ax.set_xlim(left - reach * width, left + (reach + 1) * width)
-                ax.set_ylim(top + (reach + 1) * width, top - reach * width)
-        ax.set(xticks=[], yticks=[])
-        ax.set_title(one["title"], size=7, pad=3, loc="center" if reach else "left")
-        ax.spines[:].set_visible(False)
-        _framed(ax, one.get("right"))
+            if one is not query:  # the patch, and three and a half patches on each side
+                around = 3.5 * width
+                ax.set_xlim(left - around, left + width + around)
+                ax.set_ylim(top + width + around, top - around)
     return fig
 
 
 def spectrograms(query: Mapping, found: Mapping[str, Sequence[Mapping]]) -> Figure:
-    """A clip and, a row a feature set, the clips nearest to it, as log-mel spectrograms: time to
-    the right, low bands below, each from its quietest to its loudest cell.
+    """Draw a clip and, a row for each feature set, the clips nearest to it, as log-mel
+    spectrograms: time to the right, low bands below, each from its quietest to its loudest cell.
 
-    `query` and each neighbour: bank (T, F), title, and `right` (True: blue frame, False:
-    vermillion, None: no frame).
+    `query` and each neighbour have bank (T, F), title and, optionally, right.
     """
-    count = max(map(len, found.values()))
-    fig, axes = figure(len(found), count + 1, height=1.45 * len(found) + 0.1)
-    grid = axes[0, 0].get_gridspec()
-    for ax in axes[:, 0]:
-        ax.remove()
-    tiles = [(fig.add_subplot(grid[:, 0]), query)]
-    for line, (name, some) in zip(axes, found.items(), strict=True):
-        line[1].set_ylabel(name)
-        tiles += zip(line[1:], some, strict=False)
-    for ax, one in tiles:
-        ax.imshow(
-            one["bank"].T, origin="lower", aspect="auto", cmap="magma", interpolation="nearest"
-        )
-        ax.set(xticks=[], yticks=[])
-        ax.set_title(one["title"], size=7, pad=3, loc="center")
-        verdict = {True: "agrees", False: "disagrees"}.get(one.get("right"))
-        ax.spines[:].set(visible=bool(verdict), linewidth=2.5, color=VERDICTS.get(verdict, "none"))
+    fig, first, rest = _beside(found, height=1.45 * len(found) + 0.1)
+    look = {"origin": "lower", "aspect": "auto", "cmap": "magma"}
+    for ax, one in [(first, query), *rest]:
+        _tile(ax, one["bank"].T, one["title"], one.get("right"), **look)
     return fig
 
 
 def changes(rows: Sequence[Mapping], title: str) -> Figure:
-    """Images that a feature puts right (blue) or wrong (vermillion) where the embedding did not, a
-    row an image.
+    """Draw images that a feature puts right (blue) or wrong (vermillion) where the embedding did
+    not, a row for each image.
 
-    Each of `rows`: image, better (put right?), found {feature set: [(image, of the same class?),
+    Each of `rows` has image, better (put right?), found {feature set: [(image, of the same class?),
     ...]}, two of them, and votes {feature set: neighbours of its class among all that vote}.
     """
     names, count = list(rows[0]["found"]), len(next(iter(rows[0]["found"].values())))
-    gap, side = 0.3, WIDE / (2 * count + 1.9)
+    gap, side = 0.3, PAGE / (2 * count + 1.9)
     ratios = [1.3, gap, *[1] * count, gap, *[1] * count]
-    fig, axes = figure(
-        len(rows), len(ratios), height=len(rows) * (side + 0.18) + 0.35, width_ratios=ratios
-    )
+    height = len(rows) * (side + 0.2) + 0.35
+    fig, axes = figure(len(rows), len(ratios), height=height, width_ratios=ratios)
     fig.get_layout_engine().set(w_pad=0.01, wspace=0)
-    fig.suptitle(title, size=8, x=0.01, ha="left")
-    for ax in axes.flat:
-        ax.set(xticks=[], yticks=[])
-        ax.spines[:].set_visible(False)
-    for line, row in zip(axes, rows, strict=True):
-        line[0].imshow(row["image"])
-        line[0].set_title("put right" if row["better"] else "put wrong", size=7, pad=3)
-        _framed(line[0], row["better"])
-        for at, name in zip((2, 2 + count + 1), names, strict=True):
-            label = f"{NAMES.get(name, name)}: {row['votes'][name]} votes for its class"
-            above = {
-                "transform": line[at].transAxes,
-                "va": "bottom",
-                "in_layout": False,
-            }  # runs over the images beside
-            line[at].text(0, 1.06, label, size=7, **above)
-            for ax, (image, right) in zip(line[at:], row["found"][name], strict=False):
-                ax.imshow(image)
-                _framed(ax, right)
-    return fig
-
-
-def pairs(images: Sequence, titles: Sequence[str], ncols: int = 4) -> Figure:
-    """Images two by two, (first, second) of each pair under one title; `ncols` pairs a row."""
-    if not len(images):
-        raise ValueError("nothing to show: no pairs")
-    count = len(images) // 2
-    ncols = min(ncols, count)
-    rows, gap = -(-count // ncols), 0.25
-    width_ratios = [1, 1, gap] * (ncols - 1) + [1, 1]
-    fig, axes = figure(
-        rows, 3 * ncols - 1, width=1.7 * ncols, height=1.1 * rows, width_ratios=width_ratios
-    )
-    fig.get_layout_engine().set(w_pad=0.01, wspace=0)
+    fig.suptitle(title, size=9, x=0.01, ha="left")
     for ax in axes.flat:
         ax.axis("off")
-    for i in range(count):
-        left, right = axes[i // ncols, 3 * (i % ncols) : 3 * (i % ncols) + 2]
-        left.imshow(np.asarray(images[2 * i]))
-        right.imshow(np.asarray(images[2 * i + 1]))
-        left.set_title(titles[i], size=7, pad=3)
+    for line, row in zip(axes, rows, strict=True):
+        _tile(line[0], row["image"], "put right" if row["better"] else "put wrong", row["better"])
+        for at, name in zip((2, 2 + count + 1), names, strict=True):
+            label = f"{NAMES.get(name, name)}: {row['votes'][name]} votes for its class"
+            above = {"transform": line[at].transAxes, "va": "bottom", "size": SMALL}
+            line[at].text(0, 1.06, label, in_layout=False, **above)  # runs over the images beside
+            for ax, (image, right) in zip(line[at:], row["found"][name], strict=False):
+                _tile(ax, image, right=right)
     return fig
 
 
@@ -363,135 +300,93 @@ def image_map(
     labels: Sequence[int] | None = None,
     names: Sequence[str] = (),
 ) -> Figure:
-    """A 2-D map of images, (N, 2) places: a thumbnail wherever there is room for one, else a dot.
+    """Draw a 2-D map of images, (N, 2) places: a thumbnail wherever there is room for one, else a
+    dot.
 
-    `labels` (N,), `names`: a frame in the colour of its class around each; more than twelve share
-    colours, and no legend is drawn.
+    With `labels` (N,) and the classes' `names`, each has the colour of its class; more than twelve
+    share hues, and of more than sixteen no key is drawn.
     """
     fig, [[ax]] = figure(height=5.2)
     places = np.asarray(places, float)
-    low, high = places.min(0), places.max(0)
-    spread = np.where(high > low, high - low, 1)
-    x, y = ((places - low) / spread * [WIDE - 0.6, 4.4]).T  # inches
-    inks = None if labels is None else class_colours(max(len(names), 1))[np.asarray(labels)]
-    ax.scatter(x, y, s=14, c="#888888" if inks is None else inks, linewidths=0)
-    side, taken = 0.42, np.empty((0, 2))
-    for i in range(len(places)):
-        at = np.array([x[i], y[i]])
-        if len(taken) and (np.abs(taken - at).max(1) < side).any():
+    spread = np.ptp(places, axis=0)
+    width, height, side = PAGE - 0.6, 4.4, 0.42  # inches
+    inches = (places - places.min(0)) / np.where(spread > 0, spread, 1) * [width, height]
+    colours = class_colours(max(len(names), 1))
+    inks = [style.PALE] * len(places) if labels is None else colours[np.asarray(labels)]
+    ax.scatter(*inches.T, s=14, c=inks, linewidths=0)
+    taken = np.full((0, 2), np.inf)
+    for i, at in enumerate(inches):
+        if (np.abs(taken - at).max(axis=1) < side).any():
             continue
         taken = np.vstack([taken, at])
-        pixels = np.asarray(Image.fromarray(np.asarray(images[i])).convert("RGB").resize((96, 96)))
-        box = (x[i] - side / 2, x[i] + side / 2, y[i] - side / 2, y[i] + side / 2)
-        ax.imshow(pixels, extent=box, interpolation="bilinear", zorder=2)
-        edge = "#888888" if inks is None else inks[i]
-        ax.add_patch(
-            Rectangle(
-                box[::2], side, side, facecolor="none", edgecolor=edge, linewidth=1.6, zorder=3
-            )
+        left, low = at - side / 2
+        ax.imshow(
+            _rgb(images[i]).resize((96, 96)), extent=(left, left + side, low, low + side), zorder=2
         )
-    ax.set(
-        xlim=(-side / 2, WIDE - 0.6 + side / 2),
-        ylim=(-side / 2, 4.4 + side / 2),
-        xticks=[],
-        yticks=[],
-    )
-    ax.set_aspect("equal")
-    ax.spines[:].set_visible(False)
+        frame = {"facecolor": "none", "edgecolor": inks[i], "linewidth": 1.6, "zorder": 3}
+        ax.add_patch(Rectangle((left, low), side, side, **frame))
+    ax.set(xlim=(-side / 2, width + side / 2), ylim=(-side / 2, height + side / 2), aspect="equal")
+    ax.axis("off")
     if labels is not None and len(names) <= 16:
-        colours = class_colours(len(names))
-        handles = [
-            Patch(facecolor=ink, label=name) for ink, name in zip(colours, names, strict=True)
-        ]
-        columns = 6
-        fig.legend(
-            handles=handles,
-            loc="outside lower center",
-            ncols=columns,
-            handlelength=1.2,
-            columnspacing=1.2,
-        )
+        _class_key(fig, dict(zip(names, colours, strict=True)))
     return fig
 
 
-def _framed(ax, right: bool | None) -> None:
-    """A frame for right (blue) or wrong (vermillion), none for None."""
+def _rgb(image) -> Image.Image:
+    return Image.fromarray(np.asarray(image)).convert("RGB")
+
+
+def _tile(ax: Axes, image, title: str = "", right: bool | None = None, **look) -> None:
+    """Draw a picture without ticks, with its title and the frame of right or wrong."""
+    pixels = np.asarray(image)
+    ax.axis("on")
+    ax.imshow(pixels, **({"cmap": "gray" if pixels.ndim == 2 else None} | look))
+    ax.set(xticks=[], yticks=[])
+    ax.set_title(title, loc="center", size=SMALL, pad=3)
+    ax.spines[:].set_visible(right is not None)
     if right is not None:
-        ax.spines[:].set(
-            visible=True, linewidth=2.5, color=VERDICTS["agrees" if right else "disagrees"]
-        )
+        ax.spines[:].set(linewidth=2.5, color=style.VERDICTS["agrees" if right else "disagrees"])
 
 
-def gradient_panels(
-    image, matrices: Mapping[str, np.ndarray], blocks: Mapping[str, np.ndarray]
-) -> Figure:
-    """One image, its gradient matrix for each objective (D_out, D_in + 1), and below the vectors
-    that are kept.
-
-    `matrices` and `blocks` ((d,) each, unit length) are keyed by letter; `blocks` starts with the
-    embedding, "E".
+def _beside(found: Mapping[str, Sequence[Mapping]], **shape):
+    """Return a figure with a high panel on the left and a row of panels for each feature set, the
+    high panel, and (axes, neighbour) pairs; `shape` as for `figure`.
     """
-    fig, axes = figure(2, 1 + len(matrices), height=3.4, height_ratios=[2, 1])
-    axes[0, 0].imshow(np.asarray(image), interpolation="nearest")
-    axes[0, 0].set_title("image")
-    axes[0, 0].spines[:].set_visible(False)
-    for ax, (letter, matrix) in zip(axes[0, 1:], matrices.items(), strict=True):
-        reach = np.percentile(np.abs(matrix), 99)  # a few entries are far larger than the rest
-        seaborn.heatmap(
-            matrix, ax=ax, cmap="RdBu", vmin=-reach, vmax=reach, cbar=False, rasterized=True
-        )
-        ax.set(
-            xlabel="input unit, bias last",
-            ylabel="output unit" if letter == next(iter(matrices)) else "",
-        )
-        ax.set_title(f"{NAMES[letter]}, rank {np.linalg.matrix_rank(matrix)}")
-    top = max(np.abs(vector).max() for vector in blocks.values())
-    for ax, (letter, vector) in zip(axes[1], blocks.items(), strict=True):
-        ax.bar(np.arange(len(vector)), vector, width=1, color=colour(letter))
-        ax.spines["bottom"].set_visible(False)
-        ax.set(ylim=(-top, top), xlabel=f"{len(vector)} entries")
-        ax.set_title(NAMES[letter] + (", projected" if letter != "E" else ""))
-        ax.margins(x=0)
-    for ax in axes.flat:
-        ax.set(xticks=[], yticks=[])
-    return fig
+    fig, axes = figure(len(found), 1 + max(map(len, found.values())), **shape)
+    grid = axes[0, 0].get_gridspec()
+    for ax in axes[:, 0]:
+        ax.remove()
+    rest = []
+    for line, (name, some) in zip(axes[:, 1:], found.items(), strict=True):
+        for ax in line[len(some) :]:
+            ax.axis("off")
+        line[0].set_ylabel(name)
+        rest += zip(line, some, strict=False)
+    return fig, fig.add_subplot(grid[:, 0]), rest
 
 
-def _triangles(
-    panels: Mapping[str, tuple[Sequence[str], np.ndarray]],
-    shade: Mapping,
-    norm,
-    cmap: str,
-    fmt: str,
-    label: str,
-) -> tuple[Figure, list]:
-    """Annotated heat maps in a grid, coloured by `shade` where it is not NaN, with one colour bar."""
-    if not panels:
-        raise ValueError("nothing to plot: no matrices")
-    cols = min(len(panels), min((4, 3), key=lambda c: (-len(panels) % c, -c)))
-    rows = -(-len(panels) // cols)
-    side, tall = min(2.0, (WIDE - 0.6) / cols), 1 + max(t.count("\n") for t in panels)
-    fig, axes = figure(rows, cols, width=side * cols + 0.6, height=rows * (side + 0.13 * tall))
-    for ax in axes.flat[len(panels) :]:
-        ax.axis("off")
-    for ax, (title, (labels, numbers)) in zip(axes.flat, panels.items(), strict=False):
-        n = len(labels)
-        mesh = ax.pcolormesh(
-            np.ma.masked_invalid(shade[title]),
-            norm=norm,
-            cmap=cmap,
-            edgecolors="white",
-            linewidth=1,
-        )
-        for i, j in zip(*np.nonzero(~np.isnan(shade[title])), strict=True):
-            ink, text = contrast(mesh.to_rgba(shade[title][i, j])), format(numbers[i][j], fmt)
-            ax.text(j + 0.5, i + 0.5, text, ha="center", va="center_baseline", size=7.5, color=ink)
-        ax.set(ylim=(n, 0), aspect="equal")
-        ax.set_xticks(np.arange(n) + 0.5, labels)
-        ax.set_yticks(np.arange(n) + 0.5, labels)
-        ax.spines[:].set_visible(False)
-        ax.tick_params(length=0)
-        ax.set_title(title)
-    bar = fig.colorbar(mesh, ax=axes, shrink=0.8, aspect=18, pad=0.02, label=label)
+def _heatmap(
+    ax: Axes, shade: np.ndarray, numbers: np.ndarray, fmt: str, across, down=None, **look
+) -> None:
+    """Draw a heat map coloured by `shade`, empty at NaN, with `numbers` written in; rows have the
+    names `down`, or those of the columns.
+    """
+    names = {"xticklabels": across, "yticklabels": across if down is None else down}
+    text = {"annot": numbers, "fmt": fmt, "annot_kws": {"size": SMALL, "va": "center_baseline"}}
+    seaborn.heatmap(shade, ax=ax, linewidths=1, cbar=False, **names, **text, **look)
+    ax.tick_params(length=0, rotation=0)
+
+
+def _colour_bar(fig: Figure, axes: list[Axes], label: str) -> None:
+    """Draw the scale that heat maps share beside them."""
+    mesh = axes[0].collections[0]
+    bar = fig.colorbar(mesh, ax=axes, shrink=0.9, aspect=18, pad=0.02, label=label)
     bar.outline.set_visible(False)
-    return fig, list(axes.flat[: len(panels)])
+
+
+def _class_key(fig: Figure, inks: Mapping) -> None:
+    """Write the colours of classes below a figure."""
+    edge = {"edgecolor": style.INK, "linewidth": 0.5}
+    handles = [Patch(facecolor=ink, label=name, **edge) for name, ink in inks.items()]
+    spacing = {"ncols": 6, "handlelength": 1.2, "columnspacing": 1.2}
+    fig.legend(handles=handles, loc="outside lower center", fontsize=SMALL, **spacing)

@@ -1,11 +1,14 @@
-"""The one plotting style, and how a figure or a table is written.
+"""The one look of figures and tables, and how they are written.
 
-A figure is PNG, PDF, its numbers as CSV and its provenance as JSON; a table is CSV and JSON. The
-drawings are in `plots` and `grids`; no other module imports matplotlib. Writing is atomic (a file is
-whole or absent), and a second run writes the same PNG, PDF and CSV byte for byte; the JSON holds times.
+A figure is a PNG, a PDF, its numbers as CSV and its provenance as JSON; a table is a CSV and a
+JSON. Writing is atomic (a file is whole or absent), and a second run writes the same PNG, PDF and
+CSV byte for byte; the JSON holds times. What panels share is in
+`panels`, the drawings are in `plots` and `grids`.
 """
 
+import hashlib
 import io
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -15,27 +18,31 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from IPython.display import Image
-from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
 from PIL import Image as Picture
 
 from companion import paths
-from companion.provenance import as_json
 
-COLUMN, WIDE = 3.3, 6.2  # widths in inches: one column of a page, and two
+COLUMN, PAGE = 85 / 25.4, 160 / 25.4  # widths in inches: a column of 85 mm, a page of 160 mm
+SMALL = 8  # points: the smallest text, 9 pixels high from 85 dots an inch on
+INK, PALE = "#333333", "#888888"
 
-# After Okabe and Ito (2008), safe for colour-blind readers: embedding neutral, a hue a gradient,
-# FUNGI vermillion.
-COLOURS = {
-    "E": "#555555",
-    "K": "#E69F00",
-    "D": "#0072B2",
-    "S": "#009E73",
-    "C": "#56B4E9",
-    "I": "#7A4B1E",
-    "M": "#3B3B98",
+FEATURES = (  # letter, stored block, name, colour
+    ("E", "embedding", "embedding", "#555555"),
+    ("K", "kl", "KL", "#E69F00"),
+    ("D", "dino", "DINO", "#0072B2"),
+    ("S", "simclr", "SimCLR", "#009E73"),
+    ("C", "deepcluster", "DeepCluster", "#56B4E9"),
+    ("I", "ibot", "iBOT", "#7A4B1E"),
+    ("M", "mlm", "masked words", "#3B3B98"),
+)
+LETTERS = {block: letter for letter, block, _, _ in FEATURES}
+NAMES = {letter: name for letter, _, name, _ in FEATURES}
+# After Okabe and Ito (2008), safe for colour-blind readers: the embedding is neutral, each gradient
+# has a hue, and sets of features end at FUNGI's vermillion.
+COLOURS = {letter: ink for letter, _, _, ink in FEATURES} | {
     "E+K": "#CC79A7",
     "E+K+D": "#8F4A8C",
     "E+K+D+S": "#D55E00",
@@ -48,76 +55,25 @@ VERDICTS = {  # the disagreements first
     "not testable here": "#333333",
     "not run": "#999999",
 }
-LETTERS = {
-    "embedding": "E",
-    "kl": "K",
-    "dino": "D",
-    "simclr": "S",
-    "deepcluster": "C",
-    "ibot": "I",
-    "mlm": "M",
-}
-NAMES = {
-    "E": "embedding",
-    "K": "KL",
-    "D": "DINO",
-    "S": "SimCLR",
-    "C": "DeepCluster",
-    "I": "iBOT",
-    "M": "masked words",
-}
-
-STYLE = {
-    "font.family": "DejaVu Sans",
-    "mathtext.fontset": "dejavusans",
-    "font.size": 9,
-    "legend.fontsize": 9,
-    "axes.titlesize": 9,
-    "axes.labelsize": 9,
-    "xtick.labelsize": 8.5,
-    "ytick.labelsize": 8.5,
-    "figure.dpi": 110,
-    "savefig.dpi": 200,
-    "pdf.fonttype": 42,
-    "figure.facecolor": "white",
-    "legend.frameon": False,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.7,
-    "axes.edgecolor": "#444444",
-    "axes.titlelocation": "left",
-    "axes.axisbelow": True,
-    "grid.color": "#E3E3E3",
-    "grid.linewidth": 0.6,
-    "xtick.major.width": 0.7,
-    "ytick.major.width": 0.7,
-    "xtick.major.size": 2.5,
-    "ytick.major.size": 2.5,
-    "lines.linewidth": 1.2,
-    "lines.markersize": 5,
-}
-
-
-def use_style() -> None:
-    """Set matplotlib's parameters to the project's style; `figure` does so itself."""
-    plt.rcParams.update(STYLE)
 
 
 def figure(
-    rows: int = 1, cols: int = 1, *, width: float = WIDE, height: float = 2.4, **subplots
+    rows: int = 1, cols: int = 1, *, width: float = PAGE, height: float = 2.4, **subplots
 ) -> tuple[Figure, np.ndarray]:
-    """Return a styled figure of ``width`` x ``height`` inches and its axes, (rows, cols)."""
-    use_style()
+    """Return a figure of `width` x `height` inches in the project's style, and its axes
+    (rows, cols); `subplots` are options of `Figure.subplots`.
+    """
+    plt.style.use(Path(__file__).with_name("fungi.mplstyle"))
     fig = plt.figure(figsize=(width, height), layout="constrained")
-    # pyplot forgets it: a notebook shows it once, as its cell's value, and its memory is freed.
-    plt.close(fig)
+    plt.close(fig)  # pyplot forgets it: a notebook shows it once, as the value of its cell
     return fig, fig.subplots(rows, cols, squeeze=False, **subplots)
 
 
 def colour(features: str) -> str:
     """Return the hex colour of a feature set in letters ("E", "K", "E+K+D").
 
-    Sets not listed share the colour of their size. Raises ValueError for an unknown letter.
+    Sets without a colour of their own share that of their size. Raises ValueError for an unknown
+    letter.
     """
     letters = features.split("+")
     if unknown := [x for x in letters if x not in NAMES]:
@@ -128,130 +84,161 @@ def colour(features: str) -> str:
 
 
 def contrast(fill) -> str:
-    """Return black or white, whichever reads better on a colour (WCAG relative luminance)."""
+    """Return black or white, whichever reads better on the colour `fill` (WCAG luminance)."""
     rgb = np.asarray(to_rgb(fill))
     linear = np.where(rgb <= 0.03928, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
     return "black" if linear @ [0.2126, 0.7152, 0.0722] > 0.179 else "white"
 
 
 def save_figure(
-    fig: Figure, name: str, data: pd.DataFrame, provenance: Mapping, folder: Path | None = None
+    fig: Figure,
+    name: str,
+    data: pd.DataFrame,
+    provenance: Mapping,
+    folder: Path | str | None = None,
 ) -> dict[str, Path]:
-    """Write NAME.png, .pdf, .csv (``data``: the numbers drawn) and .json; return their paths by suffix.
+    """Write NAME.png, .pdf, .csv (`data`: the numbers drawn) and .json, and return their paths by
+    suffix. The JSON holds `provenance` and, as "alt", what the image shows.
 
-    The JSON holds ``provenance`` and, as "alt", what the image shows. ``folder`` defaults to the figures
-    of the provenance's profile. Everything is rendered before the first file is touched. Raises
-    ValueError for a name that is not lower-case letters, digits and underscores.
+    `folder` defaults to that of the profile among the provenance's parameters. `name` is lower-case
+    letters, digits and underscores. Everything is rendered before the first file is touched.
     """
     png, pdf = io.BytesIO(), io.BytesIO()
     fig.savefig(png, format="png", metadata={"Software": None})
     fig.savefig(pdf, format="pdf", metadata={"CreationDate": None})
-    images = {"png": png.getvalue(), "pdf": pdf.getvalue()}
-    record = dict(provenance) | {"alt": describe(fig)}
-    return write_all(name, images | numbers(data, record), record, folder)
+    pictures = {"png": png.getvalue(), "pdf": pdf.getvalue()}
+    return _save(name, data, provenance, describe(fig), folder, pictures)
 
 
 def save_table(
     table: pd.DataFrame,
     name: str,
     provenance: Mapping,
-    folder: Path | None = None,
+    folder: Path | str | None = None,
     *,
     decimals: int = 1,
 ) -> Styler:
-    """Write a table as NAME.csv and NAME.json; return it styled, for display."""
-    heads = ", ".join(map(str, table.columns))
-    record = dict(provenance) | {"alt": f"Table of {len(table)} rows with the columns {heads}."}
-    write_all(name, numbers(table, record), record, folder)
-    return show_table(table, decimals).set_uuid(name)  # a fixed id: the notebook repeats
+    """Write NAME.csv and .json as `save_figure` does, and return the table for display as
+    `show_table` does.
+    """
+    columns = ", ".join(map(str, table.columns))
+    _save(name, table, provenance, f"Table of {len(table)} rows: {columns}.", folder, {})
+    return show_table(table, decimals)
 
 
 def show_table(table: pd.DataFrame, decimals: int = 1) -> Styler:
-    """Return a table styled for reading: text left, numbers right, no index, no NaN.
-
-    Columns named "paper ..." are grey, verdicts have their colours, and long texts wrap.
+    """Return a table for display in a notebook, in the colours of its theme: numbers on the right
+    with `decimals` digits, words on the left, long words in wide columns, missing cells as a dash,
+    verdicts in their colours, columns named "paper..." grey. A named index becomes columns.
     """
-    if any(table.index.names):
-        table = table.reset_index()
-    table = table.rename(columns=lambda name: str(name).replace("_", " "))
-    texts = [name for name in table if not pd.api.types.is_numeric_dtype(table[name])]
-    verdict = lambda word: f"color: {VERDICTS[word]}; font-weight: bold" if word in VERDICTS else ""
-    styled = table.style.format(precision=decimals, na_rep="–").hide(axis="index")
-    styled.set_properties(subset=texts, **{"text-align": "left", "white-space": "normal"})
-    styled.map(verdict, subset=texts)
-    grey = [name for name in table if name.startswith("paper")]
-    styled.set_properties(subset=grey, color="#777777")
-    left = [{"selector": "th", "props": "text-align: left; vertical-align: bottom"}]
-    return styled.set_table_styles([*left, {"selector": "td", "props": "max-width: 36em"}])
+    table = _flat(table).reset_index(drop=True)
+    # An id made from the contents: the same table has the same HTML, two tables have two ids.
+    name = hashlib.sha256(table.to_csv().encode()).hexdigest()[:8]
+    styled = table.style.set_uuid(name).hide(axis="index")
+    styled = styled.format(precision=decimals, na_rep="–")
+    styled = styled.format_index(lambda head: str(head).replace("_", " "), axis="columns")
+    looks = {column: _look(table[column]) for column in table}
+    styled = styled.set_table_styles(looks, overwrite=False)
+    verdicts = [column for column in table if column == "verdict"]
+    return styled.map(_chip, subset=verdicts)
 
 
-def numbers(data: pd.DataFrame, record: Mapping) -> dict[str, bytes]:
-    """Return the CSV of what was drawn, and the JSON of where it comes from."""
-    if any(name is not None for name in data.index.names):
-        data = data.reset_index()  # a named index carries numbers too
-    csv = data.to_csv(index=False, float_format="%.6g", lineterminator="\n")
-    return {"csv": csv.encode(), "json": (as_json(record) + "\n").encode()}
+def _look(column: pd.Series) -> list[dict]:
+    """Return how a column of a table and its head are set, as styles of `pandas`."""
+    if pd.api.types.is_numeric_dtype(column):
+        look = [("text-align", "right")]
+    else:
+        look = [("text-align", "left"), ("white-space", "normal")]
+        if column.astype(str).str.len().max() > 40:
+            look.append(("min-width", "22em"))
+    if str(column.name).startswith("paper"):
+        look.append(("color", "#777777"))  # reads on white and on black
+    return [{"selector": selector, "props": look} for selector in ("td", "th")]
 
 
-def write_all(
-    name: str, contents: Mapping[str, bytes], record: Mapping, folder: Path | None
-) -> dict[str, Path]:
-    """Write NAME.suffix for each content, each file whole or not at all; return the paths."""
-    if not re.fullmatch(r"[a-z0-9_]+", name):
-        raise ValueError(f"figure name {name!r}: use lower-case letters, digits, underscores only")
-    if folder is None:
-        profile = record.get("parameters", {}).get("profile")
-        if not profile:
-            raise ValueError(f"{name}: the provenance names no profile; pass folder=...")
-        folder = paths.figures_dir() / profile
-    folder.mkdir(parents=True, exist_ok=True)
-    for suffix, content in contents.items():
-        part = folder / f".{name}.{suffix}.{os.getpid()}.part"
-        try:
-            part.write_bytes(content)
-            os.replace(part, folder / f"{name}.{suffix}")
-        finally:
-            part.unlink(missing_ok=True)
-    return {suffix: folder / f"{name}.{suffix}" for suffix in contents}
+def _chip(verdict: str) -> str:
+    """Return a verdict's own ground and ink, which read alike in light and dark themes."""
+    ground = VERDICTS.get(verdict)
+    return f"background-color: {ground}; color: {contrast(ground)}" if ground else ""
+
+
+def _flat(table: pd.DataFrame) -> pd.DataFrame:
+    """Return a table with a named index, which carries numbers too, as columns."""
+    return table.reset_index() if any(n is not None for n in table.index.names) else table
 
 
 def describe(fig: Figure) -> str:
-    """Return a figure's alternative text: its label, else the texts of its titles, axes and key."""
-    if fig.get_label():
-        return fig.get_label()
-    axes = fig.axes
-    said = lambda texts: list(dict.fromkeys(" ".join(t.split()) for t in texts if t.strip()))
-    titles = said(ax.get_title("left") or ax.get_title() for ax in axes)
-    across, up = said(ax.get_xlabel() for ax in axes), said(ax.get_ylabel() for ax in axes)
-    key = said(
-        text.get_text()
-        for legend in [*fig.legends, *filter(None, map(Axes.get_legend, axes))]
-        for text in legend.get_texts()
-    )
-    named = lambda head, texts: (
-        f"{head}: {'; '.join(texts[:8])}{' and more' * (len(texts) > 8)}." * bool(texts)
-    )
-    panels = f"Plot of {len(axes)} panel{'s' * (len(axes) != 1)}."
-    parts = [
-        panels,
-        named("Titles", titles),
-        named("Vertical", up),
-        named("Horizontal", across),
-        named("Key", key),
-    ]
-    return " ".join(filter(None, parts))
+    """Return the alternative text of a figure, for those who cannot see it: the words of its
+    titles, axes and key.
+    """
+    legends = [text.get_text() for legend in fig.legends for text in legend.get_texts()]
+    words = {
+        "Titles": [ax.get_title("left") or ax.get_title() for ax in fig.axes],
+        "Vertical": [ax.get_ylabel() for ax in fig.axes] + [fig.get_supylabel()],
+        "Horizontal": [ax.get_xlabel() for ax in fig.axes] + [fig.get_supxlabel()],
+        "Key": legends,
+    }
+    said = [f"Plot of {len(fig.axes)} panel{'s' * (len(fig.axes) != 1)}."]
+    for head, texts in words.items():
+        texts = list(dict.fromkeys(" ".join(text.split()) for text in texts if text.strip()))
+        if texts:
+            said.append(f"{head}: {'; '.join(texts[:8])}{' and more' * (len(texts) > 8)}.")
+    return " ".join(said)
 
 
 def photographs(fig: Figure) -> Image:
-    """Return a figure of photographs for a notebook's output, as JPEG: a fifth of the PNG."""
+    """Return a figure of photographs for a notebook's output as JPEG: a fifth of the PNG that would
+    be kept in it.
+    """
     fig.savefig(file := io.BytesIO(), format="jpeg", dpi=fig.dpi, pil_kwargs={"quality": 72})
     return Image(data=file.getvalue(), format="jpeg")
 
 
 def compact(fig: Figure) -> Image:
-    """Return a tall drawing for a notebook's output, as PNG of 64 colours: a third of the size."""
+    """Return a tall drawing for a notebook's output as a PNG of 64 colours: a third of the size."""
     fig.savefig(file := io.BytesIO(), format="png", dpi=fig.dpi)
-    colours, dither = Picture.Quantize.MAXCOVERAGE, Picture.Dither.NONE
-    few = Picture.open(file).convert("RGB").quantize(64, colours, dither=dither)
+    drawn = Picture.open(file).convert("RGB")
+    few = drawn.quantize(64, Picture.Quantize.MAXCOVERAGE, dither=Picture.Dither.NONE)
     few.save(file := io.BytesIO(), "png", optimize=True)
     return Image(data=file.getvalue(), format="png")
+
+
+def _save(
+    name: str,
+    data: pd.DataFrame,
+    provenance: Mapping,
+    alt: str,
+    folder: Path | str | None,
+    pictures: Mapping[str, bytes],
+) -> dict[str, Path]:
+    if not re.fullmatch(r"[a-z0-9_]+", name):
+        raise ValueError(f"name {name!r}: use lower-case letters, digits and underscores only")
+    csv = _flat(data).to_csv(index=False, float_format="%.6g", lineterminator="\n")
+    record = dict(provenance) | {"alt": alt}
+    text = json.dumps(record, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    contents = {**pictures, "csv": csv.encode(), "json": text.encode()}
+    folder = Path(folder) if folder is not None else _profile_folder(name, provenance)
+    folder.mkdir(parents=True, exist_ok=True)
+    return {
+        suffix: _write(folder / f"{name}.{suffix}", content) for suffix, content in contents.items()
+    }
+
+
+def _profile_folder(name: str, provenance: Mapping) -> Path:
+    profile = provenance.get("parameters", {}).get("profile")
+    if not (isinstance(profile, str) and re.fullmatch(r"[a-z0-9_]+", profile)):
+        raise ValueError(
+            f"cannot place {name!r}: the parameters hold profile={profile!r}; "
+            "give a profile's name or a folder"
+        )
+    return paths.figures_dir() / profile
+
+
+def _write(path: Path, content: bytes) -> Path:
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_bytes(content)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    return path
