@@ -1,6 +1,4 @@
-"""Clusters against classes: every renaming tried, entropies written out, and k-means on clusters
-that are plain.
-"""
+"""Clusters against classes: every renaming tried, and k-means on plain clusters."""
 
 from itertools import permutations
 
@@ -27,20 +25,8 @@ def test_matching_is_the_best_of_all_renamings(seed):
 def test_clusters_and_classes_may_differ_in_number():
     assert clustering.match([0, 0, 1, 1, 2], [5, 5, 7, 7, 7]).tolist() == [5, 5, 7, 7, -1]
     assert clustering.match([3, 3, 3, 8], [1, 1, 2, 0]).tolist() == [1, 1, 1, 0]
-    with pytest.raises(ValueError, match=r"one cluster and one label a row: \(2,\) and \(3,\)"):
+    with pytest.raises(ValueError, match="inconsistent numbers of samples"):
         clustering.match([0, 1], [0, 1, 2])
-
-
-def test_mutual_information_is_that_of_the_table():
-    labels, clusters = np.array([0, 0, 0, 1, 1, 1]), np.array([0, 0, 1, 1, 1, 1])
-    joint = np.array([[2, 1], [0, 3]]) / 6
-    a, b = joint.sum(1), joint.sum(0)
-    shared = sum(p * np.log(p / (a[i] * b[j])) for (i, j), p in np.ndenumerate(joint) if p)
-    entropy = lambda p: -np.sum(p * np.log(p))
-    assert clustering.mutual_information(clusters, labels) == pytest.approx(
-        200 * shared / (entropy(a) + entropy(b))
-    )
-    assert clustering.mutual_information([4, 4, 9], [1, 1, 0]) == pytest.approx(100)
 
 
 def test_kmeans_finds_plain_clusters_and_repeats_itself():
@@ -50,5 +36,5 @@ def test_kmeans_finds_plain_clusters_and_repeats_itself():
     found = clustering.kmeans(x, 3, seed=1)
     assert (clustering.match(found, labels) == labels).all()
     np.testing.assert_array_equal(found, clustering.kmeans(x, 3, seed=1))
-    with pytest.raises(ValueError, match="1 to 90 clusters for 90 rows, not 91"):
+    with pytest.raises(ValueError, match="n_samples=90 should be >= n_clusters=91"):
         clustering.kmeans(x, 91, seed=0)

@@ -4,7 +4,6 @@ files written.
 
 import io
 import os
-import sys
 import zipfile
 
 import numpy as np
@@ -13,10 +12,10 @@ import pytest
 from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 
-from companion import own, paths
+from companion import own, paths, stored
 from companion.data.images import Images
-from companion.evaluate import knn as evaluate
-from fungi_core import extract, store
+from fungi_core import extract, load
+from fungi_core.features import normalize
 
 
 def jpeg(seed: int, size=(64, 48), **options) -> bytes:
@@ -27,13 +26,13 @@ def jpeg(seed: int, size=(64, 48), **options) -> bytes:
     return file.getvalue()
 
 
-def made(embedding, labels=None, **blocks) -> own.Album:
+def made(embedding, labels=None, pixels=None, **blocks) -> own.Album:
     """An album whose features are given."""
     n = len(embedding)
     labels = np.zeros(n, int) if labels is None else np.asarray(labels)
     classes = [f"c{i}" for i in range(labels.max() + 1)]
     names = [f"{i}.jpg" for i in range(n)]
-    pixels = [np.zeros((4, 4, 3), np.uint8)] * n
+    pixels = [np.full((4, 4, 3), i, np.uint8) for i in range(n)] if pixels is None else pixels
     images = Images("own", "train", labels, classes, "accuracy", names, pixels, np.arange(n))
     return own.Album(
         extract.Features(images, {"embedding": np.asarray(embedding, np.float32)} | blocks, ()),
@@ -83,7 +82,7 @@ def test_uploaded_files_and_a_zipped_folder_say_the_same_as_the_folder(folder):
             archive.write(
                 file, f"holiday/{file.relative_to(folder)}"
             )  # as a file manager zips a folder
-    images, skipped = own._read(own._unpacked([("holiday.zip", zipped.getvalue())]))
+    images, skipped = own.read(*own.unpacked([("holiday.zip", zipped.getvalue())]))
     expected, left_out = own.from_folder(folder)
     order = [images.names.index(name) for name in expected.names]
     assert (
@@ -94,8 +93,8 @@ def test_uploaded_files_and_a_zipped_folder_say_the_same_as_the_folder(folder):
 
 
 def test_a_name_uploaded_twice_is_numbered_and_nothing_is_lost():
-    images, _ = own._read(
-        own._unpacked([("a.jpg", jpeg(0)), ("a.jpg", jpeg(1)), ("b.jpg", jpeg(2))])
+    images, _ = own.read(
+        *own.unpacked([("a.jpg", jpeg(0)), ("a.jpg", jpeg(1)), ("b.jpg", jpeg(2))])
     )
     assert images.names == ["a.jpg", "a (2).jpg", "b.jpg"] and images.classes == ["(no folder)"]
 
@@ -122,16 +121,16 @@ def test_neighbours_and_pairs_worked_by_hand():
     )  # cosines: 0-1 0.8, 0-2 0, 0-3 -1, 1-2 0.6, 1-3 -0.8, 2-3 0
     rows, cosine = own.neighbours(album, 0, "E", 2)
     assert rows.tolist() == [1, 2] and cosine == pytest.approx([0.8, 0], abs=1e-6)
-    pairs = own.near_duplicates(album, 0.5)
-    assert pairs[["first", "second"]].values.tolist() == [[0, 1], [1, 2]]
-    assert pairs["cosine"].tolist() == pytest.approx([0.8, 0.6])
+    pairs = own.near_duplicates(album)
+    assert pairs[["first", "second"]].values.tolist()[:2] == [[0, 1], [1, 2]] and len(pairs) == 6
+    assert pairs["cosine"].tolist() == pytest.approx([0.8, 0.6, 0, 0, -0.8, -1], abs=1e-6)
     assert len(own.neighbours(album, 0, "E", 9)[0]) == 3  # all others, never the image itself
 
 
 def test_similarity_is_the_mean_cosine_of_the_features_asked_for():
     rng = np.random.default_rng(0)
     album = made(rng.normal(size=(5, 4)), kl=rng.normal(size=(5, 3)).astype(np.float32))
-    unit = {name: evaluate.normalize(block) for name, block in album.rows.blocks.items()}
+    unit = {name: normalize(block) for name, block in album.rows.blocks.items()}
     expected = (unit["embedding"][1] @ unit["embedding"][3] + unit["kl"][1] @ unit["kl"][3]) / 2
     assert own.cosines(album, "E+K")[1, 3] == pytest.approx(expected, abs=1e-6)
 
@@ -139,7 +138,7 @@ def test_similarity_is_the_mean_cosine_of_the_features_asked_for():
 def test_leave_one_out_is_scikit_learns_on_all_others():
     rng = np.random.default_rng(1)
     x, y = (
-        evaluate.normalize(rng.normal(size=(40, 6)) + 2 * np.eye(6)[np.arange(40) % 3]),
+        normalize(rng.normal(size=(40, 6)) + 2 * np.eye(6)[np.arange(40) % 3]),
         np.arange(40) % 3,
     )
     right = []
@@ -186,18 +185,36 @@ def test_what_is_saved_reads_back_with_names(tmp_path):
     assert [file.read_bytes() for file in own.save(album, tmp_path / "deep" / "features")] == before
 
 
-def test_without_pyarrow_one_line_names_the_extra(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    assert [file.name for file in own.save(made(np.eye(3)), tmp_path / "x")] == ["x.npz"]
-    assert (
-        "pyarrow" in (line := capsys.readouterr().out) and "extra" in line and line.count("\n") == 1
-    )
+def test_the_same_picture_twice_has_no_vote_on_itself_and_is_listed_first():
+    """Under another name, with other features: what is the same is said by the pixels."""
+    same, other = np.zeros((4, 4, 3), np.uint8), np.ones((4, 4, 3), np.uint8)
+    album = made([[1, 0], [0.8, 0.6], [0, 1]], [0, 0, 1], pixels=[same, same, other])
+    assert own.near_duplicates(album).iloc[0].tolist() == [0, 1, 1.0]
+    assert own.accuracy(album, ["E"], k=1)["value"].iloc[0] == 0  # only the other class may vote
+    apart = made([[1, 0], [0.8, 0.6], [0, 1]], [0, 0, 1])
+    assert own.accuracy(apart, ["E"], k=1)["value"].iloc[0] == pytest.approx(200 / 3)
+
+
+def test_identical_features_have_one_place():
+    assert np.array_equal(own.places(made(np.ones((5, 3))), "E"), np.zeros((5, 2)))
+
+
+def test_names_with_dollars_are_no_formulas():
+    assert own.short("a/$1$.jpg") == r"\$1\$.jpg" and own.plain_text("x") == "x"
+
+
+def test_a_cut_zip_is_named_and_the_rest_is_read():
+    """One damaged archive does not cost the other files."""
+    with zipfile.ZipFile(file := io.BytesIO(), "w") as archive:
+        archive.writestr("x/a.jpg", jpeg(0))
+    cut = file.getvalue()[:-30]
+    images, skipped = own.read(*own.unpacked([("x.zip", cut), ("b.jpg", jpeg(1))]))
+    assert images.names == ["b.jpg"] and [name for name, _ in skipped] == ["x.zip"]
 
 
 def test_an_album_extracts_once_and_writes_features_only(folder, tmp_path_factory, monkeypatch):
-    from helpers import shrink_test_vit
-
-    shrink_test_vit(monkeypatch)
+    small = load("random:test_vit", arguments={"img_size": 32}, device="cpu", dtype="float32")
+    monkeypatch.setattr(own.table, "load", lambda name, layer=None: small)
     monkeypatch.setenv("FUNGI_STORE", str(tmp_path_factory.mktemp("store")))
     here = {p for p in folder.rglob("*")}
     ask = lambda **more: own.album((), folder, backbone="random:test_vit", names=["kl"], **more)
@@ -216,7 +233,9 @@ def test_an_album_extracts_once_and_writes_features_only(folder, tmp_path_factor
         again.rows.blocks["kl"], album.rows.blocks["kl"]
     )  # uploaded: the same rows, from the store
     assert {p: p.stat().st_mtime_ns for p in paths.store_dir().rglob("*.npy")} == shards
-    assert {p for p in folder.rglob("*")} == here and sorted(store.entries()[0]["meta"]["data"])
+    assert {p for p in folder.rglob("*")} == here and stored.entries(paths.store_dir())[0]["meta"][
+        "data"
+    ]
     assert len(ask(n=3).images) == 3 and os.listdir(paths.store_dir())
     os.remove(folder / "cat" / "a.jpg"), os.remove(folder / "cat" / "b.jpg")
     with pytest.raises(

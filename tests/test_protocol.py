@@ -12,10 +12,14 @@ from sklearn.decomposition import PCA
 from sklearn.neighbors import KNeighborsClassifier
 
 from companion import paper, protocol, studies
+from companion.data import landmarks
 from companion.data.images import Images
+from companion.encoders import table
 from companion.evaluate import clustering, probe, retrieval
 from companion.evaluate import knn as evaluate
-from fungi_core import backbones, extract, views
+from fungi_core import extract
+from fungi_core.features import normalize
+from fungi_core.seeds import generator
 
 
 def rows(n, seed, informative="kl", metric="accuracy"):
@@ -47,11 +51,9 @@ def test_accuracies_are_scikit_learns_with_the_papers_pipeline():
     assert table.loc["E+K+D+S", "value"] == pytest.approx(
         expected, abs=0.9
     )  # one test image at most
-    alone = KNeighborsClassifier(20).fit(
-        evaluate.normalize(train.blocks["embedding"]), train.labels
-    )
+    alone = KNeighborsClassifier(20).fit(normalize(train.blocks["embedding"]), train.labels)
     assert table.loc["E", "value"] == pytest.approx(
-        100 * alone.score(evaluate.normalize(test.blocks["embedding"]), test.labels)
+        100 * alone.score(normalize(test.blocks["embedding"]), test.labels)
     )
 
 
@@ -124,8 +126,7 @@ def test_linear_probe_is_split_choice_and_refit_on_the_joined_features(shots):
     )
     used = train.take(np.arange(20)) if shots else train
     joined = [
-        np.hstack([evaluate.normalize(r.blocks[b]) for b in ("embedding", "kl")])
-        for r in (used, test)
+        np.hstack([normalize(r.blocks[b]) for b in ("embedding", "kl")]) for r in (used, test)
     ]
     pca = PCA(12, svd_solver="full").fit(joined[0])
     expected = probe.predict(
@@ -145,7 +146,7 @@ def test_linear_probe_is_split_choice_and_refit_on_the_joined_features(shots):
 def test_retrieval_among_classes_is_torchmetrics_at_the_right_side_of_each_positive():
     train, test = rows(80, 0), rows(24, 1)
     table = studies.retrieve(train, test, ["E", "K", "E+K"]).set_index("features")
-    a, b = (evaluate.normalize(r.blocks["kl"]) for r in (test, train))
+    a, b = (normalize(r.blocks["kl"]) for r in (test, train))
     order = np.argsort(-(a @ b.T), 1)
     hits = (train.labels[order] == test.labels[:, None]).astype(
         float
@@ -174,11 +175,11 @@ def test_retrieval_of_landmarks_takes_their_ground_truth(monkeypatch, tmp_path):
     (tmp_path / "toy" / "gnd_toy.pkl").write_bytes(pickle.dumps(truth))
     table = studies.retrieve(train, test, ["E", "E+K"]).set_index(["setting", "features"])
     order = retrieval.rank(
-        evaluate.normalize(test.blocks["embedding"]), evaluate.normalize(train.blocks["embedding"])
+        normalize(test.blocks["embedding"]), normalize(train.blocks["embedding"])
     )
     for name in ("medium", "hard"):
         scores = retrieval.scores(
-            order, retrieval.ground_truth(tmp_path / "toy" / "gnd_toy.pkl")["gnd"], name
+            order, landmarks.ground_truth(tmp_path / "toy" / "gnd_toy.pkl")["gnd"], name
         )
         assert np.isnan(scores).tolist() == [
             False,
@@ -200,8 +201,8 @@ def test_clustering_of_the_block_that_knows_the_class_is_right_and_the_same_ever
         table.loc["K", "value"] - table.loc["E", "value"]
     )
     assert table.loc["K", "gain_low"] > 20 and 25 <= table.loc["E", "value"] < 60
-    seeds = views.generator("kmeans", 2).integers(2**31, size=3).tolist()
-    x = evaluate.normalize(test.blocks["embedding"])
+    seeds = generator("kmeans", 2).integers(2**31, size=3).tolist()
+    x = normalize(test.blocks["embedding"])
     scores = []
     for s in seeds:
         named = clustering.match(
@@ -220,9 +221,9 @@ def test_few_shot_uses_the_first_images_of_each_class_only():
     train, test = rows(200, 0), rows(120, 1)
     few = protocol.knn(train, test, ["K"], k=3, shots=5)
     by_hand = evaluate.knn_predict(
-        evaluate.normalize(train.blocks["kl"][:20]),
+        normalize(train.blocks["kl"][:20]),
         train.labels[:20],
-        evaluate.normalize(test.blocks["kl"]),
+        normalize(test.blocks["kl"]),
         k=3,
     )
     assert (
@@ -260,7 +261,7 @@ def test_pairs_and_square():
 
 def test_class_gains_sum_to_the_gain_on_a_balanced_set():
     train, test = rows(80, 0), rows(60, 1)
-    frame = studies.class_gains(train, test, ["K"], k=5)
+    frame = protocol.class_gains([(train, test)], ["K"], k=5)
     table = protocol.knn(train, test, ["E", "K"], k=5).set_index("features")
     assert frame["value"].mean() == pytest.approx(table.loc["K", "gain"])
 
@@ -287,12 +288,14 @@ def test_missing_lists_what_is_absent_and_unknown_names_raise(monkeypatch, tmp_p
         "vit_b_16.moco_v3",
         "vit_base_patch16_224.dino",
     ]
-    monkeypatch.setattr(backbones, "try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr(table, "try_to_load_from_cache", lambda *_: None)
     lacking = protocol.missing(encoders, ["digits", "flowers102", "roxford5k"]).set_index("name")
     assert lacking.columns.tolist() == ["size", "licence", "how to get it"]
     assert lacking.loc["flowers102"].tolist() == [
-        "0.35 GB", "Unknown", "into flowers-102: its archive, or datasets.load('flowers102', 'train', download=True)",
-    ]  # fmt: skip
+        "0.35 GB",
+        "Unknown",
+        f"torchvision.datasets.Flowers102('{tmp_path}', download=True)",
+    ]
     assert lacking.loc["vit_base_patch16_224.dino"].tolist() == [
         "0.34 GB", "Apache 2.0", "hf download timm/vit_base_patch16_224.dino",
     ]  # fmt: skip
@@ -316,7 +319,7 @@ def test_here_is_what_can_be_run_and_ends_the_notebook_where_nothing_can(
     monkeypatch, tmp_path, capsys
 ):
     monkeypatch.setenv("FUNGI_DATA", str(tmp_path))
-    monkeypatch.setattr(backbones, "try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr(table, "try_to_load_from_cache", lambda *_: None)
     dino, ours = "vit_base_patch16_224.dino", "vit_micro.sup_tin100"
     assert (
         protocol.here([ours], ["digits"]) == ([ours], ["digits"]) and capsys.readouterr().out == ""
@@ -325,7 +328,7 @@ def test_here_is_what_can_be_run_and_ends_the_notebook_where_nothing_can(
     shown = capsys.readouterr().out
     assert (
         "hf download timm/vit_base_patch16_224.dino" in shown
-        and "its archive, or datasets.load('flow" in shown
+        and "torchvision.datasets.Flowers102(" in shown
     )
     assert protocol.here([ours]) == ([ours], [])
     for encoders, sets in (([dino], ["digits"]), ([ours], ["flowers102"]), ([dino], None)):
@@ -392,7 +395,7 @@ def test_projections_of_factors_approach_the_exact_similarity():
     )
     assert len(table) == 1 + 3 * 2
     exact = table.loc[("exact", "")]
-    similar = extract.similarity(splits[1], splits[0], "K")
+    similar = protocol.similarity(splits[1], splits[0], "K")
     assert exact["value"] == pytest.approx(
         100 * np.mean(evaluate.knn_by_similarity(similar, splits[0].labels, 5) == splits[1].labels)
     )
@@ -408,7 +411,7 @@ def test_folds_are_pooled_by_clip():
     """Unequal folds: every test row counts once, and a fold alone is `knn`."""
     folds = [(rows(40, 2 * i), rows(20 + 8 * i, 2 * i + 1)) for i in range(3)]
     letters = ("E", "E+S", "E+K", "E+K+S")
-    table = studies.over_folds(folds, letters, k=5).set_index("features")
+    table = protocol.over_folds(folds, letters, k=5).set_index("features")
     for name in letters:
         hits = [protocol.right_or_wrong(*fold, name, 5, None) for fold in folds]
         assert table.loc[name, "value"] == pytest.approx(100 * np.concatenate(hits).mean())
@@ -416,11 +419,11 @@ def test_folds_are_pooled_by_clip():
         table.loc["E+K+S", "value"] - table.loc["E+K", "value"]
     )
     for shots in (None, 2):
-        alone = studies.over_folds(folds[:1], letters, k=5, shots=shots, pca=6)
+        alone = protocol.over_folds(folds[:1], letters, k=5, shots=shots, pca=6)
         pd.testing.assert_frame_equal(
             alone, protocol.knn(*folds[0], letters, k=5, shots=shots, pca=6)
         )
-    gains = studies.class_gains_over_folds(folds, ["E+K"], k=5)
+    gains = protocol.class_gains(folds, ["E+K"], k=5)
     labels = np.concatenate([test.labels for _, test in folds])
     right = {
         n: np.concatenate([protocol.right_or_wrong(*f, n, 5, None) for f in folds])
@@ -462,13 +465,13 @@ def test_changed_images_are_those_that_scikit_learns_votes_put_on_the_other_side
     train, test = drawn(200, 0), drawn(120, 1)
     right = {}
     for letters, name in (("E", "embedding"), ("K", "kl")):
-        model = KNeighborsClassifier(7).fit(evaluate.normalize(train.blocks[name]), train.labels)
-        right[letters] = model.predict(evaluate.normalize(test.blocks[name])) == test.labels
+        model = KNeighborsClassifier(7).fit(normalize(train.blocks[name]), train.labels)
+        right[letters] = model.predict(normalize(test.blocks[name])) == test.labels
     own = test.labels == 2
     won, lost = (own & right["K"] & ~right["E"]).sum(), (own & right["E"] & ~right["K"]).sum()
-    found = studies.changed(train, test, "K", 2, k=7, most=99, shown=4)
+    found = studies.changed(train, test, "K", 2, k=7, most=99)
     assert [row["better"] for row in found] == [True] * won + [False] * lost and won > 5
     gain = [row["votes"]["K"] - row["votes"]["E"] for row in found if row["better"]]
     assert gain == sorted(gain, reverse=True) and min(gain) > 0
-    assert all(len(side) == 4 for row in found for side in row["found"].values())
+    assert all(len(side) == 5 for row in found for side in row["found"].values())
     assert len(studies.changed(train, test, "K", 2, k=7, most=2)) <= 4

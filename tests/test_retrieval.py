@@ -10,6 +10,7 @@ import pytest
 import torch
 from torchmetrics.retrieval import RetrievalMAP
 
+from companion.data import landmarks
 from companion.evaluate import retrieval
 
 NONE = np.empty(0, np.int64)
@@ -165,7 +166,7 @@ def test_the_official_layout_is_read(tmp_path, arrays, python2):
         made["gnd"] = [{k: np.array(v) for k, v in q.items()} for q in made["gnd"]]
         made["gnd"][0]["bbx"] = list(np.array([1.5, 2.0]))  # scalars of NumPy's
     (tmp_path / "gnd.pkl").write_bytes(pickle.dumps(made, protocol=2 if python2 else 4))
-    known = retrieval.ground_truth(tmp_path / "gnd.pkl")
+    known = landmarks.ground_truth(tmp_path / "gnd.pkl")
     assert known["imlist"] == ["a", "b", "c", "d"] and known["qimlist"] == ["q", "r"]
     assert [{k: v.tolist() for k, v in q.items()} for q in known["gnd"]] == [
         {"easy": [0], "hard": [1, 2], "junk": []},
@@ -191,7 +192,7 @@ def test_a_pickle_that_calls_something_is_refused_in_one_line(tmp_path, monkeypa
     with pytest.raises(
         ValueError, match=r"gnd.pkl is no ground truth.*it names .*only plain lists"
     ) as caught:
-        retrieval.ground_truth(tmp_path / "gnd.pkl")
+        landmarks.ground_truth(tmp_path / "gnd.pkl")
     assert "\n" not in str(caught.value) and not (tmp_path / "hit").exists()
 
 
@@ -209,7 +210,7 @@ def test_a_broken_file_is_one_line(tmp_path, fault):
     raw = b"no pickle" if fault == "text" else pickle.dumps(made)
     (tmp_path / "gnd.pkl").write_bytes(raw[:-20] if fault == "cut" else raw)
     with pytest.raises(ValueError, match="gnd.pkl") as caught:
-        retrieval.ground_truth(tmp_path / "gnd.pkl")
+        landmarks.ground_truth(tmp_path / "gnd.pkl")
     assert "\n" not in str(caught.value)
     with pytest.raises(FileNotFoundError):
-        retrieval.ground_truth(tmp_path / "absent.pkl")
+        landmarks.ground_truth(tmp_path / "absent.pkl")

@@ -17,9 +17,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from companion import paths
+from companion import paths, stored
+from companion.stored import entries
 from fungi_core import store
-from fungi_core.store import SHARD, StoreCorrupt, StoreMismatch, entries, key, open_rows
+from fungi_core.store import SHARD, StoreCorrupt, StoreMismatch, key, open_entry
 
 META = {"backbone": "vit_micro", "objective": "kl", "seed": 0, "views": [2, 10]}
 N, WIDTH = 5 * SHARD + 17, 6  # the last shard is ragged
@@ -33,7 +34,7 @@ WORKER = (
 import os, signal, sys, time
 from pathlib import Path
 import numpy as np
-from fungi_core.store import open_rows
+from fungi_core.store import open_entry
 root, log, pause = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])
 if len(sys.argv) > 4:
     name, calls = sys.argv[4], int(sys.argv[5])
@@ -45,7 +46,7 @@ if len(sys.argv) > 4:
             os.kill(os.getpid(), signal.SIGKILL)
         return real(*args)
     setattr(os, name, deadly)
-rows = open_rows(meta, n, width, root)
+rows = open_entry(meta, n, width, root)
 print("ready", flush=True)
 with rows.lock(), open(log, "a", buffering=1) as computed:
     for start, stop in rows.missing():
@@ -62,9 +63,9 @@ def features() -> np.ndarray:
     return np.sin(np.arange(N * WIDTH)).reshape(N, WIDTH).astype(np.float32)
 
 
-def filled(root: Path, meta: dict = META, values: np.ndarray | None = None) -> store.Rows:
+def filled(root: Path, meta: dict = META, values: np.ndarray | None = None) -> store.Entry:
     values = features() if values is None else values
-    rows = open_rows(meta, *values.shape, root)
+    rows = open_entry(meta, *values.shape, root)
     with rows.lock():
         rows.write(0, values)
     return rows
@@ -117,18 +118,18 @@ def test_key_names_the_field_json_cannot_hold(value):
 @pytest.mark.parametrize("size", [1, 37, SHARD, 10_000])
 def test_round_trip_for_any_block_size(tmp_path, n, size):
     values = np.random.default_rng(n).normal(size=(n, 3)).astype(np.float32)
-    rows = open_rows(META, n, 3, tmp_path)
+    rows = open_entry(META, n, 3, tmp_path)
     with rows.lock():
         for start in range(0, n, size):
             rows.write(start, values[start : start + size])
     assert rows.complete and rows.missing() == []
-    again = open_rows(META, n, 3, tmp_path).read()
+    again = open_entry(META, n, 3, tmp_path).read()
     assert again.dtype == np.float32 and again.shape == (n, 3) and np.array_equal(again, values)
 
 
 def test_bytes_do_not_depend_on_order_or_block_size(tmp_path):
     filled(tmp_path / "whole")
-    rows = open_rows(META, N, WIDTH, tmp_path / "shuffled")
+    rows = open_entry(META, N, WIDTH, tmp_path / "shuffled")
     starts = list(range(0, N, 23))
     random.Random(0).shuffle(starts)
     with rows.lock():
@@ -138,7 +139,7 @@ def test_bytes_do_not_depend_on_order_or_block_size(tmp_path):
 
 
 def test_nothing_on_disk_before_the_first_full_shard(tmp_path):
-    rows = open_rows(META, N, WIDTH, tmp_path / "store")
+    rows = open_entry(META, N, WIDTH, tmp_path / "store")
     assert not (tmp_path / "store").exists() and rows.missing() == [(0, N)] and not rows.complete
     with pytest.raises(ZeroDivisionError), rows.lock():
         rows.write(0, features()[: SHARD - 1])
@@ -152,14 +153,14 @@ def test_nothing_on_disk_before_the_first_full_shard(tmp_path):
 
 
 def test_missing_is_merged_and_aligned(tmp_path):
-    rows = open_rows(META, N, WIDTH, tmp_path)
+    rows = open_entry(META, N, WIDTH, tmp_path)
     with rows.lock():
         rows.write(
             SHARD - 5, features()[SHARD - 5 : 2 * SHARD + 5]
         )  # completes shard 1, touches 0 and 2
         rows.write(4 * SHARD, features()[4 * SHARD : 5 * SHARD])
         assert rows.missing() == [(0, SHARD), (2 * SHARD, 4 * SHARD), (5 * SHARD, N)]
-    assert rows.missing() == open_rows(META, N, WIDTH, tmp_path).missing()
+    assert rows.missing() == open_entry(META, N, WIDTH, tmp_path).missing()
     assert not rows.complete
     with pytest.raises(LookupError, match=f"{N - 2 * SHARD} of {N} rows are missing"):
         rows.read()
@@ -175,14 +176,14 @@ def test_rows_on_disk_are_left_alone(tmp_path):
 
 def test_default_root_is_the_store_dir(tmp_path, monkeypatch):
     monkeypatch.setenv("FUNGI_STORE", str(tmp_path / "elsewhere"))
-    rows = open_rows(META, 3, 2)
+    rows = open_entry(META, 3, 2)
     assert rows.path == tmp_path / "elsewhere" / key(META) and rows.key == key(META)
 
 
 def test_entries(tmp_path):
     assert entries(tmp_path) == []
     full = filled(tmp_path)
-    part = open_rows(META | {"seed": 1}, N, WIDTH, tmp_path)
+    part = open_entry(META | {"seed": 1}, N, WIDTH, tmp_path)
     with part.lock():
         part.write(0, features()[: SHARD + 3])
     found = {entry["key"]: entry for entry in entries(tmp_path)}
@@ -202,7 +203,7 @@ def test_entries(tmp_path):
 def test_mismatch_names_the_field(tmp_path, n, width, field, other):
     filled(tmp_path)
     with pytest.raises(StoreMismatch, match=rf" {field} \(") as info:
-        open_rows(META, n, width, tmp_path)
+        open_entry(META, n, width, tmp_path)
     assert f" {other} (" not in str(info.value) and "\n" not in str(info.value)
 
 
@@ -212,11 +213,11 @@ def test_altered_and_damaged_meta_are_refused(tmp_path):
     good = file.read_text()
     file.write_text(good.replace("vit_micro", "vit_mini"))
     with pytest.raises(StoreMismatch, match=r" meta \(.*vit_mini.*vit_micro"):
-        open_rows(META, N, WIDTH, tmp_path)
+        open_entry(META, N, WIDTH, tmp_path)
     for damaged in (good[:40], "", "[1, 2]", json.dumps({"n": 3})):
         file.write_text(damaged)
         with pytest.raises(StoreCorrupt, match="meta.json is damaged"):
-            open_rows(META, N, WIDTH, tmp_path)
+            open_entry(META, N, WIDTH, tmp_path)
         with pytest.raises(StoreCorrupt, match="meta.json is damaged"):
             entries(tmp_path)
 
@@ -226,7 +227,7 @@ def test_altered_and_damaged_meta_are_refused(tmp_path):
 def test_non_finite_rows_are_refused_and_nothing_is_written(tmp_path, bad):
     values = features().astype(np.float64)
     values[SHARD + 9, 2] = values[SHARD + 30, 0] = bad
-    rows = open_rows(META, N, WIDTH, tmp_path)
+    rows = open_entry(META, N, WIDTH, tmp_path)
     with rows.lock():
         with pytest.raises(ValueError, match=f"row {SHARD + 9} holds NaN or infinity"):
             rows.write(0, values)
@@ -237,18 +238,18 @@ def test_non_finite_rows_are_refused_and_nothing_is_written(tmp_path, bad):
     "start, shape", [(-1, (3, WIDTH)), (N - 2, (3, WIDTH)), (0, (3, WIDTH + 1)), (0, (WIDTH,))]
 )
 def test_blocks_that_do_not_fit_are_refused(tmp_path, start, shape):
-    rows = open_rows(META, N, WIDTH, tmp_path)
+    rows = open_entry(META, N, WIDTH, tmp_path)
     with rows.lock(), pytest.raises(ValueError, match=f"does not fit in .{N}, {WIDTH}."):
         rows.write(start, np.zeros(shape))
 
 
 def test_writing_needs_the_lock_and_locking_twice_is_refused(tmp_path):
-    rows = open_rows(META, N, WIDTH, tmp_path)
-    with pytest.raises(RuntimeError, match="with rows.lock"):
+    rows = open_entry(META, N, WIDTH, tmp_path)
+    with pytest.raises(RuntimeError, match="with entry.lock"):
         rows.write(0, features())
     with rows.lock(), pytest.raises(RuntimeError, match="locked already"):
         rows.drop_corrupt()
-    with pytest.raises(RuntimeError, match="with rows.lock"):
+    with pytest.raises(RuntimeError, match="with entry.lock"):
         rows.write(0, features())
 
 
@@ -256,48 +257,48 @@ def test_writing_needs_the_lock_and_locking_twice_is_refused(tmp_path):
 # ----------------------------------------------------------------------------------------------
 
 
-def truncate(file: Path, rows: store.Rows, tmp: Path) -> None:
+def truncate(file: Path, rows: store.Entry, tmp: Path) -> None:
     os.truncate(file, file.stat().st_size // 2)
 
 
-def empty(file: Path, rows: store.Rows, tmp: Path) -> None:
+def empty(file: Path, rows: store.Entry, tmp: Path) -> None:
     os.truncate(file, 0)
 
 
-def flip_data(file: Path, rows: store.Rows, tmp: Path) -> None:
+def flip_data(file: Path, rows: store.Entry, tmp: Path) -> None:
     data = bytearray(file.read_bytes())
     data[-5] ^= 1  # one bit, in a low byte of a number: no parser would notice
     file.write_bytes(data)
 
 
-def flip_header(file: Path, rows: store.Rows, tmp: Path) -> None:
+def flip_header(file: Path, rows: store.Entry, tmp: Path) -> None:
     file.write_bytes(file.read_bytes().replace(b"<f4", b"<i4"))
 
 
-def append(file: Path, rows: store.Rows, tmp: Path) -> None:
+def append(file: Path, rows: store.Entry, tmp: Path) -> None:
     file.write_bytes(file.read_bytes() + b"\0")
 
 
-def foreign_text(file: Path, rows: store.Rows, tmp: Path) -> None:
+def foreign_text(file: Path, rows: store.Entry, tmp: Path) -> None:
     file.write_text("not an array")
 
 
-def foreign_array(file: Path, rows: store.Rows, tmp: Path) -> None:
+def foreign_array(file: Path, rows: store.Entry, tmp: Path) -> None:
     np.save(file, np.zeros((SHARD, WIDTH), np.float32))
 
 
-def pickled(file: Path, rows: store.Rows, tmp: Path) -> None:
+def pickled(file: Path, rows: store.Entry, tmp: Path) -> None:
     np.save(file, np.array([{"a": 1}], dtype=object), allow_pickle=True)
 
 
-def other_place(file: Path, rows: store.Rows, tmp: Path) -> None:
+def other_place(file: Path, rows: store.Entry, tmp: Path) -> None:
     """A sound shard of the same rows under another first row, its own checksum kept in the name."""
     source = next(rows.path.glob(f"{3 * SHARD:09d}-*"))
     file.unlink()
     shutil.copy(source, file.with_name(f"{SHARD:09d}{source.name[9:]}"))
 
 
-def other_store(file: Path, rows: store.Rows, tmp: Path) -> None:
+def other_store(file: Path, rows: store.Entry, tmp: Path) -> None:
     """A sound shard of another key, same place and shape, under its own name."""
     other = filled(tmp / "other", META | {"seed": 1})
     file.unlink()
@@ -353,7 +354,7 @@ def test_files_that_are_no_shards_are_never_used_and_temporary_ones_cleared_by_t
 def test_check_names_what_repair_removes_and_extraction_makes_anew(tmp_path, capsys):
     rows, other = filled(tmp_path), filled(tmp_path, META | {"seed": 1})
     before = contents(rows.path), contents(other.path)
-    assert store.check(tmp_path) == (2, [])
+    assert stored.check(tmp_path) == (2, [])
     shard, meta = next(rows.path.glob(f"{SHARD:09d}-*")), other.path / "meta.json"
     flip_data(shard, rows, tmp_path)
     meta.write_text(
@@ -361,19 +362,19 @@ def test_check_names_what_repair_removes_and_extraction_makes_anew(tmp_path, cap
     )  # valid JSON that describes other rows
     for line in ("list", "check"):
         with pytest.raises(SystemExit) if line == "check" else nullcontext() as info:
-            store.main([line, "--root", str(tmp_path)])
+            stored.main([line, "--root", str(tmp_path)])
     assert info.value.code == 1
     said = capsys.readouterr().out
     assert f"{N} of {N} rows" in said and f"{shard} is truncated, altered or foreign\n" in said
     assert f"{meta} is truncated, altered or foreign\n" in said
     assert contents(rows.path).keys() == before[0].keys()  # check changes nothing
-    store.main(["repair", "--root", str(tmp_path)])
+    stored.main(["repair", "--root", str(tmp_path)])
     assert f"{shard} is truncated, altered or foreign; removed" in capsys.readouterr().out
-    store.main(["check", "--root", str(tmp_path)])
+    stored.main(["check", "--root", str(tmp_path)])
     assert (
         capsys.readouterr().out == "1 entries, 0 bad files\n"
     )  # the other entry says no more what it holds
-    assert open_rows(META, N, WIDTH, tmp_path).missing() == [(SHARD, 2 * SHARD)]
+    assert open_entry(META, N, WIDTH, tmp_path).missing() == [(SHARD, 2 * SHARD)]
     for again, files in (
         (filled(tmp_path), before[0]),
         (filled(tmp_path, META | {"seed": 1}), before[1]),
@@ -389,14 +390,14 @@ def test_ranges_are_written_beside_each_other_and_by_two_processes(tmp_path):
     """What separate jobs of one extraction do: each locks and fills its own rows, and nothing is
     left to be merged.
     """
-    first, second = (open_rows(META, N, WIDTH, tmp_path) for _ in range(2))
+    first, second = (open_entry(META, N, WIDTH, tmp_path) for _ in range(2))
     cut = 2 * SHARD
     with first.lock(0, cut), second.lock(cut, N):
         torn = second.path / f"{cut:09d}-{'0' * 16}.npy.1.tmp"
         first.write(0, features()[:cut])
         torn.write_text("in the making")
         assert first.missing(0, cut) == [] and second.missing(cut) == [(cut, N)] == first.missing()
-        with open_rows(META, N, WIDTH, tmp_path).lock(cut - SHARD, cut):
+        with open_entry(META, N, WIDTH, tmp_path).lock(cut - SHARD, cut):
             assert torn.exists()  # another range's
         second.write(cut, features()[cut:])
     with second.lock(cut, N):
@@ -405,10 +406,10 @@ def test_ranges_are_written_beside_each_other_and_by_two_processes(tmp_path):
 
 
 def test_a_range_waits_for_the_same_range_and_the_whole_for_all(tmp_path):
-    rows = open_rows(META, N, WIDTH, tmp_path)
+    rows = open_entry(META, N, WIDTH, tmp_path)
 
     def locked(*part) -> bool:
-        with open_rows(META, N, WIDTH, tmp_path).lock(*part):
+        with open_entry(META, N, WIDTH, tmp_path).lock(*part):
             return True
 
     with ThreadPoolExecutor(3) as pool:
@@ -426,7 +427,7 @@ def test_a_range_waits_for_the_same_range_and_the_whole_for_all(tmp_path):
 
 @pytest.mark.parametrize("part", [(1, SHARD), (0, 5), (SHARD, 0), (0, N + SHARD), (-SHARD, SHARD)])
 def test_ranges_are_whole_files(tmp_path, part):
-    rows = open_rows(META, N, WIDTH, tmp_path)
+    rows = open_entry(META, N, WIDTH, tmp_path)
     with (
         pytest.raises(ValueError, match=f"no whole files of {SHARD} rows in 0 to {N}"),
         rows.lock(*part),
@@ -437,7 +438,7 @@ def test_ranges_are_whole_files(tmp_path, part):
 
 
 def test_rows_outside_the_locked_range_are_refused(tmp_path):
-    rows = open_rows(META, N, WIDTH, tmp_path)
+    rows = open_entry(META, N, WIDTH, tmp_path)
     with (
         rows.lock(SHARD, 2 * SHARD),
         pytest.raises(ValueError, match=f"locked {SHARD} to {2 * SHARD}"),
@@ -450,7 +451,7 @@ def test_rows_outside_the_locked_range_are_refused(tmp_path):
 # ---------------------------------------------------------------------------------------------
 
 
-def check_after_kill(rows: store.Rows, undisturbed: dict[str, bytes]) -> None:
+def check_after_kill(rows: store.Entry, undisturbed: dict[str, bytes]) -> None:
     """What a killed writer leaves: temporary files and whole shards, byte for byte those of an
     undisturbed run.
     """
@@ -459,7 +460,7 @@ def check_after_kill(rows: store.Rows, undisturbed: dict[str, bytes]) -> None:
 
 
 def resume(tmp_path: Path, log: Path, undisturbed: dict[str, bytes]) -> None:
-    rows = open_rows(META, N, WIDTH, tmp_path / "store")
+    rows = open_entry(META, N, WIDTH, tmp_path / "store")
     todo = rows.missing()
     log.write_text("")
     assert start_worker(tmp_path / "store", log, 0).wait(60) == 0
@@ -490,7 +491,7 @@ def test_kill_at_every_stage_of_a_write(tmp_path, function, nth):
     undisturbed = contents(filled(tmp_path / "undisturbed").path)
     worker = start_worker(tmp_path / "store", tmp_path / "log", 0, function, nth)
     assert worker.wait(60) == -signal.SIGKILL
-    rows = open_rows(META, N, WIDTH, tmp_path / "store")
+    rows = open_entry(META, N, WIDTH, tmp_path / "store")
     assert len(list(rows.path.glob("*.tmp"))) == 1
     assert sum(stop - start for start, stop in rows.missing()) == N - SHARD * max(0, nth - 2)
     check_after_kill(rows, undisturbed)
@@ -500,7 +501,7 @@ def test_kill_at_every_stage_of_a_write(tmp_path, function, nth):
 def kill_at_random(tmp_path: Path, kills: int, seed: int) -> None:
     undisturbed = contents(filled(tmp_path / "undisturbed").path)
     rng = random.Random(seed)
-    rows, ends = open_rows(META, N, WIDTH, tmp_path / "store"), []
+    rows, ends = open_entry(META, N, WIDTH, tmp_path / "store"), []
     for _ in range(kills):
         worker = start_worker(tmp_path / "store", tmp_path / "log", 0.01)
         worker.stdout.readline()
@@ -527,11 +528,11 @@ def test_two_processes_compute_each_row_once(tmp_path):
     workers = [start_worker(tmp_path / "store", tmp_path / "log", 0.005) for _ in range(2)]
     assert [worker.wait(60) for worker in workers] == [0, 0]
     assert np.array_equal(computed(tmp_path / "log"), np.ones(N, int))
-    assert np.array_equal(open_rows(META, N, WIDTH, tmp_path / "store").read(), features())
+    assert np.array_equal(open_entry(META, N, WIDTH, tmp_path / "store").read(), features())
 
 
 def test_second_takes_over_when_the_first_is_killed(tmp_path, caplog):
-    rows = open_rows(META, N, WIDTH, tmp_path / "store")
+    rows = open_entry(META, N, WIDTH, tmp_path / "store")
     worker = start_worker(tmp_path / "store", tmp_path / "log", 0.05)
     while rows.missing()[0][0] < SHARD:  # the worker has the lock and has finished a shard
         assert worker.poll() is None
@@ -560,7 +561,7 @@ def test_readers_beside_a_writer(tmp_path):
         while True:
             try:
                 assert np.array_equal(
-                    open_rows(META, N, WIDTH, tmp_path / "store").read(), features()
+                    open_entry(META, N, WIDTH, tmp_path / "store").read(), features()
                 )
                 return refused
             except LookupError:
@@ -579,7 +580,7 @@ def test_readers_beside_a_writer(tmp_path):
 
 @pytest.mark.parametrize("function", ["fsync", "replace"])
 def test_full_disk_keeps_finished_shards(tmp_path, monkeypatch, function):
-    rows = open_rows(META, N, WIDTH, tmp_path)
+    rows = open_entry(META, N, WIDTH, tmp_path)
     real, calls = getattr(os, function), 0
 
     def full(*args):
@@ -614,10 +615,10 @@ def test_a_limit_on_file_sizes_fails_as_a_full_disk_does(tmp_path, room):
 import errno, json, resource, signal, sys
 import numpy as np
 from pathlib import Path
-from fungi_core.store import open_rows
+from fungi_core.store import open_entry
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)   # else the kernel's signal ends the process
 values = np.sin(np.arange(600 * 64)).reshape(600, 64).astype(np.float32)   # two shards of 64 kB, one of 22 kB
-rows = open_rows({{}}, 600, 64, Path({str(tmp_path)!r}))
+rows = open_entry({{}}, 600, 64, Path({str(tmp_path)!r}))
 resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, resource.RLIM_INFINITY))
 try:
     with rows.lock():
@@ -649,11 +650,12 @@ def test_full_and_read_only_tmpfs(tmp_path):
 import errno, os, subprocess, sys
 from pathlib import Path
 import numpy as np
-from fungi_core.store import SHARD, entries, open_rows
+from companion.stored import entries
+from fungi_core.store import SHARD, open_entry
 disk = Path({str(tmp_path / "disk")!r})
 values = np.sin(np.arange(2000 * 64)).reshape(2000, 64).astype(np.float32)   # eight shards of 64 kB
 (disk / "filler").write_bytes(bytes(250_000))
-rows = open_rows({{}}, 2000, 64, disk)
+rows = open_entry({{}}, 2000, 64, disk)
 try:
     with rows.lock():
         rows.write(0, values)
@@ -667,9 +669,9 @@ assert rows.drop_corrupt() == []
 with rows.lock():
     rows.write(start, values[start:])
 subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
-again = open_rows({{}}, 2000, 64, disk)
+again = open_entry({{}}, 2000, 64, disk)
 assert again.complete and np.array_equal(again.read(), values) and entries(disk)[0]["done"] == 2000
-other = open_rows({{"seed": 1}}, 2000, 64, disk)
+other = open_entry({{"seed": 1}}, 2000, 64, disk)
 try:
     with other.lock():
         sys.exit("locked on a read-only disk")
@@ -710,7 +712,7 @@ def test_read_only_store_can_be_read(tmp_path, monkeypatch):
     monkeypatch.setattr(builtins, "open", read_only)
     for name in ("mkdir", "replace", "rename", "unlink", "truncate"):
         monkeypatch.setattr(os, name, refuse)
-    again = open_rows(META, N, WIDTH, tmp_path)
+    again = open_entry(META, N, WIDTH, tmp_path)
     assert (
         again.complete
         and np.array_equal(again.read(), features())
@@ -726,13 +728,13 @@ def test_read_only_store_can_be_read(tmp_path, monkeypatch):
 
 def test_a_million_rows_open_in_under_a_second(tmp_path):
     n = 1_000_000
-    rows = open_rows(META, n, 768, tmp_path)
+    rows = open_entry(META, n, 768, tmp_path)
     rows.path.mkdir()
     (rows.path / "meta.json").write_text(json.dumps(rows.record))
     for start in range(0, n, SHARD):
         if start != 500 * SHARD:
             (rows.path / f"{start:09d}-{'0' * 16}.npy").touch()
     since = time.perf_counter()
-    again = open_rows(META, n, 768, tmp_path)
+    again = open_entry(META, n, 768, tmp_path)
     assert again.missing() == [(500 * SHARD, 501 * SHARD)] and not again.complete
     assert time.perf_counter() - since < 1

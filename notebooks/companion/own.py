@@ -3,6 +3,7 @@ out.
 """
 
 import io
+import zipfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -107,7 +108,10 @@ def unpacked(
     for name, content in files:
         members = [(name, content)]
         if folders.is_zip(content):
-            members, failed = folders.unzipped(content)
+            try:
+                members, failed = folders.unzipped(content)
+            except zipfile.BadZipFile:
+                members, failed = [], {name: "a zip that is cut off or damaged"}
             skipped += failed.items()
         for inner, each in members:
             path, count = PurePosixPath(inner), 1
