@@ -14,11 +14,14 @@ import numpy as np
 import pandas as pd
 from IPython.display import display
 
-from companion import explore, paper, throughput
+from companion import explore, paper, paths, throughput
 from companion.data import masks
+from companion.encoders import table
 from companion.evaluate import iou, scenes
-from fungi_core import backbones, tokens, views
-from fungi_core import search as nearest
+from fungi_core import tokens
+from fungi_core.backbones import Backbone
+from fungi_core.extract import Features
+from fungi_core.seeds import generator
 
 PAIR = (
     "embedding",
@@ -39,14 +42,14 @@ class Case:
 
     dataset: str
     backbone: str
-    encoder: backbones.Backbone = field(repr=False)
+    encoder: Backbone = field(repr=False)
     train: masks.Scenes
     test: masks.Scenes
     seed: int = 0
     stores: list[str] = field(default_factory=list, repr=False)
 
     def setup(self, **changes) -> scenes.Setup:
-        return scenes.Setup(size=self.encoder.size, seed=self.seed, **changes)
+        return scenes.Setup(size=self.encoder.inputs.size, seed=self.seed, **changes)
 
     @property
     def patch(self) -> int:
@@ -56,7 +59,7 @@ class Case:
     @property
     def patches(self) -> int:
         """Patches an image."""
-        return (self.encoder.size // self.patch) ** 2
+        return (self.encoder.inputs.size // self.patch) ** 2
 
     def memory(self, share: float) -> int:
         """Patches in a memory that keeps ``share`` of every training image's, or, above 1, as many
@@ -75,7 +78,7 @@ def collect(
     What is missing is shown as a table; where nothing can be run the notebook ends there
     (`explore.end`).
     """
-    absent = [(name, reason) for name in names if (reason := backbones.unavailable(name))]
+    absent = [(name, reason) for name in names if (reason := table.unavailable(name))]
     lacking = pd.concat(
         [masks.missing(sets), pd.DataFrame(absent, columns=["name", "not run: needs"])]
     )
@@ -84,7 +87,7 @@ def collect(
     here, data = ([x for x in wanted if x not in set(lacking["name"])] for wanted in (names, sets))
     if not here or not data:
         explore.end("Nothing can be run here without what the table names; see README, Profiles.")
-    encoders = {name: tokens.encoder(name, size) for name in here}
+    encoders = {name: tokens.for_patches(table.load(name), size) for name in here}
     splits = {
         d: [masks.load(d, s, n, seed) for s, n in (("train", n_train), ("test", n_test))]
         for d in data
@@ -99,7 +102,9 @@ def predict(case: Case, kinds: Sequence[str] = PAIR, train: masks.Scenes | None 
     ``changes`` to the set-up.
     """
     setup = case.setup(**changes)
-    soft, keys = scenes.soft_labels(train or case.train, case.test, case.encoder, setup, kinds)
+    soft, keys = scenes.soft_labels(
+        train or case.train, case.test, case.encoder, setup, kinds, paths.store_dir()
+    )
     case.stores += keys
     return soft, {kind: confusions(labels, case.test, setup.size) for kind, labels in soft.items()}
 
@@ -124,7 +129,7 @@ def scores(
     lines = []
     base = iou.matched_miou(found[reference].sum(0))
     for name, c in found.items():
-        draw = lambda kind, n=name: views.generator("bootstrap", seed, "scenes", kind, n)
+        draw = lambda kind, n=name: generator("bootstrap", seed, "scenes", kind, n)
         own = iou.bootstrap(c, generator=draw("own"))
         gain = iou.bootstrap(c, found[reference], generator=draw("paired"))
         matched = iou.matched_miou(c.sum(0))
@@ -171,7 +176,7 @@ def _printed(case: Case) -> list[float]:
 
 def memory_contrast(case: Case, small: dict, large: dict) -> iou.Interval:
     """FUNGI's gain with the smaller memory minus its gain with the larger one, paired, in points."""
-    draw = views.generator("bootstrap", case.seed, "memory", case.dataset, case.backbone)
+    draw = generator("bootstrap", case.seed, "memory", case.dataset, case.backbone)
     terms = [
         (1, small["rademacher"]),
         (-1, small["embedding"]),
@@ -257,7 +262,7 @@ def cost(case: Case, share: float, repeats: int = 3) -> pd.DataFrame:
     """What one test image's features take: kind, fastest of ``repeats`` in ms, peak memory in MiB
     (measured here).
     """
-    picture = scenes.squeeze(*case.test[0], case.encoder.size)[0]
+    picture = scenes.squeeze(*case.test[0], case.encoder.inputs.size)[0]
     support = scenes.prepare(
         case.train, case.encoder, case.setup(memory=case.memory(share)), PAIR
     ).support
@@ -275,31 +280,6 @@ def cost(case: Case, share: float, repeats: int = 3) -> pd.DataFrame:
     return pd.DataFrame(lines, columns=["features", "ms an image", "peak MiB"])
 
 
-def approximate(case: Case, share: float, images: int = 4) -> list[str]:
-    """A line for each approximate index: its recall of the exact neighbours of ``images`` test
-    images' patches, with the settings of Table 18; or what it needs.
-    """
-    extractor = tokens.Extractor(case.encoder, ["embedding"])
-    memory = scenes.build(
-        case.train, case.encoder, case.setup(memory=case.memory(share)), extractor
-    )
-    shown = range(min(images, len(case.test)))
-    pictures = [scenes.squeeze(*case.test[i], case.encoder.size)[0] for i in shown]
-    queries = extractor(pictures, [case.test.names[i] for i in shown])["embedding"].flatten(0, 1)
-    find = lambda index: scenes.searcher(
-        memory, "embedding", case.encoder, case.setup(index=index)
-    )(queries)[1]
-    exact, lines = find("exact"), []
-    for name in scenes.INDICES:
-        try:
-            lines.append(
-                f"{name}: {100 * nearest.recall(find(name), exact):.1f} % of the exact neighbours"
-            )
-        except ImportError as error:
-            lines.append(f"{name}: {error}")
-    return lines
-
-
 def neighbours(
     case: Case,
     image: int,
@@ -315,7 +295,7 @@ def neighbours(
     ``memory`` was built from ``train`` with ``extractor``, whose kinds are `PAIR`. A neighbour's
     title is the class of most of its pixels and its similarity.
     """
-    pixels, mask = scenes.squeeze(*case.test[image], case.encoder.size)
+    pixels, mask = scenes.squeeze(*case.test[image], case.encoder.inputs.size)
     setup, features = case.setup(k=count), extractor([pixels], [case.test.names[image]])
 
     def label(shares) -> str:
@@ -323,8 +303,8 @@ def neighbours(
 
     found = {}
     for kind, name in zip(PAIR, ("embedding", "FUNGI"), strict=True):
-        search = scenes.searcher(memory, kind, case.encoder, setup)
-        similarity, index = search(features[kind][0, patch][None])
+        query = features[kind][0, patch][None]
+        similarity, index = scenes.search(query, memory, kind, case.encoder, setup.k)
         found[name] = []
         for s, row in zip(similarity[0].tolist(), index[0].tolist(), strict=True):
             i, turn, at = map(int, memory.origin[row])
@@ -349,5 +329,15 @@ def explorer(case: Case, images: int) -> tuple:
 
 
 def _box(case: Case, patch: int) -> tuple[int, int, int]:
-    row, column = divmod(patch, case.encoder.size // case.patch)
+    row, column = divmod(patch, case.encoder.inputs.size // case.patch)
     return column * case.patch, row * case.patch, case.patch
+
+
+def as_runs(cases: Sequence[Case]) -> list[tuple]:
+    """Return cases as runs (backbone, data set, train, test) for a page's provenance."""
+    keys = lambda case: tuple(case.stores)
+    split = lambda data, case: Features(data, {}, keys(case))
+    return [
+        (case.backbone, case.dataset, split(case.train, case), split(case.test, case))
+        for case in cases
+    ]

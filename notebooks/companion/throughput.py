@@ -14,28 +14,30 @@ import numpy as np
 import pandas as pd
 import timm
 import torch
+from PIL import Image
 
 from companion import paths
-from fungi_core import backbones, fungi, objectives, views
-from fungi_core.extract import LETTERS
+from companion.encoders.objectives import named
+from companion.encoders.table import load
+from companion.protocol import LETTERS
+from fungi_core.backbones import Backbone
+from fungi_core.features import normalize
+from fungi_core.objectives import Objective
+from fungi_core.rows import Parts, draw_negatives, draw_parts, gradient_rows
+from fungi_core.seeds import generator
 
 
-def plain_model(backbone: backbones.Backbone) -> torch.nn.Module:
-    """The same architecture and weights as timm runs them, untouched, in the backbone's dtype and
-    on its device.
-    """
-    dtype = str(backbone.dtype).removeprefix("torch.")
-    model = backbones.load(backbone.name, device=backbone.device, dtype=dtype).model
+def plain_model(backbone: Backbone) -> torch.nn.Module:
+    """Return the same architecture and weights as timm runs them, in the backbone's dtype."""
+    model = load(backbone.name, device=backbone.device, dtype=backbone.dtype).model
     for module in model.modules():
-        if hasattr(
-            module, "fused_attn"
-        ):  # `backbones.load` switches it off on CPUs; timm's default is on
+        if hasattr(module, "fused_attn"):  # off in ours on CPUs; timm's default is on
             module.fused_attn = bool(timm.layers.use_fused_attn())
     return model
 
 
-def stock(backbone: backbones.Backbone) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The floor's yardstick: timm's own forward pass."""
+def stock(backbone: Backbone) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return the floor's yardstick: timm's own forward pass."""
     model = plain_model(backbone)
 
     def forward(x: torch.Tensor) -> torch.Tensor:
@@ -46,105 +48,79 @@ def stock(backbone: backbones.Backbone) -> Callable[[torch.Tensor], torch.Tensor
 
 
 def measure(
-    backbone: backbones.Backbone,
+    backbone: Backbone,
     names: Sequence = ("kl", "dino", "simclr"),
     *,
     views_a_call: int = 64,
     repeats: int = 5,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Features, value and floor (images/s), ratio with its lowest and highest, views.
+    """Time each objective against stock: features, views, value and floor (images/s), ratio.
 
-    Every repeat times the stock forward pass on ``views_a_call`` views and then the feature on
-    images that make as many views or more, so that drift of the machine hits both; medians are
-    reported. Ours starts from decoded uint8 images on the device (normalisation, patches, loss,
-    backward, projection included); the floor is the stock pass over the same number of views. ``K``
-    is embedding and KL gradient together.
+    Every repeat times the stock forward pass on ``views_a_call`` views and then the feature on images
+    that make as many views or more, so that drift of the machine hits both; medians are reported,
+    the ratio with its lowest and highest. Ours starts from decoded uint8 images (normalisation,
+    patches, loss, backward and projection included); the floor is the stock pass over as many views.
+    ``K`` is embedding and KL gradient together.
     """
-    generator = torch.Generator().manual_seed(seed)
-    size, device = backbone.size, backbone.device
+    rng = torch.Generator().manual_seed(seed)
+    size, device = backbone.inputs.size, backbone.device
     plain = stock(backbone)
-    x = torch.randn(views_a_call, 3, size, size, generator=generator).to(device, backbone.dtype)
+    x = torch.randn(views_a_call, 3, size, size, generator=rng).to(device, backbone.dtype)
     rows = []
-    for name in names:
-        objective = objectives.by_name(name) if isinstance(name, str) else name
-        count = fungi.view_count(backbone, objective)
+    for objective in (named(name, backbone) for name in names):
+        count = objective.views.count(backbone.inputs)
         images = max(1, round(views_a_call / count))
-        shape = (images, 1 if objective.views == "patches" else count, size, size, 3)
-        batch = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
-        parts = fungi.draw_parts(backbone, objective, seed)
+        blank = Image.new("RGB", (size, size))
+        drawn = objective.views.draw(blank, backbone.inputs, generator(seed), "cpu")
+        shape = (images, *drawn.shape)
+        batch = torch.randint(0, 256, shape, generator=rng, dtype=torch.uint8)
+        part = draw_parts(backbone, objective, seed)
         if objective.negatives:  # the latents' values do not change the time
-            parts.negatives = torch.randn(
-                objective.negatives * count, objective.dim, generator=generator
-            ).to(device)
-        ours = lambda b=batch, o=objective, p=parts: fungi.project_gradients(
-            backbone,
-            o,
-            p,
-            views.finish(b.to(device), o, backbone.mean, backbone.std, backbone.dtype),
-        )
-        times = np.array(
-            [
-                (_seconds(lambda: plain(x), device), _seconds(ours, device))
-                for _ in range(repeats + 1)
-            ][1:]
-        )
-        floor, speed = views_a_call / times[:, 0] / count, images / times[:, 1]
+            latents = (objective.negatives * count, objective.dim)
+            part.negatives = torch.randn(latents, generator=rng).to(device)
+        ours = lambda b=batch, o=objective, p=part: feature(backbone, o, p, b)
+        times = [
+            (seconds(lambda: plain(x), device), seconds(ours, device)) for _ in range(repeats + 1)
+        ]
+        stock_seconds, our_seconds = np.array(times[1:]).T  # the first call of each warms up
+        floor, speed = views_a_call / stock_seconds / count, images / our_seconds
         ratio = speed / floor
-        rows.append(
-            (
-                LETTERS[objective.name],
-                count,
-                np.median(speed),
-                np.median(floor),
-                np.median(ratio),
-                ratio.min(),
-                ratio.max(),
-            )
-        )
-    return pd.DataFrame(
-        rows, columns=["features", "views", "value", "floor", "ratio", "ratio_low", "ratio_high"]
-    )
+        medians = np.median(speed), np.median(floor), np.median(ratio)
+        rows.append((LETTERS[objective.name], count, *medians, ratio.min(), ratio.max()))
+    columns = ["features", "views", "value", "floor", "ratio", "ratio_low", "ratio_high"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def feature(backbone: Backbone, objective: Objective, part: Parts, batch: torch.Tensor):
+    """Return projected gradients (B, d) of decoded images (B, n, s, s, 3) uint8."""
+    views = objective.views.finish(batch.to(backbone.device), backbone.inputs, backbone.dtype)
+    _, (factors,) = objective.factors(backbone, views, [part.heads], [part.negatives], [part.layer])
+    return part.projection.apply(factors, backbone.dtype)
 
 
 def precision(
     name: str, images: Sequence, names: Sequence[str] = ("kl", "dino", "simclr"), *, seed: int = 0
 ) -> pd.DataFrame:
-    """Cosine of the default dtype's features to float32's on the same images: features, dtype,
-    mean, median, lowest, and how many images are below 0.99.
+    """Return cosines of the default dtype's features to float32's on the same images.
 
-    Heads, projection, views and negatives (the images' own, in float32) are the same in both.
+    Columns: features, dtype, mean, median, lowest, and how many images are below 0.99. Heads,
+    projection, views and negatives (the images' own, in float32) are the same in both.
     """
-    low, full = backbones.load(name), backbones.load(name, dtype="float32")
-    rows = []
-    for objective in map(objectives.by_name, names):
-        parts = fungi.draw_parts(full, objective, seed)
-        if objective.negatives:
-            parts.negatives = fungi.negative_latents(full, objective, parts.heads, images, seed)
-        found = [
-            list(fungi.rows(encoder, objective, parts, images, seed)) for encoder in (low, full)
-        ]
-        pairs = [tuple(np.concatenate([gradients for _, _, gradients in done]) for done in found)]
-        letters = [LETTERS[objective.name]]
-        if objective.views == "whole":
-            pairs.insert(
-                0,
-                tuple(np.concatenate([embeddings for _, embeddings, _ in done]) for done in found),
-            )
-            letters.insert(0, "E")
-        for letter, (a, b) in zip(letters, pairs, strict=True):
-            cosine = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
-            dtype = str(low.dtype).removeprefix("torch.")
-            rows.append(
-                (
-                    letter,
-                    dtype,
-                    cosine.mean(),
-                    np.median(cosine),
-                    cosine.min(),
-                    int((cosine < 0.99).sum()),
-                )
-            )
+    low, full = load(name), load(name, dtype="float32")
+    dtype, rows = str(low.dtype).removeprefix("torch."), []
+    for objective in (named(one, full) for one in names):
+        part = draw_parts(full, objective, seed)
+        part.negatives = draw_negatives(full, objective, part.heads, images, seed)
+        done = [list(gradient_rows(one, objective, [part], images, seed)) for one in (low, full)]
+        found = {LETTERS[objective.name]: [[g for *_, (g,) in rows] for rows in done]}
+        if done[0][0][1] is not None:
+            found = {"E": [[e for _, e, _ in rows] for rows in done]} | found
+        for letter, blocks in found.items():
+            a, b = (normalize(np.concatenate(block)) for block in blocks)
+            cosine = (a * b).sum(1)
+            summary = cosine.mean(), np.median(cosine), cosine.min(), int((cosine < 0.99).sum())
+            rows.append((letter, dtype, *summary))
     return pd.DataFrame(
         rows, columns=["features", "dtype", "mean", "median", "lowest", "below 0.99"]
     )
@@ -186,7 +162,7 @@ def against_published(folder: Path = paths.ROOT / "benchmarks" / "results") -> p
     return pd.DataFrame(rows, columns=columns)
 
 
-def _seconds(call: Callable[[], object], device: str) -> float:
+def seconds(call: Callable[[], object], device: str) -> float:
     if device != "cpu":
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -212,10 +188,9 @@ def peak_memory(call: Callable[[], object]) -> float:
         call()
         return float("nan")
     kib = lambda field: int(re.search(rf"{field}:\s+(\d+)", status.read_text())[1])
+    # What was freed before would otherwise hide what is taken now.
     with suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(
-            0
-        )  # what was freed before would otherwise hide what is taken now
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
     reset.write_text("5")  # the peak starts again from what is resident now
     before = kib("VmRSS")
     call()

@@ -1,9 +1,9 @@
-"""Segmentation sets: images with a class for every pixel, in official layouts, packed, or composed
-from packages.
+"""Segmentation sets: images with a class for every pixel, packed, as official folders, or composed.
 
 ``load("camvid", "train")[0]`` is an image and its mask; a mask holds class indices, and `VOID`
-where nothing is known. A packed file ``<name>.npz`` in the data folder (arrays: data, offsets,
-mask_data, mask_offsets, split, names, classes) is found without an entry here.
+where nothing is known. A packed file ``NAME.npz`` in the data folder needs no entry in `SETS`: it
+holds the arrays data, offsets, mask_data, mask_offsets (encoded images and single-channel masks,
+one after the other), split (0 train, 1 test), names and classes.
 """
 
 import hashlib
@@ -18,9 +18,11 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from companion.data import datasets, images, samples
+from companion.data import packed, samples
+from companion.data.datasets import SPLITS, DatasetUnavailable
+from companion.data.images import content
 from companion.paths import downloads_dir
-from fungi_core import views
+from fungi_core.seeds import generator
 
 VOID = 255  # Pascal VOC's value for pixels that are left out of the score
 ARRAYS = ("data", "offsets", "mask_data", "mask_offsets", "split", "names", "classes")
@@ -33,10 +35,14 @@ TEXTURES = {
     "coins": "coins.png",
 }
 SIDE = 128  # pixels of a composed image
+VOC_CLASSES = (
+    "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse "
+    "motorbike person pottedplant sheep sofa train tvmonitor"
+).split()
 
 
 class Pairs(NamedTuple):
-    """One split, undecoded."""
+    """Hold one split, undecoded."""
 
     images: Sequence  # Path, bytes of an image file, or uint8 pixels
     masks: Sequence  # the same for masks: single-channel or palette images of class indices
@@ -46,7 +52,11 @@ class Pairs(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Scenes:
-    """Images of one split with their masks, decoded one at a time."""
+    """Hold images of one split with their masks, decoded one at a time.
+
+    ``shift`` is taken off every mask value (ADE20K counts its classes from 1); ``background``: the
+    class that void pixels of a *memory* patch count as (VOC, as published), None for no class.
+    """
 
     name: str
     split: str  # "train" | "test"
@@ -54,10 +64,8 @@ class Scenes:
     names: list[str]
     images: Sequence = field(repr=False)
     masks: Sequence = field(repr=False)
-    shift: int = 0  # taken off every mask value: ADE20K counts its classes from 1
-    background: int | None = (
-        None  # the class that void pixels of a *memory* patch count as (VOC, as published)
-    )
+    shift: int = 0
+    background: int | None = None
     note: str = ""
     licence: str = ""
 
@@ -65,17 +73,17 @@ class Scenes:
         return len(self.names)
 
     def __getitem__(self, i: int) -> tuple[Image.Image, np.ndarray]:
-        """RGB image and mask (H, W) uint8: 0 .. classes - 1, or VOID for anything else."""
-        image, mask = images.to_rgb(self._open(self.images, i)), np.array(self._open(self.masks, i))
+        """Return an RGB image and its mask (H, W) uint8: 0 .. classes - 1, VOID for anything else."""
+        image, mask = self._open(self.images, i).convert("RGB"), np.array(self._open(self.masks, i))
         if mask.ndim != 2 or mask.shape != image.size[::-1]:
             raise ValueError(
-                f"{self._where(i)}: the mask has shape {mask.shape}, its image {image.size[::-1]} pixels; "
-                "a mask is one channel of class indices, as large as its image"
+                f"{self._where(i)}: the mask has shape {mask.shape}, its image "
+                f"{image.size[::-1]} pixels; a mask is one channel of class indices, as large as its "
+                "image"
             )
         mask = mask.astype(np.int64) - self.shift
-        return image, np.where((mask >= 0) & (mask < len(self.classes)), mask, VOID).astype(
-            np.uint8
-        )
+        known = (mask >= 0) & (mask < len(self.classes))
+        return image, np.where(known, mask, VOID).astype(np.uint8)
 
     def _open(self, items: Sequence, i: int) -> Image.Image:
         item = items[i]
@@ -85,150 +93,117 @@ class Scenes:
             with Image.open(item if isinstance(item, Path) else io.BytesIO(item)) as image:
                 image.load()
                 return image
-        except (
-            Exception
-        ) as error:  # Pillow raises OSError, SyntaxError, struct.error ... for a broken file
-            raise ValueError(
-                f"{self._where(i)} cannot be read as an image: {' '.join(str(error).split())}"
-            ) from error
+        except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, ...
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{self._where(i)} cannot be read as an image: {reason}") from error
 
     def _where(self, i: int) -> str:
         return f"{self.name} {self.split}[{i}] ({self.names[i]})"
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 (hex) of names, images and masks, in this order, and of what the mask values stand
-        for.
-        """
+        """Return the sha256 (hex) of names, images and masks, and of what the values stand for."""
         digest = hashlib.sha256(repr((self.classes, self.shift, self.background)).encode())
         for name, *pair in zip(self.names, self.images, self.masks, strict=True):
             digest.update(name.encode())
-            for item in pair:
-                content = item.read_bytes() if isinstance(item, Path) else item
-                content = (
-                    f"{item.shape}".encode() + item.tobytes()
-                    if isinstance(item, np.ndarray)
-                    else content
-                )
-                digest.update(b"%d " % len(content) + content)
+            for item in map(content, pair):
+                digest.update(b"%d " % len(item) + item)
         return digest.hexdigest()
 
     def take(self, index: Sequence[int], note: str = "") -> "Scenes":
-        """These images only, in the order given; ``note`` is added to the note."""
-        names, pictures, masks = (
-            [items[i] for i in index] for items in (self.names, self.images, self.masks)
-        )
+        """Return these images only, in the order given; ``note`` is added to the note."""
+        columns = self.names, self.images, self.masks
+        names, pictures, masks = ([items[i] for i in index] for items in columns)
         note = "; ".join(filter(None, (self.note, note)))
         return replace(self, names=names, images=pictures, masks=masks, note=note)
 
     def draw(self, count: int, seed: int = 0) -> "Scenes":
-        """``count`` images drawn by the seed, in data-set order; their names say which
-        (``.names``).
-        """
+        """Return ``count`` images drawn by the seed, in data-set order."""
         if not 1 <= count <= len(self):
             raise ValueError(
                 f"{self.name} {self.split} has {len(self)} images, {count} were asked for"
             )
-        order = views.generator("scenes", self.name, self.split, seed).permutation(len(self))
-        return self.take(
-            np.sort(order[:count]), f"{count} of {len(self)} images, drawn by seed {seed}"
-        )
+        order = generator("scenes", self.name, self.split, seed).permutation(len(self))
+        note = f"{count} of {len(self)} images, drawn by seed {seed}"
+        return self.take(np.sort(order[:count]), note)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One segmentation set: what it is, and where its files must be."""
+    """Describe one segmentation set: what it is, and where its files must be.
+
+    ``source`` reads (folder, train); None is a packed file.
+    """
 
     name: str
     title: str
-    licence: str
-    gb: float
-    source: Callable[[Path, bool], Pairs] | None = None  # (folder, train); None: a packed file only
+    licence: str = "not recorded in the packed file"
+    gb: float = 0
+    source: Callable[[Path, bool], Pairs] | None = None
     folder: str = ""
-    get: str = ""
+    get: str = "put {name}.npz into the folder FUNGI_DATA names"
     shift: int = 0
     background: int | None = None
     note: str = ""
 
 
 def load(name: str, split: str, limit: int | None = None, seed: int = 0) -> Scenes:
-    """A segmentation set, ``split`` "train" (the memory) or "test" (the official validation images,
-    as in the paper).
+    """Return a segmentation set, ``split`` "train" (the memory) or "test" (official validation).
 
     ``limit``: that many images drawn by ``seed``; None, 0 or more than there are is all. Raises
-    ValueError for an unknown name or split, `datasets.DatasetUnavailable` for files that are not
-    here.
+    ValueError for an unknown name or split, `DatasetUnavailable` for files that are not here.
     """
-    if split not in datasets.SPLITS:
-        raise ValueError(
-            f"unknown split {split!r} of {name!r}: choose {' or '.join(map(repr, datasets.SPLITS))}"
-        )
-    entry, train = _entry(name), split == "train"
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r} of {name!r}: choose one of {', '.join(SPLITS)}")
+    entry, train = find(name), split == "train"
     if reason := unavailable(name):
-        raise datasets.DatasetUnavailable(reason)
-    packed = downloads_dir() / f"{name}.npz"
+        raise DatasetUnavailable(reason)
     try:
-        pairs = (
-            entry.source(downloads_dir() / entry.folder, train)
-            if entry.source
-            else _packed(packed, train)
-        )
+        if entry.source:
+            pairs = entry.source(downloads_dir() / entry.folder, train)
+        else:
+            pairs = npz(downloads_dir() / f"{name}.npz", train)
     except FileNotFoundError as error:
-        raise datasets.DatasetUnavailable(f"{name} is not whole: {error}; {entry.get}") from error
+        raise DatasetUnavailable(f"{name} is not whole: {error}; {entry.get}") from error
     if not len(pairs.names):
-        raise datasets.DatasetUnavailable(f"{name} {split} holds no image; {entry.get}")
-    scenes = Scenes(
-        name,
-        split,
-        pairs.classes,
-        pairs.names,
-        pairs.images,
-        pairs.masks,
-        entry.shift,
-        entry.background,
-        entry.note,
-        entry.licence,
-    )
+        raise DatasetUnavailable(f"{name} {split} holds no image; {entry.get}")
+    reading = dict(shift=entry.shift, background=entry.background)
+    about = dict(note=entry.note, licence=entry.licence)
+    columns = pairs.classes, pairs.names, pairs.images, pairs.masks
+    scenes = Scenes(name, split, *columns, **reading, **about)
     return scenes.draw(limit, seed) if limit and limit < len(scenes) else scenes
 
 
 def unavailable(name: str) -> str | None:
-    """Why a set cannot be read on this machine, in one line; None when it can. Unknown names raise
-    ValueError.
-    """
-    entry = _entry(name)
+    """Return why a set cannot be read here, in one line; None when it can. Unknown names raise."""
+    entry = find(name)
     place = downloads_dir() / (entry.folder if entry.source else f"{name}.npz")
     if (entry.source and not entry.folder) or place.exists():
         return None
-    return f"{name} ({entry.title}): {place}; {entry.gb:g} GB, licence {entry.licence}; {entry.get}"
+    get = entry.get.format(name=name)
+    return f"{name} ({entry.title}): {place}; {entry.gb:g} GB, licence {entry.licence}; {get}"
 
 
 def missing(names: Sequence[str]) -> pd.DataFrame:
-    """What of ``names`` is not here: name and one line (size, licence, how to get it)."""
+    """Return what of ``names`` is not here: name and one line (size, licence, how to get it)."""
     lines = [(name, reason) for name in names if (reason := unavailable(name))]
     return pd.DataFrame(lines, columns=["name", "not run: needs"])
 
 
-def _entry(name: str) -> Entry:
+def find(name: str) -> Entry:
+    """Return the entry of a name; raises ValueError, with what there is, for an unknown one."""
     if name in SETS:
         return SETS[name]
-    if is_packed(downloads_dir() / f"{name}.npz"):
-        return Entry(name, name, "not recorded in the packed file", 0)
+    if packed.holds(downloads_dir() / f"{name}.npz", ARRAYS):
+        return Entry(name, name)
     raise ValueError(
         f"unknown segmentation set {name!r}; there are {', '.join(SETS)}, and packed files with masks"
     )
 
 
-# ---- sources
-
-
-def is_packed(path: Path) -> bool:
-    """Whether the file is a packed segmentation set."""
-    return samples.holds(path, ARRAYS)
-
-
-def _packed(path: Path, train: bool) -> Pairs:
-    if not is_packed(path):
+def npz(path: Path, train: bool) -> Pairs:
+    """Return one split of a packed segmentation set; raises ValueError for any other file."""
+    if not packed.holds(path, ARRAYS):
         raise ValueError(
             f"{path}: no packed segmentation set, it must be an .npz with {', '.join(ARRAYS)}"
         )
@@ -238,7 +213,7 @@ def _packed(path: Path, train: bool) -> Pairs:
         )
     rows = np.flatnonzero(split == (0 if train else 1))
     cut = lambda blob, at: [blob[at[i] : at[i + 1]].tobytes() for i in rows]
-    known = [c for c in classes.tolist() if c not in ("void", "unlabelled")]
+    known = [name for name in classes.tolist() if name not in ("void", "unlabelled")]
     if known != classes.tolist()[: len(known)]:
         raise ValueError(
             f"{path}: the void class must be the last one, the classes are {', '.join(classes)}"
@@ -246,13 +221,8 @@ def _packed(path: Path, train: bool) -> Pairs:
     return Pairs(cut(data, offsets), cut(mask_data, mask_offsets), names[rows].tolist(), known)
 
 
-VOC_CLASSES = """background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike
-    person pottedplant sheep sofa train tvmonitor""".split()
-
-
 def voc2012(folder: Path, train: bool) -> Pairs:
-    """Pascal VOC 2012 as unpacked (JPEGImages, SegmentationClass, ImageSets/Segmentation): trainaug
-    or val.
+    """Return Pascal VOC 2012 as unpacked: trainaug or val.
 
     trainaug (10,582 images) adds masks of SBD, in the folder SegmentationClassAug with its list
     trainaug.txt, as is customary; they are single-channel PNG images like VOC's own.
@@ -262,20 +232,15 @@ def voc2012(folder: Path, train: bool) -> Pairs:
     names = listing.read_text().split()
     if not masks.is_dir():
         raise FileNotFoundError(f"no folder {masks}")
-    return Pairs(
-        [folder / "JPEGImages" / f"{n}.jpg" for n in names],
-        [masks / f"{n}.png" for n in names],
-        names,
-        VOC_CLASSES,
-    )
+    images = [folder / "JPEGImages" / f"{name}.jpg" for name in names]
+    return Pairs(images, [masks / f"{name}.png" for name in names], names, VOC_CLASSES)
 
 
 def ade20k(folder: Path, train: bool) -> Pairs:
-    """ADE20K's scene parsing release (ADEChallengeData2016): 20,210 training and 2,000 validation
-    images, 150 classes.
+    """Return ADE20K's scene parsing release: 20,210 training and 2,000 validation images.
 
-    Mask value 0 ("other objects") is void. Class names are those of objectInfo150.txt, the first of
-    each line's.
+    Mask value 0 ("other objects") is void. The names of the 150 classes are those of
+    objectInfo150.txt, the first of each line's.
     """
     part = "training" if train else "validation"
     files = sorted((folder / "images" / part).glob("*.jpg"))
@@ -286,48 +251,40 @@ def ade20k(folder: Path, train: bool) -> Pairs:
 
 
 def composed(folder: Path, train: bool) -> Pairs:
-    """64 training and 48 test images of 128 px composed from packaged photographs and digits, so
-    that masks are exact.
+    """Return 64 training or 48 test images of 128 px composed of photographs and digits.
 
-    Two or three regions with straight borders, each filled with one of six textures in a random
-    tint and brightness; on them one or two MNIST digits in a random ink, one class of their own.
-    The digits' blurred rims are void. Training textures come from the left half of a photograph,
-    test textures from its right half; digits likewise.
+    Their masks are exact. Two or three regions with straight borders are each filled with one of
+    six textures in a random tint and brightness; on them are one or two MNIST digits in a random
+    ink, one class of their own, whose blurred rims are void. Training textures come from the left
+    half of a photograph, test textures from its right half; digits likewise.
     """
-    pairs = [
-        _compose(views.generator("composed scene", train, i), train)
-        for i in range(64 if train else 48)
-    ]
-    names = [f"{'train' if train else 'test'}_{i:02d}" for i in range(len(pairs))]
-    return Pairs(
-        [image for image, _ in pairs], [mask for _, mask in pairs], names, [*TEXTURES, "digit"]
-    )
+    count, part = (64, "train") if train else (48, "test")
+    pairs = [compose(generator("composed scene", train, i), train) for i in range(count)]
+    names = [f"{part}_{i:02d}" for i in range(count)]
+    images, masks = zip(*pairs, strict=True)
+    return Pairs(list(images), list(masks), names, [*TEXTURES, "digit"])
 
 
-def _compose(rng: np.random.Generator, train: bool) -> tuple[np.ndarray, np.ndarray]:
-    """One composed image (128, 128, 3) and its mask (128, 128), uint8."""
+def compose(rng: np.random.Generator, train: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Compose one image (128, 128, 3) and its mask (128, 128), uint8."""
     kinds = rng.permutation(len(TEXTURES))[: rng.integers(2, 4)]
     seeds = rng.uniform(0, SIDE, (len(kinds), 2))
     y, x = np.mgrid[:SIDE, :SIDE]
-    mask = np.hypot(y[..., None] - seeds[:, 0], x[..., None] - seeds[:, 1]).argmin(
-        -1
-    )  # Voronoi cells, (S, S)
+    distance = np.hypot(y[..., None] - seeds[:, 0], x[..., None] - seeds[:, 1])
+    mask = distance.argmin(-1)  # Voronoi cells, (S, S)
     picture = np.zeros((SIDE, SIDE, 3))
     for region, kind in enumerate(kinds):
         tint = rng.uniform(0.6, 1.2) * rng.uniform(0.85, 1.15, 3)
-        picture[mask == region] = (_texture(list(TEXTURES.values())[kind], train, rng) * tint)[
-            mask == region
-        ]
+        filled = texture(list(TEXTURES.values())[kind], train, rng) * tint
+        picture[mask == region] = filled[mask == region]
     mask = kinds[mask]
-    digits, _ = samples._mnist()
+    digits, _ = samples.mnist_digits()
     for _ in range(rng.integers(1, 3)):
         # Every fifth digit is a test digit; rows are sorted by class, so both splits have all ten.
         row = rng.integers(len(digits) // 5) * 5 + (4 if not train else rng.integers(4))
         side = int(rng.integers(48, 80))
-        ink = (
-            np.asarray(Image.fromarray(digits[row]).resize((side, side), Image.Resampling.BICUBIC))
-            / 255
-        )
+        large = Image.fromarray(digits[row]).resize((side, side), Image.Resampling.BICUBIC)
+        ink = np.asarray(large) / 255
         top, left = rng.integers(0, SIDE - side + 1, 2)
         at = np.s_[top : top + side, left : left + side]
         colour = rng.uniform(0, 255, 3)
@@ -336,26 +293,23 @@ def _compose(rng: np.random.Generator, train: bool) -> tuple[np.ndarray, np.ndar
     return picture.clip(0, 255).round().astype(np.uint8), mask.astype(np.uint8)
 
 
-def _texture(file: str, train: bool, rng: np.random.Generator) -> np.ndarray:
-    """A 128 px cut (128, 128, 3) of the photograph's left (train) or right half (test)."""
-    pixels = np.asarray(samples._photo(file)).astype(float)
+def texture(file: str, train: bool, rng: np.random.Generator) -> np.ndarray:
+    """Cut 128 px (128, 128, 3) of the photograph's left (train) or right half (test)."""
+    pixels = np.asarray(samples.photograph(file)).astype(float)
     half = pixels.shape[1] // 2
     top, left = rng.integers(0, pixels.shape[0] - SIDE + 1), rng.integers(0, half - SIDE + 1)
     left += 0 if train else half
     return pixels[top : top + SIDE, left : left + SIDE]
 
 
-_CAMVID = "street scenes, in place of VOC and ADE20K; images re-encoded as JPEG"
-_VOC = "unpack VOCtrainval_11-May-2012.tar there, and SegmentationClassAug with trainaug.txt for the training masks"
-SETS: dict[str, Entry] = {
+SETS = {
     entry.name: entry
     for entry in (
         Entry(
             "composed",
             "textures and digits, composed",
             "CC0, public domain; digits CC BY-SA 3.0",
-            0,
-            composed,
+            source=composed,
             note="composed by this project from packaged photographs and digits, not a benchmark",
         ),
         Entry(
@@ -363,8 +317,15 @@ SETS: dict[str, Entry] = {
             "CamVid, 11 classes",
             "CC BY-NC 4.0",
             0.024,
-            note=_CAMVID,
-            get="put camvid.npz into the folder FUNGI_DATA names",
+            note="street scenes, in place of VOC and ADE20K; images re-encoded as JPEG",
+        ),
+        Entry(
+            "voc2012_part",
+            "Pascal VOC 2012, a part",
+            "Custom (Research Only)",
+            0.03,
+            background=0,
+            note="167 of 1,464 official training and 155 of 1,449 validation images",
         ),
         Entry(
             "voc2012",
@@ -373,7 +334,7 @@ SETS: dict[str, Entry] = {
             2.0,
             voc2012,
             "VOCdevkit/VOC2012",
-            _VOC,
+            "unpack VOCtrainval_11-May-2012.tar there, and SegmentationClassAug with trainaug.txt",
             background=0,
         ),
         Entry(
