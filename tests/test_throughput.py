@@ -5,32 +5,53 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers import shrink_test_vit
 
 from companion import throughput
 from companion.data import datasets
-from fungi_core import backbones
+from companion.encoders import table
+from fungi_core import load
 
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(backbones, "auto_device", lambda: "cpu")
-    shrink_test_vit(monkeypatch)
-    return monkeypatch
+    """Return what makes every network small, on the CPU, and "auto" a given dtype."""
+
+    def patch(auto):
+        def small_load(name, *, device="cpu", dtype="auto"):
+            dtype = auto if dtype == "auto" else dtype
+            return load(name, arguments={"img_size": 32}, device="cpu", dtype=dtype)
+
+        monkeypatch.setattr(throughput, "load", small_load)
+
+    return patch
 
 
 def test_precision_is_one_in_float32_and_near_it_in_bf16(small):
     images = datasets.load("photos", "test", limit=16)
-    small.setattr(backbones, "auto_dtype", lambda device: torch.float32)
+    small(torch.float32)
     same = throughput.precision("random:test_vit", images, ["kl", "dino"])
-    assert same["features"].tolist() == ["E", "K", "D"] and np.allclose(
-        same[["mean", "median", "lowest"]], 1
-    )
-    assert (same["below 0.99"] == 0).all()
-    small.setattr(backbones, "auto_dtype", lambda device: torch.bfloat16)
+    assert same["features"].tolist() == ["E", "K", "D"]
+    assert np.allclose(same[["mean", "median", "lowest"]], 1) and (same["below 0.99"] == 0).all()
+    small(torch.bfloat16)
     low = throughput.precision("random:test_vit", images, ["kl"]).set_index("features")
     assert (low["dtype"] == "bfloat16").all() and (low["lowest"] <= low["median"]).all()
     assert low.loc["E", "mean"] > 0.99 and low.loc["E", "mean"] < 1  # another dtype was really used
+
+
+def test_ratios_are_speed_over_floor():
+    backbone = table.load("random:test_vit", device="cpu", dtype="float32")
+    found = throughput.measure(backbone, ["kl", "dino"], views_a_call=12, repeats=2)
+    assert found["features"].tolist() == ["K", "D"] and found["views"].tolist() == [1, 12]
+    assert (found["ratio_low"] <= found["ratio"]).all()
+    assert (found["ratio"] <= found["ratio_high"]).all()
+    assert (found["value"] > 0).all() and (found["floor"] > 0).all()
+
+
+def test_the_floor_is_timms_forward_pass_on_the_same_weights():
+    backbone = table.load("random:test_vit", device="cpu", dtype="float32")
+    x = torch.rand(2, 3, 160, 160, generator=torch.Generator().manual_seed(0))
+    found = throughput.stock(backbone)(x)
+    torch.testing.assert_close(found, backbone.embed(x), rtol=1e-4, atol=1e-4)
 
 
 def test_published_runs_are_read_from_their_files(tmp_path):
