@@ -168,7 +168,9 @@ def build(
     grid = (setup.size // patch) ** 2
     each = grid if setup.memory is None else min(grid, setup.memory // len(visits))
     if each < 1:
-        raise ValueError(f"no patch for each of {len(visits)} images in a memory of {setup.memory}")
+        raise ValueError(
+            f"a memory of {setup.memory} patches has none for each of {len(visits)} image passes"
+        )
     rows = each * len(visits)
     labels = torch.empty(rows, classes, device=backbone.device)
     memory = Memory({}, labels, np.empty((rows, 3), np.int64))
