@@ -24,7 +24,7 @@ import timm
 import torch
 from tqdm.auto import tqdm
 
-from companion.figures.style import cpu
+from companion.provenance import cpu
 from fungi_core import KL, load, store
 from fungi_core.extract import fill
 from fungi_core.seeds import generator

@@ -1,4 +1,6 @@
-"""From a data set's name to rows in the store: extracted once, resumed, keyed by what changes them."""
+"""From a data set's name to rows in the store: extracted once, resumed, keyed by what changes
+them.
+"""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -6,31 +8,46 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import shrink_test_vit
 
+from companion import features as named
+from companion import paths
 from companion.data import datasets
-from companion.evaluate import knn as evaluate
-from fungi_core import backbones, extract, fungi, pca, projection, store, views
-from fungi_core import objectives as O
-from fungi_core.extract import features, fungi_features
+from companion.encoders.objectives import IBOT, PAPER, DeepCluster, FullAugmentation
+from companion.features import features, layer_features
+from companion.figures.style import LETTERS
+from companion.protocol import fungi_features, similarity
+from companion.stored import entries
+from fungi_core import DINO, KL, Fungi, SimCLR, extract, load, projection, store
+from fungi_core.features import apply_pca, fit_pca, join, normalize
+from fungi_core.filling import Target, lacking
+from fungi_core.rows import draw_parts, gradient_rows, view_batches
+from fungi_core.views import Crops, ImageInputs, Patches
 
 NAME = "random:test_vit"
-SMALL = (O.KL(dim=32), O.DINO(dim=24, local_crops=2), O.SimCLR(dim=16, negatives=3, stride_scale=2))
-KL = SMALL[:1]
+SMALL = (
+    KL(dim=32),
+    DINO(Crops(local_count=2), dim=24),
+    SimCLR(Patches(stride=2), dim=16, negatives=3),
+)
+ONE = SMALL[:1]
 
 
 @pytest.fixture(autouse=True)
 def workplace(tmp_path, monkeypatch):
-    """An empty store, and the test network at 32 px."""
+    """Return an empty store."""
     monkeypatch.setenv("FUNGI_STORE", str(tmp_path / "store"))
-    monkeypatch.setattr(backbones, "auto_dtype", lambda device: torch.float32)
-    monkeypatch.setattr(backbones, "auto_device", lambda: "cpu")
-    shrink_test_vit(monkeypatch)
     return tmp_path / "store"
 
 
-def digits(names=SMALL, n_train=12, n_test=8, backbone=NAME, **settings):
-    return features("digits", backbone, names, n_train=n_train, n_test=n_test, **settings)
+def small(name=NAME, dtype="float32"):
+    """Return the test network at 32 px."""
+    return load(name, arguments={"img_size": 32}, device="cpu", dtype=dtype)
+
+
+def digits(names=SMALL, n_train=12, n_test=8, backbone=None, **settings):
+    return features(
+        "digits", backbone or small(), names, n_train=n_train, n_test=n_test, **settings
+    )
 
 
 def contents(folder):
@@ -41,10 +58,21 @@ def contents(folder):
     }
 
 
+def stored():
+    return entries(paths.store_dir())
+
+
+def stored_latents():
+    """Return the entries of negatives."""
+    return [entry for entry in stored() if entry["meta"].get("rows") == "latents of negatives"]
+
+
 def forbid(monkeypatch):
-    stop = lambda *_args, **_kwargs: pytest.fail("something was extracted")
-    monkeypatch.setattr(fungi, "rows", stop)
-    monkeypatch.setattr(fungi, "negative_latents", stop)
+    def stop(*_args, **_kwargs):
+        pytest.fail("something was extracted")
+
+    for rows in ("gradient_rows", "embedding_rows", "negative_latents"):
+        monkeypatch.setattr(extract, rows, stop)
 
 
 def test_rows_are_those_of_the_transformer():
@@ -57,7 +85,7 @@ def test_rows_are_those_of_the_transformer():
     assert all(
         block.shape == (12, 64) and block.dtype == np.float32 for block in train.blocks.values()
     )
-    one = fungi.Fungi(NAME, SMALL, pca=None, seed=3, device="cpu", dtype="float32").fit(train.data)
+    one = Fungi(small(), SMALL, pca=None, seed=3).fit(train.data)
     for rows in (train, test):
         expected = one.extract(rows.data)
         for name, block in rows.blocks.items():
@@ -74,7 +102,7 @@ def test_a_second_call_extracts_nothing(monkeypatch, workplace):
     forbid(monkeypatch)
     second = digits()
     for a, b in zip(first, second, strict=True):
-        assert a.store_keys == b.store_keys
+        assert a.keys == b.keys
         for name in a.blocks:
             np.testing.assert_array_equal(a.blocks[name], b.blocks[name])
     digits(())  # parts of it neither
@@ -90,7 +118,7 @@ def test_a_resumed_run_gives_identical_bytes(stop_at, monkeypatch, tmp_path):
     monkeypatch.setenv("FUNGI_STORE", str(tmp_path / "whole"))
     digits(n_train=300)
     monkeypatch.setenv("FUNGI_STORE", str(tmp_path / "resumed"))
-    intact = fungi.rows
+    intact = extract.gradient_rows
 
     def stopped(backbone, objective, parts, images, *rest):
         for start, *blocks in intact(backbone, objective, parts, images, *rest):
@@ -99,16 +127,16 @@ def test_a_resumed_run_gives_identical_bytes(stop_at, monkeypatch, tmp_path):
             yield start, *blocks
 
     with monkeypatch.context() as patch:
-        patch.setattr(fungi, "rows", stopped)
+        patch.setattr(extract, "gradient_rows", stopped)
         with pytest.raises(KeyboardInterrupt):
             digits(n_train=300)
     partial, extracted = contents(tmp_path / "resumed"), []
 
     def counted(backbone, objective, parts, images, *rest):
-        extracted.append((images.split, objective.name, len(images)))
+        extracted.append((images.data.split, objective.name, len(images)))
         return intact(backbone, objective, parts, images, *rest)
 
-    monkeypatch.setattr(fungi, "rows", counted)
+    monkeypatch.setattr(extract, "gradient_rows", counted)
     digits(n_train=300)
     assert extracted[0] == (
         "train",
@@ -124,16 +152,17 @@ def test_a_resumed_run_gives_identical_bytes(stop_at, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("size", [32, 64, 96, 224])
-@pytest.mark.parametrize("objective", [O.KL(), O.DINO(), O.SimCLR()], ids=lambda o: o.name)
+@pytest.mark.parametrize("objective", [KL(), DINO(), SimCLR()], ids=lambda o: o.name)
 def test_batches_end_where_shards_end(size, objective, monkeypatch):
     """Else a run resumed at a shard would see other batches, and other last bits."""
-    monkeypatch.setattr(views, "to_image", lambda image, name: image)
-    monkeypatch.setattr(views, "prepare", lambda *_: np.zeros((1, 1, 1, 3), np.uint8))
-    monkeypatch.setattr(views, "finish", lambda stack, *_: stack)
-    stub = SimpleNamespace(
-        modality="image", size=size, crop_ratio=1.0, device="cpu", mean=None, std=None, dtype=None
-    )
-    batches = list(fungi.view_batches(stub, objective, range(600), 0))
+    kind = type(objective.views)
+    monkeypatch.setattr(kind, "draw", lambda *_: np.zeros((1, 1, 1, 3), np.uint8))
+    monkeypatch.setattr(kind, "finish", lambda self, batch, *_: batch)
+    monkeypatch.setattr(ImageInputs, "decode", lambda self, item, name: item)
+    monkeypatch.setattr(ImageInputs, "content", lambda self, item: b"")
+    inputs = ImageInputs(size, (0, 0, 0), (1, 1, 1))
+    stub = SimpleNamespace(name="stub", inputs=inputs, device="cpu", dtype=None)
+    batches = list(view_batches(stub, objective.views, objective.name, range(600), 0))
     assert [start for start, _ in batches] == list(
         np.cumsum([0, *(len(batch) for _, batch in batches)])[:-1]
     )
@@ -142,35 +171,34 @@ def test_batches_end_where_shards_end(size, objective, monkeypatch):
 
 
 def test_two_targets_with_different_gaps_are_extracted_once(monkeypatch, workplace):
-    train, _ = digits(KL, n_train=600)
-    embedding, kl = (workplace / key for key in train.store_keys)
+    train, _ = digits(ONE, n_train=600)
+    embedding, kl = (workplace / key for key in train.keys)
     before = contents(workplace)
     for folder, shards in ((embedding, (0,)), (kl, (0, 256))):
         for start in shards:
             next(folder.glob(f"{start:09d}-*.npy")).unlink()
-    seen, intact = [], fungi.rows
-    monkeypatch.setattr(
-        fungi,
-        "rows",
-        lambda b, o, p, images, *rest: (seen.append(len(images)), intact(b, o, p, images, *rest))[
-            1
-        ],
-    )
-    digits(KL, n_train=600)
+    seen, intact = [], extract.gradient_rows
+
+    def counted(backbone, objective, parts, images, *rest):
+        seen.append(len(images))
+        return intact(backbone, objective, parts, images, *rest)
+
+    monkeypatch.setattr(extract, "gradient_rows", counted)
+    digits(ONE, n_train=600)
     assert seen == [512] and contents(workplace) == before
 
 
 def test_a_complete_embedding_is_not_locked_by_the_gradients_of_another_seed(monkeypatch):
     """Else all seeds of a split would wait for each other on a cluster."""
-    embedding_key, kl_key = digits(KL)[0].store_keys
-    locked, intact = [], store.Rows.lock
+    embedding_key, kl_key = digits(ONE)[0].keys
+    locked, intact = [], store.Entry.lock
     monkeypatch.setattr(
-        store.Rows, "lock", lambda rows, *part: (locked.append(rows.key), intact(rows, *part))[1]
+        store.Entry,
+        "lock",
+        lambda entry, *part: (locked.append(entry.key), intact(entry, *part))[1],
     )
-    train, test = digits(KL, seed=1)
-    assert (
-        locked == [train.store_keys[1], test.store_keys[1]] and embedding_key == train.store_keys[0]
-    )
+    train, test = digits(ONE, seed=1)
+    assert locked == [train.keys[1], test.keys[1]] and embedding_key == train.keys[0]
 
 
 @pytest.mark.parametrize(
@@ -183,7 +211,15 @@ def test_a_complete_embedding_is_not_locked_by_the_gradients_of_another_seed(mon
     ],
 )
 def test_union_of_row_ranges(ranges, joined):
-    assert extract._union(ranges) == joined
+    entry = lambda *gap: SimpleNamespace(n=900, missing=lambda *part: [gap])
+    targets = [Target(entry(*gap), np.arange(900)) for gap in ranges]
+    assert list(map(tuple, lacking(targets, 900))) == joined
+
+
+def test_items_that_are_no_rows_of_an_entry_are_not_lacking():
+    entry = SimpleNamespace(n=4, missing=lambda *part: [(1, 3)])
+    rows = np.array([-1, 3, 2, -1, 1, 0])  # of six items
+    assert list(map(tuple, lacking([Target(entry, rows)], 6))) == [(2, 3), (4, 5)]
 
 
 # --- keys
@@ -194,7 +230,7 @@ def keys(*args, **settings):
     return {
         (rows.data.split, name): key
         for rows in digits(*args, **settings)
-        for name, key in zip(rows.blocks, rows.store_keys, strict=True)
+        for name, key in zip(rows.blocks, rows.keys, strict=True)
     }
 
 
@@ -213,41 +249,31 @@ def test_keys_hold_all_that_changes_a_feature():
     assert len(set(base.values())) == 8
     assert changed(base, keys(seed=1)) == GRADIENTS
     assert changed(base, keys(layer="blocks.4.attn.proj")) == GRADIENTS
-    assert changed(base, keys(backbone=backbones.load(NAME, dtype="bfloat16"))) == EVERY
+    assert changed(base, keys(backbone=small(dtype="bfloat16"))) == EVERY
     of = lambda name: {place for place in EVERY if place[1] == name}
-    for i, other in enumerate((O.KL(dim=32, temperature=1), O.DINO(dim=24, local_crops=2, local_scale=(0.1, 0.2)),
-                               O.SimCLR(dim=16, negatives=3, stride_scale=2, denominator="published"))):  # fmt: skip
+    others = (
+        replace(SMALL[0], temperature=1),
+        replace(SMALL[1], views=Crops(local_count=2, local_scale=(0.1, 0.2))),
+        replace(SMALL[2], denominator="published"),
+        replace(SMALL[2], views=Patches(stride=2, native=True)),
+    )
+    for i, other in zip((0, 1, 2, 2), others, strict=True):
         assert changed(base, keys((*SMALL[:i], other, *SMALL[i + 1 :]))) == of(other.name)
-    other_weights = backbones.load(NAME)
+    other_weights = small()
     other_weights.model.norm.bias.data[0] += 1e-3
     assert changed(base, keys(backbone=other_weights)) == EVERY
-    squeezed = backbones.load(NAME)
-    squeezed.crop_ratio = 0.5
+    squeezed = small()
+    squeezed = replace(squeezed, inputs=replace(squeezed.inputs, crop=0.5))
     assert changed(base, keys(backbone=squeezed)) == EVERY
-
-
-def test_settings_that_came_later_are_no_part_of_a_key_at_their_defaults():
-    """Else every store made before them would be extracted anew."""
-    encoder, data = backbones.load(NAME), digits(())[0].data
-    meta_of = lambda objective: extract._meta(encoder, data, data, objective, 0, "x", "rademacher")
-    metas = [meta_of(objective) for objective in SMALL]
-    assert not any({"head", "augmentation"} & meta["settings"].keys() for meta in metas)
-    for i, name in enumerate(("kl", "dino", "simclr")):
-        meta = meta_of(replace(SMALL[i], head=False))
-        assert meta["settings"]["head"] is False and meta["feature"] == name
-        assert meta["settings"].keys() - metas[i]["settings"].keys() == {"head"}
 
 
 def test_objectives_without_a_head_and_full_augmentation_have_stores_of_their_own():
     base = keys()
     bare = keys([replace(o, head=False) for o in SMALL])
     assert changed(base, bare) == GRADIENTS
-    negatives = [e for e in store.entries() if e["meta"].get("layer") == "negatives"]
-    assert sorted(entry["width"] for entry in negatives) == [
-        16,
-        64,
-    ]  # without a head they are embeddings
-    coloured = keys([SMALL[0], replace(SMALL[1], augmentation="full"), SMALL[2]])
+    # 9 views each; without a head they are embeddings
+    assert sorted(entry["width"] for entry in stored_latents()) == [9 * 16, 9 * 64]
+    coloured = keys([SMALL[0], replace(SMALL[1], views=FullAugmentation(local_count=2)), SMALL[2]])
     assert changed(base, coloured) == {("train", "dino"), ("test", "dino")}
 
 
@@ -261,50 +287,50 @@ def test_a_smaller_training_set_touches_the_test_rows_through_the_negatives_alon
 def test_keys_hold_nothing_that_does_not_change_a_feature(monkeypatch):
     base = digits()
     again = keys(tuple(reversed(SMALL)))  # the order of objectives
-    assert {again[place] for place in EVERY} == {key for rows in base for key in rows.store_keys}
+    assert {again[place] for place in EVERY} == {key for rows in base for key in rows.keys}
     assert set(keys(["kl"])) == {
         (split, name) for split in ("train", "test") for name in ("embedding", "kl")
     }
-    key_of_kl = digits(KL)[0].store_keys
-    monkeypatch.setenv("FUNGI_STORE", str(store.paths.store_dir()) + "-small-batches")
-    monkeypatch.setattr(fungi, "view_count", lambda *_: 2**22 // (4 * 32**2))
-    small_batches = digits(KL)[0]
-    assert small_batches.store_keys == key_of_kl
+    key_of_kl = digits(ONE)[0].keys
+    monkeypatch.setenv("FUNGI_STORE", str(paths.store_dir()) + "-small-batches")
+    monkeypatch.setattr(ImageInputs, "at_once", lambda *_: 4)
+    small_batches = digits(ONE)[0]
+    assert small_batches.keys == key_of_kl
     np.testing.assert_allclose(
         small_batches.blocks["kl"], base[0].blocks["kl"], rtol=1e-4, atol=1e-9
     )
 
 
 def test_negatives_are_drawn_once_for_both_splits_and_every_layer(monkeypatch):
-    calls, intact = [], fungi.negative_latents
+    calls, intact = [], extract.negative_latents
 
     def counted(*args):
-        calls.append(args[3].split)
+        calls.append(len(args[3]))
         return intact(*args)
 
-    monkeypatch.setattr(fungi, "negative_latents", counted)
+    monkeypatch.setattr(extract, "negative_latents", counted)
     digits(SMALL[2:])
     digits(SMALL[2:], layer="blocks.4.attn.proj")
-    assert calls == ["train"]
-    negatives = [entry for entry in store.entries() if entry["meta"].get("layer") == "negatives"]
-    assert len(negatives) == 1 and (negatives[0]["n"], negatives[0]["width"]) == (3 * 9, 16)
+    assert calls == [3]
+    (negatives,) = stored_latents()
+    assert (negatives["n"], negatives["width"]) == (3, 9 * 16)
+    assert negatives["meta"]["data"][:2] == ["digits", "train"]
     digits(SMALL[2:], seed=1)
-    assert calls == ["train", "train"]
+    assert calls == [3, 3]
 
 
 def test_deepcluster_and_ibot_through_the_store(monkeypatch):
+    crops = replace(DeepCluster().views, local_count=1)
     names = [
-        O.DeepCluster(dim=8, local_crops=1, images_per_cluster=4),
-        O.IBOT(dim=12, local_crops=1),
+        DeepCluster(crops, dim=8, images_per_cluster=4),
+        IBOT(Crops(local_count=1), dim=12),
     ]
     train, test = digits(names)
     assert list(test.blocks) == ["embedding", "deepcluster", "ibot"]
     assert all(np.isfinite(block).all() and block.any() for block in test.blocks.values())
-    centroids = [e for e in store.entries() if e["meta"].get("layer") == "negatives"]
-    assert [(entry["n"], entry["width"]) for entry in centroids] == [
-        (3 * 3, 8)
-    ]  # once, of the training rows
-    one = fungi.Fungi(NAME, names, pca=None, device="cpu", dtype="float32").fit(train.data)
+    (latents,) = stored_latents()  # once, of the two global crops of all training rows
+    assert (latents["n"], latents["width"]) == (12, 2 * 8)
+    one = Fungi(small(), names, pca=None).fit(train.data)
     for name, block in one.extract(test.data).items():
         np.testing.assert_allclose(
             test.blocks[name], block, rtol=0, atol=1e-5 * np.abs(block).max()
@@ -330,11 +356,10 @@ def test_a_loss_that_is_nan_leaves_nothing_half_written(name, monkeypatch, workp
             match=r"loss of digits train\[\d+\] \(\d{4}\) is nan; nothing was writ",
         ):
             digits(wanted)
-    complete = [entry for entry in store.entries() if entry["done"]]
+    complete = [entry for entry in stored() if entry["done"]]
     assert all(entry["done"] == entry["n"] for entry in complete)
-    assert name not in {
-        entry["meta"]["feature"] for entry in complete if entry["meta"].get("layer") != "negatives"
-    }
+    gradients = [entry["meta"]["feature"] for entry in complete if "rows" not in entry["meta"]]
+    assert name not in gradients
     assert not list(workplace.rglob("*.tmp"))
     train, _ = digits(wanted)  # and the same call works once the loss does
     assert np.isfinite(train.blocks[name]).all()
@@ -343,8 +368,8 @@ def test_a_loss_that_is_nan_leaves_nothing_half_written(name, monkeypatch, workp
 def test_one_name_twice_is_refused_before_it_can_mix_two_settings(workplace):
     for names in (
         ["kl", "kl"],
-        ["kl", O.KL(temperature=1)],
-        [O.SimCLR(stride_scale=2), O.SimCLR()],
+        ["kl", KL(temperature=1)],
+        [SimCLR(Patches(stride=2)), SimCLR()],
     ):
         with pytest.raises(ValueError, match="each objective can be used once"):
             digits(names)
@@ -354,8 +379,9 @@ def test_one_name_twice_is_refused_before_it_can_mix_two_settings(workplace):
 def test_unknown_names_are_one_line(workplace):
     for call in (
         lambda: digits(["byol"]),
-        lambda: features("digitz", NAME),
+        lambda: features("digitz", small()),
         lambda: digits(layer="blocks.9.mlp"),
+        lambda: digits(projection="dense"),
     ):
         with pytest.raises(ValueError) as error:
             call()
@@ -363,17 +389,21 @@ def test_unknown_names_are_one_line(workplace):
     assert contents(workplace) == {}
 
 
-def test_the_command_writes_one_split_and_says_so(capsys, workplace):
+def test_the_command_writes_one_split_and_says_so(capsys, monkeypatch, workplace):
+    monkeypatch.setattr(named, "load", small)
     rows = ["--n-train", "12", "--n-test", "8"]
-    extract.main([NAME, "digits", "test", "embedding", "kl", *rows])
+    named.main([NAME, "digits", "test", "embedding", "kl", *rows])
     assert capsys.readouterr().out == f"digits test {NAME}: 8 rows of embedding, kl in the store\n"
-    assert {(tuple(e["meta"]["data"][:2]), e["meta"]["feature"], e["done"]) for e in store.entries()} == {
-        (("digits", "test"), "embedding", 8), (("digits", "test"), "kl", 8)}  # fmt: skip
+    found = {(*e["meta"]["data"][:2], e["meta"]["feature"], e["done"]) for e in stored()}
+    assert found == {("digits", "test", "embedding", 8), ("digits", "test", "kl", 8)}
     before = contents(workplace)
-    assert digits(["kl"])[1].store_keys  # the same rows as the call in Python
+    # The same rows as the call in Python.
+    assert set(digits(["kl"])[1].keys) <= {name.split("/")[0] for name in before}
     assert before.items() <= contents(workplace).items()
-    with pytest.raises(SystemExit, match="extract: unknown data set 'digitz'"):
-        extract.main([NAME, "digitz", "test", "kl"])
+    with pytest.raises(SystemExit, match="features: unknown data set 'digitz'"):
+        named.main([NAME, "digitz", "test", "kl"])
+    with pytest.raises(SystemExit, match="features: unknown objective 'byol' for image data"):
+        named.main([NAME, "digits", "test", "byol"])
 
 
 # --- combinations
@@ -382,34 +412,29 @@ def test_the_command_writes_one_split_and_says_so(capsys, workplace):
 def test_the_embedding_alone(monkeypatch):
     train, test = digits(())
     assert list(train.blocks) == list(test.blocks) == ["embedding"]
-    encoder = backbones.load(NAME)
-    pixels = torch.from_numpy(
-        np.stack([views.whole(train.data[i], 32, encoder.crop_ratio) for i in range(12)])
-    )
-    expected = encoder.embed(
-        views.finish(pixels, None, encoder.mean, encoder.std, torch.float32)[:, 0]
-    )
+    encoder = small()
+    inputs = encoder.inputs
+    images = [inputs.whole(inputs.decode(train.data[i], "")) for i in range(12)]
+    expected = encoder.embed(inputs.finish(inputs.stack(images), torch.float32)[:, 0])
     np.testing.assert_allclose(train.blocks["embedding"], expected.numpy(), rtol=1e-4, atol=1e-5)
-    assert {entry["meta"]["feature"] for entry in store.entries()} == {"embedding"}
-    digits(KL)
+    assert {entry["meta"]["feature"] for entry in stored()} == {"embedding"}
+    digits(ONE)
     forbid(monkeypatch)
-    assert digits(())[0].store_keys == train.store_keys
+    assert digits(())[0].keys == train.keys
 
 
 def test_letters():
     train, test = digits(n_train=40)
     assert fungi_features(train, test, "K")[0].shape == (40, 64)
     np.testing.assert_array_equal(
-        fungi_features(train, test, "E")[1], evaluate.normalize(test.blocks["embedding"])
+        fungi_features(train, test, "E")[1], normalize(test.blocks["embedding"])
     )
     a, b = fungi_features(train, test, "E+K+D+S")
     assert (a.shape, b.shape) == ((40, 256), (8, 256))
-    np.testing.assert_array_equal(
-        b, evaluate.combine(test.blocks, ["embedding", "kl", "dino", "simclr"])
-    )
+    np.testing.assert_array_equal(b, join(test.blocks, ["embedding", "kl", "dino", "simclr"]))
     small = fungi_features(train, test, "E+K+D+S", size=10)
-    fitted = pca.fit_pca(a, 10)
-    np.testing.assert_array_equal(small[1], fitted.transform(b))
+    fitted = fit_pca(a, 10)
+    np.testing.assert_array_equal(small[1], apply_pca(fitted, b))
     assert (
         fungi_features(train, test, "E", size=10)[0].shape[1] == 10
     )  # the embedding alone too: Table 16
@@ -419,12 +444,13 @@ def test_letters():
     assert (
         fungi_features(train, test, "E+K", size=40)[0].shape[1] == 128
     )  # 40 rows: not below, skipped
-    assert extract.LETTERS.keys() == {"embedding", *O.OBJECTIVES}
+    known = {one.name for paper in PAPER.values() for one in paper}
+    assert LETTERS.keys() == {"embedding", *known}
 
 
 @pytest.mark.parametrize("letters", ["X", "E+X", "EK", "", "E+", "e"])
 def test_unknown_letters_are_named(letters):
-    rows = extract.Rows(
+    rows = extract.Features(
         None, {"embedding": np.ones((4, 2), np.float32), "kl": np.ones((4, 2), np.float32)}, ()
     )
     with pytest.raises(
@@ -444,16 +470,15 @@ def test_subsets_are_balanced_and_zero_is_all(monkeypatch):
             asked.append((split, limit)) or SimpleNamespace(split=split)
         ),
     )
-    monkeypatch.setattr(extract, "_split", lambda encoder, data, *_: data.split)
-    assert features("digits", NAME, n_train=0, n_test=None) == ("train", "test")
+    monkeypatch.setattr(named, "extract", lambda data, *_, **settings: data.split)
+    assert features("digits", small(), n_train=0, n_test=None) == ("train", "test")
     assert asked == [("train", None), ("test", None)]
 
 
 def test_projections_have_stores_of_their_own(workplace):
     blocks = [digits(["kl"], projection=kind)[0] for kind in ("rademacher", "khatri-rao", "sketch")]
     assert (
-        len({rows.store_keys[1] for rows in blocks}) == 3
-        and len({rows.store_keys[0] for rows in blocks}) == 1
+        len({rows.keys[1] for rows in blocks}) == 3 and len({rows.keys[0] for rows in blocks}) == 1
     )
     assert not any(np.allclose(blocks[0].blocks["kl"], other.blocks["kl"]) for other in blocks[1:])
 
@@ -461,57 +486,49 @@ def test_projections_have_stores_of_their_own(workplace):
 def test_exact_similarities_are_those_of_the_whole_gradients():
     train, test = digits(SMALL[:2], projection="exact")
     assert train.blocks["kl"].activations.shape == (12, 1, 64) and len(test.blocks["dino"]) == 8
-    encoder = backbones.load(NAME)
-    size = encoder.gradient_size()
+    encoder = small()
+    rows, columns = encoder.gradient_shape()
+    size = rows * columns
     found = {}
     for objective in SMALL[:2]:
-        parts = fungi.draw_parts(encoder, objective, 0)
+        parts = draw_parts(encoder, objective, 0)
         parts.projection = projection.Rademacher(size, size, matrix=torch.eye(size))
+        made = lambda data, o=objective, p=parts: gradient_rows(encoder, o, [p], data, 0)
         found[objective.name] = [
-            evaluate.normalize(
-                np.concatenate(
-                    [g for _, _, g in fungi.rows(encoder, objective, parts, rows.data, 0)]
-                )
-            )
-            for rows in (test, train)
+            normalize(np.concatenate([g for _, _, (g,) in made(split.data)]))
+            for split in (test, train)
         ]
-    own = [evaluate.normalize(rows.blocks["embedding"]) for rows in (test, train)]
+    own = [normalize(rows.blocks["embedding"]) for rows in (test, train)]
     for letters, parts in (("K", ["kl"]), ("D", ["dino"]), ("E+K+D", ["kl", "dino", "embedding"])):
         expected = sum(a @ b.T for a, b in ((found | {"embedding": own})[name] for name in parts))
-        np.testing.assert_allclose(
-            extract.similarity(test, train, letters), expected, rtol=0, atol=2e-5
-        )
+        np.testing.assert_allclose(similarity(test, train, letters), expected, rtol=0, atol=2e-5)
     few = train.take(np.array([4, 0]))
     np.testing.assert_allclose(
-        extract.similarity(test, few, "D"),
-        extract.similarity(test, train, "D")[:, [4, 0]],
+        similarity(test, few, "D"),
+        similarity(test, train, "D")[:, [4, 0]],
         atol=1e-6,
     )
-    with pytest.raises(
-        ValueError, match="E.K holds unprojected gradients, .*; use extract.similarity"
-    ):
+    with pytest.raises(ValueError, match="E.K holds unprojected gradients, .*; use similarity"):
         fungi_features(train, test, "E+K")
 
 
 def test_similarity_of_projected_rows_is_the_joined_features_inner_product():
     train, test = digits()
     a, b = fungi_features(train, test, "E+K+S")
-    np.testing.assert_allclose(extract.similarity(test, train, "E+K+S"), b @ a.T, atol=1e-5)
+    np.testing.assert_allclose(similarity(test, train, "E+K+S"), b @ a.T, atol=1e-5)
 
 
 def test_exact_needs_a_class_token_at_its_own_layer():
     with pytest.raises(
         ValueError, match="'exact' needs a class token at the last block, not .* blocks.0.attn.proj"
     ):
-        digits(KL, projection="exact", layer="blocks.0.attn.proj")
+        digits(ONE, projection="exact", layer="blocks.0.attn.proj")
 
 
 @pytest.mark.parametrize("objective", SMALL, ids=lambda o: o.name)
 def test_many_layers_in_one_pass_are_each_layer_alone(objective, monkeypatch, tmp_path):
     layers = ["blocks.0.attn.qkv", "blocks.2.mlp.fc1", "blocks.5.attn.proj", "blocks.5.mlp.fc2"]
-    together = extract.layer_features(
-        "digits", NAME, objective, layers, n_train=6, n_test=5, seed=2
-    )
+    together = layer_features("digits", small(), objective, layers, n_train=6, n_test=5, seed=2)
     monkeypatch.setenv("FUNGI_STORE", str(tmp_path / "alone"))
     for layer in layers:
         for rows, alone in zip(
@@ -526,13 +543,12 @@ def test_many_layers_in_one_pass_are_each_layer_alone(objective, monkeypatch, tm
 
 def test_layers_are_stored_under_the_keys_of_single_ones(monkeypatch):
     layers = ["blocks.1.attn.proj", "blocks.5.attn.proj"]
-    together = extract.layer_features("digits", NAME, KL[0], layers, n_train=6, n_test=5)
+    together = layer_features("digits", small(), ONE[0], layers, n_train=6, n_test=5)
     digits((), 6, 5)  # the embedding
     forbid(monkeypatch)
-    monkeypatch.setattr(fungi, "layer_rows", lambda *_: pytest.fail("something was extracted"))
     for layer in layers:
-        alone = digits(KL, 6, 5, layer=layer)[0]
+        alone = digits(ONE, 6, 5, layer=layer)[0]
         np.testing.assert_array_equal(alone.blocks["kl"], together[layer][0].blocks["kl"])
-    extract.layer_features("digits", NAME, KL[0], layers[::-1], n_train=6, n_test=5)
+    layer_features("digits", small(), ONE[0], layers[::-1], n_train=6, n_test=5)
     with pytest.raises(ValueError, match="has no layer 'blocks.9.attn.proj'"):
-        extract.layer_features("digits", NAME, KL[0], ["blocks.9.attn.proj"], n_train=6, n_test=5)
+        layer_features("digits", small(), ONE[0], ["blocks.9.attn.proj"], n_train=6, n_test=5)

@@ -16,9 +16,9 @@ from PIL import Image
 
 from companion.evaluate import knn as evaluate
 from companion.evaluate.cka import LinearCKA
-from fungi_core import objectives as O
-from fungi_core import projection, store, views
+from fungi_core import DINO, KL, SimCLR, projection, search, store, views
 from fungi_core.gradients import Factors
+from fungi_core.seeds import content_id, generator
 
 seeds = st.integers(0, 2**32 - 1)
 
@@ -26,10 +26,17 @@ seeds = st.integers(0, 2**32 - 1)
 # --- views
 
 
+def drawn(image, objective, size, crop, seed):
+    """What one image contributes to a batch, as `rows.view_batches` draws it."""
+    inputs = views.ImageInputs(size, (0.0,) * 3, (1.0,) * 3, crop)
+    rng = generator(seed, objective.name, content_id(inputs.content(image)))
+    return objective.views.draw(image, inputs, rng, "cpu")
+
+
 @given(st.integers(1, 3000), st.integers(1, 3000), st.integers(1, 20), seeds)
 def test_crop_boxes_lie_in_the_image_and_are_those_of_their_seed(width, height, count, seed):
     scales = np.tile([[0.05, 1.0]], (count, 1))
-    boxes = views.crop_boxes(width, height, scales, views.generator(seed))
+    boxes = views.crop_boxes(width, height, scales, generator(seed))
     left, top, right, bottom = boxes.T
     assert (
         boxes.shape == (count, 4)
@@ -38,25 +45,25 @@ def test_crop_boxes_lie_in_the_image_and_are_those_of_their_seed(width, height, 
         and (right <= width).all()
     )
     assert (0 <= top).all() and (top < bottom).all() and (bottom <= height).all()
-    np.testing.assert_array_equal(
-        boxes, views.crop_boxes(width, height, scales, views.generator(seed))
-    )
+    np.testing.assert_array_equal(boxes, views.crop_boxes(width, height, scales, generator(seed)))
 
 
-@given(st.integers(1, 60), st.integers(1, 60), st.sampled_from([O.KL(), O.DINO(), O.SimCLR()]), seeds,
-       st.sampled_from([8, 24, 32]), st.sampled_from([1.0, 0.875, 0.9]))  # fmt: skip
-def test_views_of_any_image_have_their_shape_and_depend_on_content_and_seed_alone(width, height, objective, seed, size,
-                                                                                  ratio):  # fmt: skip
-    pixels = views.generator("picture", seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    image = Image.fromarray(pixels)
-    found = views.prepare(image, size, ratio, objective, seed)
-    assert found.dtype == np.uint8 and found.shape == (
-        12 if objective.views == "crops" else 1,
-        size,
-        size,
-        3,
-    )
-    again = views.prepare(views.to_image(pixels.copy()), size, ratio, objective, seed)
+@given(
+    st.integers(1, 60),
+    st.integers(1, 60),
+    st.sampled_from([KL(), DINO(), SimCLR()]),
+    seeds,
+    st.sampled_from([8, 24, 32]),
+    st.sampled_from([1.0, 0.875, 0.9]),
+)
+def test_views_of_any_image_have_their_shape_and_depend_on_content_and_seed_alone(
+    width, height, objective, seed, size, ratio
+):
+    pixels = generator("picture", seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    found = drawn(Image.fromarray(pixels), objective, size, ratio, seed)
+    count = 12 if objective.name == "dino" else 1
+    assert found.dtype == np.uint8 and found.shape == (count, size, size, 3)
+    again = drawn(views.to_image(pixels.copy()), objective, size, ratio, seed)
     np.testing.assert_array_equal(found, again)
 
 
@@ -66,10 +73,10 @@ def test_views_of_any_image_have_their_shape_and_depend_on_content_and_seed_alon
     )
 )
 def test_one_colour_stays_one_colour(pixels):
-    """No resize, crop or patch brings in a pixel from outside the image (padding would be black)."""
+    """No resize, crop or patch brings in a pixel from outside the image (black padding)."""
     pixels[:] = pixels[0, 0]
-    for objective in (O.KL(), O.DINO(), O.SimCLR()):
-        found = views.prepare(Image.fromarray(pixels), 16, 0.9, objective, 0)
+    for objective in (KL(), DINO(), SimCLR()):
+        found = drawn(Image.fromarray(pixels), objective, 16, 0.9, 0)
         assert (found == pixels[0, 0]).all()
 
 
@@ -88,8 +95,13 @@ def sizes(x: Factors) -> tuple[int, int]:
     return x.output_gradients.shape[2], x.activations.shape[2] + x.bias
 
 
-@given(factors(), st.sampled_from(["rademacher", "khatri-rao", "sketch"]), st.integers(1, 20), seeds,
-       st.floats(-100, 100))  # fmt: skip
+@given(
+    factors(),
+    st.sampled_from(["rademacher", "khatri-rao", "sketch"]),
+    st.integers(1, 20),
+    seeds,
+    st.floats(-100, 100),
+)
 def test_projections_are_linear_and_each_sample_is_alone(x, kind, rows, seed, scale):
     drawn = projection.draw(kind, rows, *sizes(x), seed)
     whole = drawn.apply(x)
@@ -128,18 +140,21 @@ grid = hnp.arrays(
 )
 
 
-@given(grid, st.data())
-def test_neighbours_at_equal_distance_come_in_the_training_sets_order(train, data):
-    """On a small grid nearly every distance is tied; the oracle is a stable sort of exact integer
-    distances.
-    """
+@given(grid, seeds, st.data())
+def test_equally_similar_rows_come_in_the_memorys_order_and_tied_votes_to_the_lowest_label(
+    train, seed, data
+):
+    """On a small grid nearly every distance is tied; the oracle sorts exact integers in Python."""
     test = data.draw(hnp.arrays(np.int64, (5, train.shape[1]), elements=st.integers(-2, 2)))
     k = data.draw(st.integers(1, len(train)))
+    labels = np.random.default_rng(seed).integers(-2, 3, len(train))
     exact = ((test[:, None] - train) ** 2).sum(2)
-    expected = np.argsort(exact, axis=1, kind="stable")[:, :k]
-    found, distance = evaluate.nearest(train.astype(np.float32), test.astype(np.float32), k)
-    np.testing.assert_array_equal(found, expected)
-    np.testing.assert_allclose(distance**2, np.take_along_axis(exact, expected, 1), atol=1e-9)
+    expected = []
+    for row in exact.tolist():
+        near = sorted(range(len(row)), key=lambda i, row=row: (row[i], i))[:k]
+        votes = labels[near].tolist()
+        expected.append(min({*votes}, key=lambda one, votes=votes: (-votes.count(one), one)))
+    assert evaluate.knn_by_similarity(-exact.astype(float), labels, k).tolist() == expected
 
 
 @given(
@@ -156,15 +171,21 @@ def test_a_tied_vote_goes_to_the_lowest_label(near, seed):
     assert evaluate.vote(near, labels).tolist() == expected
 
 
-@given(grid, seeds)
-def test_neighbours_do_not_depend_on_how_the_queries_are_cut(train, seed):
-    rng = np.random.default_rng(seed)
-    test = rng.standard_normal((7, train.shape[1])).astype(np.float32)
-    whole, _ = evaluate.nearest(train.astype(np.float32), test, min(3, len(train)), chunk=4096)
-    small, _ = evaluate.nearest(
-        train.astype(np.float32), test, min(3, len(train)), chunk=int(rng.integers(1, 9))
+@given(st.integers(1, 200), st.integers(1, 3), seeds, st.data())
+def test_a_search_finds_the_largest_products_however_its_queries_are_cut(rows, width, seed, data):
+    """Small integers: exact products, many ties, and both ways of `search._top`."""
+    rng = generator("search", seed)
+    keys, queries = (
+        torch.from_numpy(rng.integers(-3, 4, (n, width)).astype(np.float32)) for n in (rows, 7)
     )
-    np.testing.assert_array_equal(whole, small)
+    k = data.draw(st.integers(1, min(rows, 8)))
+    values, indices = search.nearest(queries, keys, k)
+    exact = (queries @ keys.T).numpy()
+    np.testing.assert_array_equal(values, -np.sort(-exact, 1)[:, :k])
+    np.testing.assert_array_equal(np.take_along_axis(exact, indices.numpy(), 1), values)
+    assert all(len({*row}) == k for row in indices.tolist())
+    alone = torch.cat([search.nearest(query[None], keys, k)[0] for query in queries])
+    assert torch.equal(alone, values)
 
 
 # --- CKA
@@ -203,10 +224,10 @@ def test_a_store_filled_in_any_pieces_with_any_interruptions_is_the_same(n, widt
     """
     values = np.random.default_rng(n).standard_normal((n, width)).astype(np.float32)
     with tempfile.TemporaryDirectory() as folder:
-        undisturbed = store.open_rows({"n": n}, n, width, Path(folder, "undisturbed"))
+        undisturbed = store.open_entry({"n": n}, n, width, Path(folder, "undisturbed"))
         with undisturbed.lock():
             undisturbed.write(0, values)
-        rows = store.open_rows({"n": n}, n, width, Path(folder, "store"))
+        rows = store.open_entry({"n": n}, n, width, Path(folder, "store"))
         for _ in range(data.draw(st.integers(0, 4))):
             with rows.lock():
                 for _ in range(data.draw(st.integers(0, 3))):
@@ -241,7 +262,7 @@ def test_ranges_of_separate_jobs_cover_every_row_once(n, jobs):
     files = -(-n // store.SHARD)
     edges = [min(n, round(i * files / jobs) * store.SHARD) for i in range(jobs + 1)]
     with tempfile.TemporaryDirectory() as folder:
-        rows = store.open_rows({"n": n}, n, 1, Path(folder))
+        rows = store.open_entry({"n": n}, n, 1, Path(folder))
         values = np.arange(n, dtype=np.float32)[:, None]
         for low, high in zip(edges, edges[1:]):
             with rows.lock(low, high):

@@ -17,9 +17,10 @@ from fungi_core import store
     "images, kills", [(700, 2), pytest.param(6000, 20, marks=pytest.mark.slow)]
 )
 def test_killed_and_resumed_is_byte_for_byte_the_undisturbed_one(images, kills, tmp_path):
-    command = [sys.executable, "benchmarks/resume.py", "--images", str(images), "--kills", str(kills),
-               "--out", str(tmp_path / "record.json"), "--folder", str(tmp_path)]  # fmt: skip
-    environment = os.environ | {"PYTHONPATH": str(paths.ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "benchmarks/resume.py", "--images", str(images)]
+    command += ["--kills", str(kills), "--out", str(tmp_path / "record.json")]
+    command += ["--folder", str(tmp_path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command, cwd=paths.ROOT, env=environment, capture_output=True, text=True, timeout=1800
     )

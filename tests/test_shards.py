@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from companion import paths
-from fungi_core import extract, store
+from companion import features, paths
+from companion.stored import entries
+from fungi_core.extract import shard_rows
 from fungi_core.store import SHARD
 
 NAME, ROWS = (
@@ -25,16 +26,13 @@ FEATURES = ["embedding", "kl", "simclr"]
 # that it renames.
 JOBS = """
 import json, os, signal, sys
-import pytest
-sys.path.insert(0, "tests")
-from helpers import shrink_test_vit
 import torch
-from fungi_core import backbones, extract, objectives
-patch = pytest.MonkeyPatch()
-shrink_test_vit(patch)
-patch.setattr(backbones, "auto_dtype", lambda device: torch.float32)
-patch.setattr(backbones, "auto_device", lambda: "cpu")
-patch.setitem(objectives.OBJECTIVES, "simclr", lambda: objectives.SimCLR(dim=16, negatives=3, stride_scale=1))
+from companion import features
+from companion.encoders import objectives
+from fungi_core import KL, SimCLR, load
+from fungi_core.views import Patches
+features.load = lambda name: load(name, arguments={"img_size": 32}, device="cpu", dtype="float32")
+objectives.PAPER["image"] = (KL(), SimCLR(Patches(stride=1), dim=16, negatives=3))
 rename = os.replace
 
 def run(root, kill, arguments, out):
@@ -48,7 +46,7 @@ def run(root, kill, arguments, out):
         rename(*names)
     os.replace = deadly
     torch.set_num_threads(1)
-    extract.main(arguments)
+    features.main(arguments)
 
 for line in sys.stdin:
     children = []
@@ -64,7 +62,8 @@ for line in sys.stdin:
             sys.stdout.flush()
             os._exit(0)
         children.append((pid, file))
-    done = [[os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), open(file).read()] for pid, file in children]
+    statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid, _ in children]
+    done = [[status, open(file).read()] for status, (_, file) in zip(statuses, children)]
     print(json.dumps(done), flush=True)
 """
 
@@ -74,9 +73,10 @@ def ended():
     """jobs at the same time, as (store, killed at which file, arguments ...) -> [status, output] of
     each.
     """
-    env = os.environ | {"PYTHONPATH": str(paths.ROOT), "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen([sys.executable, "-c", JOBS], cwd=paths.ROOT, env=env, text=True, stdin=subprocess.PIPE,
-                          stdout=subprocess.PIPE) as server:  # fmt: skip
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", JOBS]
+    with subprocess.Popen(command, cwd=paths.ROOT, env=env, **pipes) as server:
 
         def ask(*jobs):
             command = lambda root, kill, *rest: [
@@ -107,14 +107,14 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_shards_are_whole_files_even_and_nothing_is_left_out():
     for n in (0, 1, 256, 257, 1000, 1_281_167):
         for count in (1, 2, 3, 4, 7, 26):
-            parts = [extract.shard_rows(n, i, count) for i in range(1, count + 1)]
+            parts = [shard_rows(n, i, count) for i in range(1, count + 1)]
             assert [start for start, _ in parts[1:]] == [stop for _, stop in parts[:-1]]
             assert (parts[0][0], parts[-1][1]) == (0, n) and all(
                 start % SHARD == 0 or start == n for start, _ in parts
             )
             sizes = [-(-(stop - start) // SHARD) for start, stop in parts]
             assert max(sizes) - min(sizes) <= 1
-    assert [extract.shard_rows(1000, i, 4) for i in (1, 2, 3, 4)] == [
+    assert [shard_rows(1000, i, 4) for i in (1, 2, 3, 4)] == [
         (0, 256),
         (256, 512),
         (512, 768),
@@ -122,13 +122,13 @@ def test_shards_are_whole_files_even_and_nothing_is_left_out():
     ]
     for i, count in ((0, 4), (5, 4)):
         with pytest.raises(ValueError, match=f"shard {i}/4: shards are counted from 1/4 to 4/4"):
-            extract.shard_rows(1000, i, count)
+            shard_rows(1000, i, count)
 
 
 @pytest.mark.parametrize("text", ["0/4", "5/4", "1", "a/b", "1/0", "-1/2", "1/2/3"])
 def test_a_wrong_shard_is_one_line(text, capsys):
     with pytest.raises(SystemExit):
-        extract.main([NAME, "digits", "train", "kl", f"--shard={text}"])
+        features.main([NAME, "digits", "train", "kl", f"--shard={text}"])
     assert f"'{text}' is no part I/N, such as 2/8" in capsys.readouterr().err
 
 
@@ -148,7 +148,7 @@ def test_four_shards_in_any_order_two_at_once_one_killed_are_the_bytes_of_one_ru
         (root, 3, shard(2))
     )  # embedding and KL are stored, SimCLR is about to be
     assert status == -signal.SIGKILL and len(list(root.glob("*/*.tmp"))) == 1
-    assert sorted(e["n"] - e["done"] for e in store.entries(root)) == [0, 0, 0, SHARD]
+    assert sorted(e["n"] - e["done"] for e in entries(root)) == [0, 0, 0, SHARD]
     assert ended((root, 0, shard(2)))[0][0] == 0
     assert contents(root) == contents(tmp_path / "one")
     assert ended((root, 0)) == [all_rows]  # the final check
@@ -165,7 +165,7 @@ def test_shards_that_all_start_at_once_are_the_bytes_of_one_run(tmp_path, ended)
 def test_the_last_job_fills_what_is_left_and_refuses_a_torn_file(tmp_path, ended):
     root = tmp_path / "store"
     assert [ended((root, 0, *part))[0][0] for part in (["--shard=1/2"], [])] == [0, 0]
-    assert all(entry["done"] == entry["n"] for entry in store.entries(root))
+    assert all(entry["done"] == entry["n"] for entry in entries(root))
     torn = next(root.glob(f"*/{SHARD:09d}-*.npy"))
     torn.write_bytes(torn.read_bytes()[:-1])
     ((status, text),) = ended((root, 0))

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from companion import throughput
+from companion import paths, throughput
 from companion.data import datasets
 from companion.encoders import table
-from fungi_core import load
+from fungi_core import DINO, KL, load
 
 
 @pytest.fixture
@@ -29,18 +29,18 @@ def small(monkeypatch):
 def test_precision_is_one_in_float32_and_near_it_in_bf16(small):
     images = datasets.load("photos", "test", limit=16)
     small(torch.float32)
-    same = throughput.precision("random:test_vit", images, ["kl", "dino"])
-    assert same["features"].tolist() == ["E", "K", "D"]
+    same = throughput.precision("random:test_vit", images)
+    assert same["features"].tolist() == ["E", "K", "D", "S"]
     assert np.allclose(same[["mean", "median", "lowest"]], 1) and (same["below 0.99"] == 0).all()
     small(torch.bfloat16)
-    low = throughput.precision("random:test_vit", images, ["kl"]).set_index("features")
+    low = throughput.precision("random:test_vit", images).set_index("features")
     assert (low["dtype"] == "bfloat16").all() and (low["lowest"] <= low["median"]).all()
     assert low.loc["E", "mean"] > 0.99 and low.loc["E", "mean"] < 1  # another dtype was really used
 
 
 def test_ratios_are_speed_over_floor():
     backbone = table.load("random:test_vit", device="cpu", dtype="float32")
-    found = throughput.measure(backbone, ["kl", "dino"], views_a_call=12, repeats=2)
+    found = throughput.measure(backbone, [KL(), DINO()], views_a_call=12, repeats=2)
     assert found["features"].tolist() == ["K", "D"] and found["views"].tolist() == [1, 12]
     assert (found["ratio_low"] <= found["ratio"]).all()
     assert (found["ratio"] <= found["ratio_high"]).all()
@@ -50,11 +50,21 @@ def test_ratios_are_speed_over_floor():
 def test_the_floor_is_timms_forward_pass_on_the_same_weights():
     backbone = table.load("random:test_vit", device="cpu", dtype="float32")
     x = torch.rand(2, 3, 160, 160, generator=torch.Generator().manual_seed(0))
-    found = throughput.stock(backbone)(x)
+    with torch.inference_mode():
+        found = throughput.plain_model(backbone)(x)
     torch.testing.assert_close(found, backbone.embed(x), rtol=1e-4, atol=1e-4)
 
 
-def test_published_runs_are_read_from_their_files(tmp_path):
+def test_peak_memory_sees_what_a_call_takes_and_no_more():
+    take = lambda mib: lambda: torch.ones(mib * 2**18)
+    small, large = (throughput.peak_memory(take(mib), "cpu") for mib in (1, 200))
+    assert 190 < large < 260 and small < 60
+
+
+def test_published_runs_are_read_from_their_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "ROOT", tmp_path)
+    folder = tmp_path / "benchmarks" / "results"
+    folder.mkdir(parents=True)
     one = lambda speed, gib: {"images_per_second": speed, "peak_bytes": gib * 2**30}
     record = {"backbone": "random:vit", "machine": {"processor": "P", "cores": 2}, "published": {}}
     for name, (ours, theirs) in {"kl": (60, 15), "simclr": (6, 1)}.items():
@@ -63,10 +73,9 @@ def test_published_runs_are_read_from_their_files(tmp_path):
             "published": one(theirs, 2),
             "ratio": ours / theirs,
         }
-    (tmp_path / "speed_here.json").write_text(json.dumps(record))
-    (tmp_path / "memory_here.json").write_text("{}")  # another kind of file
-    found = throughput.against_published(tmp_path).set_index("features")
+    (folder / "speed_here.json").write_text(json.dumps(record))
+    (folder / "memory_here.json").write_text("{}")  # another kind of file
+    found = throughput.against_published().set_index("features")
     assert found.loc["K", ["value", "published", "ratio"]].tolist() == [60, 15, 4]
     assert found.loc["S", ["memory", "published_memory"]].tolist() == [1, 2]
     assert (found["machine"] == "P, 2 cores").all() and (found["backbone"] == "vit").all()
-    assert throughput.against_published(tmp_path / "none").empty

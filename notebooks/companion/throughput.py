@@ -1,13 +1,10 @@
-"""Images per second of features against the stock forward pass, as ratios within one run on one
-machine (Table 22).
-"""
+"""Images per second of features against the stock forward pass, within one run (Table 22)."""
 
 import ctypes
 import json
 import re
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +14,16 @@ import torch
 from PIL import Image
 
 from companion import paths
-from companion.encoders.objectives import named
 from companion.encoders.table import load
-from companion.protocol import LETTERS
+from companion.figures.style import LETTERS
+from fungi_core import DINO, KL, SimCLR
 from fungi_core.backbones import Backbone
 from fungi_core.features import normalize
 from fungi_core.objectives import Objective
-from fungi_core.rows import Parts, draw_negatives, draw_parts, gradient_rows
+from fungi_core.rows import draw_negatives, draw_parts, gradient_rows
 from fungi_core.seeds import generator
+
+OBJECTIVES = KL(), DINO(), SimCLR()
 
 
 def plain_model(backbone: Backbone) -> torch.nn.Module:
@@ -36,53 +35,31 @@ def plain_model(backbone: Backbone) -> torch.nn.Module:
     return model
 
 
-def stock(backbone: Backbone) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return the floor's yardstick: timm's own forward pass."""
-    model = plain_model(backbone)
-
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        with torch.inference_mode():
-            return model(x)
-
-    return forward
-
-
 def measure(
     backbone: Backbone,
-    names: Sequence = ("kl", "dino", "simclr"),
+    objectives: Sequence[Objective] = OBJECTIVES,
     *,
-    views_a_call: int = 64,
-    repeats: int = 5,
+    views_a_call: int,
+    repeats: int,
     seed: int = 0,
 ) -> pd.DataFrame:
     """Time each objective against stock: features, views, value and floor (images/s), ratio.
 
-    Every repeat times the stock forward pass on ``views_a_call`` views and then the feature on images
-    that make as many views or more, so that drift of the machine hits both; medians are reported,
-    the ratio with its lowest and highest. Ours starts from decoded uint8 images (normalisation,
-    patches, loss, backward and projection included); the floor is the stock pass over as many views.
-    ``K`` is embedding and KL gradient together.
+    Every repeat times the stock forward pass on ``views_a_call`` views and then the feature on
+    images that make about as many, so that drift of the machine hits both; medians are reported,
+    the ratio with its lowest and highest. The floor is stock over the number of views. ``K`` is
+    embedding and KL gradient together.
     """
-    rng = torch.Generator().manual_seed(seed)
-    size, device = backbone.inputs.size, backbone.device
-    plain = stock(backbone)
-    x = torch.randn(views_a_call, 3, size, size, generator=rng).to(device, backbone.dtype)
+    size, device, dtype = backbone.inputs.size, backbone.device, backbone.dtype
+    model, rng = plain_model(backbone), torch.Generator().manual_seed(seed)
+    x = torch.randn(views_a_call, 3, size, size, generator=rng).to(device, dtype)
+    stock = torch.inference_mode()(lambda: model(x))
     rows = []
-    for objective in (named(name, backbone) for name in names):
+    for objective in objectives:
         count = objective.views.count(backbone.inputs)
         images = max(1, round(views_a_call / count))
-        blank = Image.new("RGB", (size, size))
-        drawn = objective.views.draw(blank, backbone.inputs, generator(seed), "cpu")
-        shape = (images, *drawn.shape)
-        batch = torch.randint(0, 256, shape, generator=rng, dtype=torch.uint8)
-        part = draw_parts(backbone, objective, seed)
-        if objective.negatives:  # the latents' values do not change the time
-            latents = (objective.negatives * count, objective.dim)
-            part.negatives = torch.randn(latents, generator=rng).to(device)
-        ours = lambda b=batch, o=objective, p=part: feature(backbone, o, p, b)
-        times = [
-            (seconds(lambda: plain(x), device), seconds(ours, device)) for _ in range(repeats + 1)
-        ]
+        ours = feature(backbone, objective, images, seed)
+        times = [(seconds(stock, device), seconds(ours, device)) for _ in range(repeats + 1)]
         stock_seconds, our_seconds = np.array(times[1:]).T  # the first call of each warms up
         floor, speed = views_a_call / stock_seconds / count, images / our_seconds
         ratio = speed / floor
@@ -92,105 +69,108 @@ def measure(
     return pd.DataFrame(rows, columns=columns)
 
 
-def feature(backbone: Backbone, objective: Objective, part: Parts, batch: torch.Tensor):
-    """Return projected gradients (B, d) of decoded images (B, n, s, s, 3) uint8."""
-    views = objective.views.finish(batch.to(backbone.device), backbone.inputs, backbone.dtype)
-    _, (factors,) = objective.factors(backbone, views, [part.heads], [part.negatives], [part.layer])
-    return part.projection.apply(factors, backbone.dtype)
+def feature(
+    backbone: Backbone, objective: Objective, images: int, seed: int
+) -> Callable[[], torch.Tensor]:
+    """Return a call that makes projected gradients (images, d) of decoded images.
+
+    It starts from uint8 views: normalisation, patches, loss, backward and projection are included.
+    Pixels and negatives are noise, since values do not change the time.
+    """
+    inputs, rng = backbone.inputs, torch.Generator().manual_seed(seed)
+    blank = Image.new("RGB", (inputs.size, inputs.size))
+    drawn = objective.views.draw(blank, inputs, generator(seed), "cpu")
+    batch = torch.randint(0, 256, (images, *drawn.shape), generator=rng, dtype=torch.uint8)
+    part, negatives = draw_parts(backbone, objective, seed), None
+    if objective.negatives:
+        count = objective.negatives * objective.views.count(inputs)
+        negatives = torch.randn(count, objective.dim, generator=rng).to(backbone.device)
+
+    def call() -> torch.Tensor:
+        views = objective.views.finish(batch.to(backbone.device), inputs, backbone.dtype)
+        _, (factors,) = objective.factors(backbone, views, [part.heads], [negatives], [part.layer])
+        return part.projection.apply(factors, backbone.dtype)
+
+    return call
 
 
-def precision(
-    name: str, images: Sequence, names: Sequence[str] = ("kl", "dino", "simclr"), *, seed: int = 0
-) -> pd.DataFrame:
+def precision(name: str, images: Sequence, *, seed: int = 0) -> pd.DataFrame:
     """Return cosines of the default dtype's features to float32's on the same images.
 
     Columns: features, dtype, mean, median, lowest, and how many images are below 0.99. Heads,
     projection, views and negatives (the images' own, in float32) are the same in both.
     """
     low, full = load(name), load(name, dtype="float32")
-    dtype, rows = str(low.dtype).removeprefix("torch."), []
-    for objective in (named(one, full) for one in names):
+    dtype, table = str(low.dtype).removeprefix("torch."), []
+    for objective in OBJECTIVES:
         part = draw_parts(full, objective, seed)
         part.negatives = draw_negatives(full, objective, part.heads, images, seed)
-        done = [list(gradient_rows(one, objective, [part], images, seed)) for one in (low, full)]
-        found = {LETTERS[objective.name]: [[g for *_, (g,) in rows] for rows in done]}
-        if done[0][0][1] is not None:
-            found = {"E": [[e for _, e, _ in rows] for rows in done]} | found
+        both = [list(gradient_rows(one, objective, [part], images, seed)) for one in (low, full)]
+        found = {LETTERS[objective.name]: [[g for _, _, (g,) in rows] for rows in both]}
+        if both[0][0][1] is not None:  # the embedding comes along with what sees the whole image
+            found = {"E": [[e for _, e, _ in rows] for rows in both]} | found
         for letter, blocks in found.items():
             a, b = (normalize(np.concatenate(block)) for block in blocks)
             cosine = (a * b).sum(1)
             summary = cosine.mean(), np.median(cosine), cosine.min(), int((cosine < 0.99).sum())
-            rows.append((letter, dtype, *summary))
-    return pd.DataFrame(
-        rows, columns=["features", "dtype", "mean", "median", "lowest", "below 0.99"]
-    )
+            table.append((letter, dtype, *summary))
+    columns = ["features", "dtype", "mean", "median", "lowest", "below 0.99"]
+    return pd.DataFrame(table, columns=columns)
 
 
-def against_published(folder: Path = paths.ROOT / "benchmarks" / "results") -> pd.DataFrame:
-    """What `benchmarks/run.py` measured against the published library: machine, backbone, features,
-    images/s of both (value, published), their ratio, and peak memory of both in GiB (memory,
-    published_memory).
+def against_published() -> pd.DataFrame:
+    """Return what `benchmarks/run.py` measured against the published library, a row a feature.
+
+    Columns: machine, backbone, features; images/s of both (value, published) and their ratio; peak
+    memory of both in GiB (memory, published_memory).
     """
     rows = []
-    for file in sorted(folder.glob("speed_*.json")):
+    for file in sorted((paths.ROOT / "benchmarks" / "results").glob("speed_*.json")):
         record = json.loads(file.read_text())
+        machine = record["machine"]
+        processor = f"{machine['processor']}, {machine['cores']} cores"
         for name, pair in record["published"].items():
             ours, theirs = pair["ours"], pair["published"]
-            machine = f"{record['machine']['processor']}, {record['machine']['cores']} cores"
-            machine = record["machine"].get("gpu") or machine
-            speed = ours["images_per_second"], theirs["images_per_second"], pair["ratio"]
-            memory = ours["peak_bytes"] / 2**30, theirs["peak_bytes"] / 2**30
-            rows.append(
-                (
-                    machine,
-                    record["backbone"].removeprefix("random:"),
-                    LETTERS[name],
-                    *speed,
-                    *memory,
-                )
-            )
-    columns = [
-        "machine",
-        "backbone",
-        "features",
-        "value",
-        "published",
-        "ratio",
-        "memory",
-        "published_memory",
-    ]
-    return pd.DataFrame(rows, columns=columns)
+            row = {
+                "machine": machine.get("gpu", processor),
+                "backbone": record["backbone"].removeprefix("random:"),
+                "features": LETTERS[name],
+                "value": ours["images_per_second"],
+                "published": theirs["images_per_second"],
+                "ratio": pair["ratio"],
+                "memory": ours["peak_bytes"] / 2**30,
+                "published_memory": theirs["peak_bytes"] / 2**30,
+            }
+            rows.append(row)
+    return pd.DataFrame(rows)
 
 
 def seconds(call: Callable[[], object], device: str) -> float:
-    if device != "cpu":
-        torch.cuda.synchronize()
+    """Return the wall-clock seconds of a call, until the device has done it."""
+    wait = (lambda: None) if device == "cpu" else torch.cuda.synchronize
+    wait()
     start = time.perf_counter()
     call()
-    if device != "cpu":
-        torch.cuda.synchronize()
+    wait()
     return time.perf_counter() - start
 
 
-def peak_memory(call: Callable[[], object]) -> float:
-    """MiB that ``call`` took at its peak beyond what was in use before: of the card, or of this
-    process (Linux).
+def peak_memory(call: Callable[[], object], device: str) -> float:
+    """Return the MiB that a call took at its peak beyond what was in use before.
 
-    NaN where neither can be told.
+    They are the card's, or this process's; NaN where the system is not Linux.
     """
-    if torch.cuda.is_available():
+    if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         call()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     if not reset.exists():
-        call()
         return float("nan")
     kib = lambda field: int(re.search(rf"{field}:\s+(\d+)", status.read_text())[1])
-    # What was freed before would otherwise hide what is taken now.
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    # What was freed before is given back: it would hide what is taken now.
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
     reset.write_text("5")  # the peak starts again from what is resident now
     before = kib("VmRSS")
     call()

@@ -5,9 +5,9 @@ mixes the labels of its nearest ones, without any training. The protocol is that
 B.2 and Table 18, with what the published scripts add.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 
 import numpy as np
 import torch
@@ -15,12 +15,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torchvision.transforms.v2 import functional as TF
 
+from companion import paths
 from companion.data.masks import Scenes
-from fungi_core import store
 from fungi_core.backbones import Backbone
-from fungi_core.filling import progress
+from fungi_core.filling import Target, progress, write
 from fungi_core.search import nearest
 from fungi_core.seeds import generator
+from fungi_core.store import open_entry
 from fungi_core.tokens import Extractor, Loss
 from fungi_core.views import crop_boxes
 
@@ -58,6 +59,11 @@ class Memory:
     origin: np.ndarray = field(repr=False)
 
 
+def patch_size(backbone: Backbone) -> int:
+    """Return the side of a patch in pixels."""
+    return backbone.model.patch_embed.patch_size[0]
+
+
 def squeeze(image: Image.Image, mask: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Resize an image (bicubic) and its mask (nearest) to (S, S, 3) and (S, S) uint8.
 
@@ -78,11 +84,12 @@ def augment(
     box = tuple(map(int, crop_boxes(*image.size, np.array([[0.5, 2.0]]), rng)[0]))
     left, top, right, bottom = box
     pixels, mask = squeeze(image.crop(box), mask[top:bottom, left:right], size)
-    done, amounts = rng.random(4) < 0.5, rng.uniform(-0.1, 0.1, 4)
-    steps = TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue
-    image = Image.fromarray(pixels)
-    for step, on, amount, base in zip(steps, done, amounts, (1, 1, 1, 0), strict=True):
-        image = step(image, base + float(amount)) if on else image
+    changes = (rng.random(4) < 0.5) * rng.uniform(-0.1, 0.1, 4)
+    brightness, contrast, saturation, hue = changes.tolist()
+    image = TF.adjust_brightness(Image.fromarray(pixels), 1 + brightness)
+    image = TF.adjust_contrast(image, 1 + contrast)
+    image = TF.adjust_saturation(image, 1 + saturation)
+    image = TF.adjust_hue(image, hue) if hue else image  # a hue of 0 would round the colours
     return np.asarray(image), mask
 
 
@@ -134,9 +141,19 @@ def choose(labels: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarr
     return np.sort(np.argsort(score, kind="stable")[:count])
 
 
-def patches_of(backbone: Backbone, setup: Setup) -> int:
-    """Return the number of patches of an image."""
-    return (setup.size // backbone.model.patch_embed.patch_size[0]) ** 2
+def encode(
+    extractor: Extractor, views: Iterable[tuple[np.ndarray, np.ndarray, str]]
+) -> Iterator[tuple[np.ndarray, dict[str, torch.Tensor]]]:
+    """Yield the mask and the patch features {kind: (T, W)} of each view (pixels, mask, name).
+
+    On a CPU one image fills the cores with its tokens; a GPU takes eight at once.
+    """
+    size, views = 1 if extractor.backbone.device == "cpu" else 8, iter(views)
+    while some := list(islice(views, size)):
+        pixels, masks, names = zip(*some, strict=True)
+        features = extractor(pixels, names)
+        for n, mask in enumerate(masks):
+            yield mask, {kind: block[n] for kind, block in features.items()}
 
 
 def build(
@@ -146,33 +163,34 @@ def build(
 
     Raises ValueError for a memory with less than one patch for each pass over each image.
     """
-    turns, grid, classes = max(1, setup.epochs), patches_of(backbone, setup), len(data.classes)
-    each = grid if setup.memory is None else min(grid, setup.memory // (len(data) * turns))
+    visits = [(turn, i) for turn in range(max(1, setup.epochs)) for i in range(len(data))]
+    patch, classes = patch_size(backbone), len(data.classes)
+    grid = (setup.size // patch) ** 2
+    each = grid if setup.memory is None else min(grid, setup.memory // len(visits))
     if each < 1:
         raise ValueError(
-            f"a memory of {setup.memory} patches has none for each of {len(data)} x {turns} image "
-            "passes"
+            f"a memory of {setup.memory} patches has none for each of {len(visits)} image passes"
         )
-    rows, at = each * len(data) * turns, 0
+    rows = each * len(visits)
     labels = torch.empty(rows, classes, device=backbone.device)
     memory = Memory({}, labels, np.empty((rows, 3), np.int64))
-    visits = [(turn, i) for turn in range(turns) for i in range(len(data))]
+    views = (
+        (*training_view(data, i, turn, setup, role), f"{role} {data.names[i]} {turn}")
+        for turn, i in visits
+    )
     with progress(len(visits), f"{data.name} {role} {', '.join(extractor.kinds)}") as bar:
-        for some in batches(visits, backbone):
-            pairs = [training_view(data, i, turn, setup, role) for turn, i in some]
-            ids = [f"{role} {data.names[i]} {turn}" for turn, i in some]
-            features = extractor([pixels for pixels, _ in pairs], ids)
-            for n, ((turn, i), (_, mask)) in enumerate(zip(some, pairs, strict=True)):
-                shares = patch_labels(mask, setup.size // int(grid**0.5), classes, data.background)
-                rng = generator("choose", role, setup.seed, data.name, data.names[i], turn)
-                chosen, place = choose(shares, each, rng), slice(at, at + each)
-                for kind, block in features.items():
-                    kept = memory.features.setdefault(kind, block.new_empty(rows, block.shape[2]))
-                    kept[place] = block[n, torch.from_numpy(chosen).to(block.device)]
-                memory.labels[place] = torch.from_numpy(shares[chosen])
-                memory.origin[place] = np.stack([np.full(each, i), np.full(each, turn), chosen], 1)
-                at += each
-            bar.update(len(some))
+        for n, (mask, features) in enumerate(encode(extractor, views)):
+            turn, i = visits[n]
+            place = slice(n * each, (n + 1) * each)
+            shares = patch_labels(mask, patch, classes, data.background)
+            rng = generator("choose", role, setup.seed, data.name, data.names[i], turn)
+            chosen = choose(shares, each, rng)
+            for kind, block in features.items():
+                kept = memory.features.setdefault(kind, block.new_empty(rows, block.shape[1]))
+                kept[place] = block[torch.from_numpy(chosen).to(block.device)]
+            memory.labels[place] = torch.from_numpy(shares[chosen])
+            memory.origin[place] = np.stack([np.full(each, i), np.full(each, turn), chosen], 1)
+            bar.update()
     return memory
 
 
@@ -202,12 +220,7 @@ def segment(soft: np.ndarray | torch.Tensor, shape: tuple[int, int]) -> np.ndarr
 
 
 def soft_labels(
-    train: Scenes,
-    test: Scenes,
-    backbone: Backbone,
-    setup: Setup,
-    kinds: Sequence[str],
-    root=None,
+    train: Scenes, test: Scenes, backbone: Backbone, setup: Setup, kinds: Sequence[str]
 ) -> tuple[dict[str, np.ndarray], list[str]]:
     """Return {kind: (N, T, C)} mixed labels of every patch of every test image, and their keys.
 
@@ -215,55 +228,41 @@ def soft_labels(
     """
     if train.classes != test.classes:
         raise ValueError(f"{train.name} and {test.name} have different classes")
-    grid, classes = patches_of(backbone, setup), len(test.classes)
-    describe = lambda kind: description(train, test, backbone, setup, kind)
-    entries = {
-        kind: store.open_entry(describe(kind), len(test), grid * classes, root) for kind in kinds
-    }
-    with ExitStack() as locks:
-        # One order for all: two processes never wait for each other.
-        for entry in sorted(entries.values(), key=lambda entry: entry.key):
-            if not entry.complete:
-                locks.enter_context(entry.lock())
-        # Asked again under the lock: another process may have been faster.
-        todo = [kind for kind in kinds if not entries[kind].complete]
-        if todo:
-            first = min(entries[kind].missing()[0][0] for kind in todo)
-            for start, found in predictions(train, test, backbone, setup, todo, first):
-                for kind, block in found.items():
-                    entries[kind].write(start, block.flatten(1).numpy(force=True))  # (B, T * C)
-    soft = {kind: entry.read().reshape(len(test), grid, classes) for kind, entry in entries.items()}
+    n, grid, classes = len(test), (setup.size // patch_size(backbone)) ** 2, len(test.classes)
+    entries = {}
+    for kind in kinds:
+        meta = description(train, test, backbone, setup, kind)
+        entries[kind] = open_entry(meta, n, grid * classes, paths.store_dir())
+    todo = [kind for kind in kinds if not entries[kind].complete]
+    targets = [Target(entries[kind], np.arange(n), source) for source, kind in enumerate(todo)]
+
+    def rows(images: Sequence[int]) -> Iterator[tuple]:
+        for at, found in enumerate(predictions(train, test, images, backbone, setup, todo)):
+            yield at, None, [found[kind].reshape(1, -1).numpy(force=True) for kind in todo]
+
+    write(targets, range(n), f"{test.name} queries {', '.join(todo)}", rows)
+    soft = {kind: entry.read().reshape(n, grid, classes) for kind, entry in entries.items()}
     return soft, [entry.key for entry in entries.values()]
 
 
 def predictions(
     train: Scenes,
     test: Scenes,
+    images: Sequence[int],
     backbone: Backbone,
     setup: Setup,
     kinds: Sequence[str],
-    first: int = 0,
-) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
-    """Yield (image, {kind: (B, T, C) mixed labels}) for batches of test images from ``first`` on."""
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield {kind: (T, C) mixed labels} of each of the test set's ``images``."""
     extractor = prepare(train, backbone, setup, kinds)
     memory = build(train, backbone, setup, extractor)
-    with progress(len(test) - first, f"{test.name} queries {', '.join(kinds)}") as bar:
-        for some in batches(range(first, len(test)), backbone):
-            pictures = [squeeze(*test[i], setup.size)[0] for i in some]
-            features = extractor(pictures, [test.names[i] for i in some])
-            out = {}
-            for kind, block in features.items():
-                queries = block.flatten(0, 1)  # (B * T, W)
-                similarity, index = search(queries, memory, kind, backbone, setup.k)
-                # An image at a time: its neighbours' labels (T, k, C) are what is gathered at once.
-                tokens = block.shape[1]
-                mixed = [
-                    transfer(s, memory.labels[at], setup.temperature)
-                    for s, at in zip(similarity.split(tokens), index.split(tokens), strict=True)
-                ]
-                out[kind] = torch.stack(mixed)
-            yield some[0], out
-            bar.update(len(some))
+    views = ((*squeeze(*test[i], setup.size), test.names[i]) for i in images)
+    for _, features in encode(extractor, views):
+        mixed = {}
+        for kind, queries in features.items():
+            similarity, index = search(queries, memory, kind, backbone, setup.k)
+            mixed[kind] = transfer(similarity, memory.labels[index], setup.temperature)
+        yield mixed
 
 
 def prepare(train: Scenes, backbone: Backbone, setup: Setup, kinds: Sequence[str]) -> Extractor:
@@ -276,12 +275,6 @@ def prepare(train: Scenes, backbone: Backbone, setup: Setup, kinds: Sequence[str
         return plain
     support = build(train, backbone, setup, plain, "support").features["embedding"]
     return Extractor(backbone, kinds, setup.loss, setup.seed, support)
-
-
-def batches(items: Sequence, backbone: Backbone) -> list[Sequence]:
-    """Return batches of one image on a CPU, whose cores its tokens fill, and of eight on a GPU."""
-    size = 1 if backbone.device == "cpu" else 8
-    return [items[i : i + size] for i in range(0, len(items), size)]
 
 
 def description(train: Scenes, test: Scenes, backbone: Backbone, setup: Setup, kind: str) -> dict:
