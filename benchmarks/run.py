@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 from companion import throughput
-from companion.figures.style import cpu
+from companion.provenance import cpu
 from fungi_core import DINO, KL, SimCLR, load
 from fungi_core.gradients import Factors, linear_layer
 from fungi_core.projection import Rademacher

@@ -83,7 +83,7 @@ def _trunk(model: VisionTransformer, x: torch.Tensor) -> tuple[torch.Tensor, tor
 def _chunked_trunk(
     model: VisionTransformer, views: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run `trunk` on views (B, V, 3, s, s) in chunks that fill the machine and not its cache.
+    """Run `_trunk` on views (B, V, 3, s, s) in chunks that fill the machine and not its cache.
 
     Returns (B, V, D) twice, float32.
     """

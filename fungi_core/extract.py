@@ -71,7 +71,8 @@ def extract(
     """Return embeddings and gradients of a data set; what the store lacks is extracted into it.
 
     ``train``: the data set that negatives are drawn from (default: ``data`` itself). ``seed`` draws
-    heads, projection, negatives and views. ``projection``: one of `projection.KINDS`; "exact" keeps
+    heads, projection, negatives and views. ``projection``: "rademacher",
+        "khatri-rao", "sketch" or "exact"; "exact" keeps
     the factors. ``root``: the store's folder.
     """
     options = dict(train=train, seed=seed, layer=layer, projection=projection, root=root)

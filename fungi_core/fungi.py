@@ -16,6 +16,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from . import inputs, objectives, views
 from .backbones import Backbone, load
+from .devices import resolve_dtype
 from .features import PCA_SIZE, apply_pca, fit_pca, join
 from .projection import Rademacher
 from .rows import draw_negatives, draw_parts, embedding_rows, gradient_rows
@@ -38,7 +39,7 @@ class Fungi(TransformerMixin, BaseEstimator):
     pca : "paper" (Table 16: 512, or the embedding's width where that is smaller), a size, or None.
         PCA is skipped where the size is not below rows and columns.
     seed : draws heads, projection, negatives and views.
-    device, dtype : what torch accepts, or "auto".
+    device, dtype : what torch accepts, or "auto". A `Backbone` has its own layer, device and dtype.
     heads, negatives : given instead of drawn, {objective name: heads} and {objective name: (M, C)}.
     projection : "rademacher" (the paper's), "khatri-rao", "sketch", or a (d, m) tensor.
 
@@ -130,9 +131,9 @@ class Fungi(TransformerMixin, BaseEstimator):
                 "a Fungi with heads or a projection passed in cannot be saved; its file holds the "
                 "seed only"
             )
-        names = ("layer", "pca", "seed", "projection")
-        settings = {name: getattr(self, name) for name in names}
+        settings = {name: getattr(self, name) for name in ("pca", "seed", "projection")}
         settings |= {
+            "layer": self.backbone_.layer,
             "backbone": str(self.backbone) if isinstance(self.backbone, (str, Path)) else None,
             "dtype": str(self.backbone_.dtype).removeprefix("torch."),
             "objectives": [_described(one) for one in self.objectives],
@@ -188,8 +189,10 @@ class Fungi(TransformerMixin, BaseEstimator):
     def _set_up(self) -> None:
         self._check()
         options = dict(layer=self.layer, device=self.device, dtype=self.dtype)
-        given = isinstance(self.backbone, Backbone)
-        self.backbone_ = self.backbone if given else load(self.backbone, **options)
+        if isinstance(self.backbone, Backbone):
+            self.backbone_ = _agreeing(self.backbone, self.layer, self.dtype)
+        else:
+            self.backbone_ = load(self.backbone, **options)
         device = self.backbone_.device
         kind = self.projection if isinstance(self.projection, str) else "rademacher"
         parts = {
@@ -230,6 +233,18 @@ class Fungi(TransformerMixin, BaseEstimator):
         return join(self.extract(X), [*(o.name for o in self.objectives), "embedding"])
 
 
+def _agreeing(backbone: Backbone, layer: str | None, dtype) -> Backbone:
+    """Return the backbone; ValueError where another layer or dtype than its own is asked for."""
+    own = {"layer": backbone.layer, "dtype": backbone.dtype}
+    asked = {"layer": own["layer"] if layer is None else layer, "dtype": own["dtype"]}
+    if str(dtype) != "auto":
+        asked["dtype"] = resolve_dtype(dtype, backbone.device)
+    for name, value in asked.items():
+        if value != own[name]:
+            raise ValueError(f"{name} {value} was asked for; the Backbone given has {own[name]}")
+    return backbone
+
+
 def _as_sequence(X) -> Sequence:
     """Return X as a sequence in its own order: a pandas Series or one-column frame counts by rows.
 
@@ -262,7 +277,7 @@ def _kinds() -> tuple[dict[str, type], dict[str, type]]:
 
 
 def _described(objective: objectives.Objective) -> dict:
-    """Return an objective's settings as JSON; ValueError for one that `restored` would not know."""
+    """Return an objective's settings as JSON; ValueError for one that `_restored` does not know."""
     known, seen = _kinds()
     kind = type(objective.views)
     if known.get(objective.name) is not type(objective) or seen.get(kind.__name__) is not kind:
@@ -279,7 +294,7 @@ def _described(objective: objectives.Objective) -> dict:
 
 
 def _restored(record: dict) -> objectives.Objective:
-    """Return the objective that `described` wrote."""
+    """Return the objective that `_described` wrote."""
     known, seen = _kinds()
     kind, settings = record["views"]
     tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}

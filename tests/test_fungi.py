@@ -15,7 +15,7 @@ from sklearn.exceptions import NotFittedError
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 
-from fungi_core import DINO, KL, Fungi, SimCLR, backbones, features
+from fungi_core import DINO, KL, Fungi, SimCLR, backbones, features, load
 from fungi_core.objectives import Objective, linear_head
 from fungi_core.rows import draw_parts, embedding_rows, gradient_rows
 from fungi_core.seeds import content_id, generator
@@ -391,14 +391,33 @@ def test_save_and_load(size, tmp_path):
     second = Fungi.load(tmp_path / "f.safetensors", device="cpu")
     np.testing.assert_array_equal(second.transform(images), first.transform(images))
     mine, theirs = first.get_params(), second.get_params()
-    assert {k: v for k, v in theirs.items() if k != "objectives"} == {
-        k: v for k, v in mine.items() if k != "objectives"
-    }
+    resolved = {"objectives": first.objectives, "layer": first.backbone_.layer}
+    assert theirs | resolved == mine | resolved and theirs["layer"] == first.backbone_.layer
     assert tuple(second.objectives) == tuple(first.objectives)
     assert second.get_feature_names_out().tolist() == first.get_feature_names_out().tolist()
     second.save(tmp_path / "g.safetensors")
     assert (tmp_path / "g.safetensors").read_bytes() == (tmp_path / "f.safetensors").read_bytes()
     assert b"pickle" not in (tmp_path / "f.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("setting", [{"layer": "blocks.0.attn.proj"}, {"dtype": "bfloat16"}])
+def test_a_backbone_given_keeps_its_own_layer_and_dtype(setting):
+    """Another one would be said and not done: the features would be those of the given one."""
+    backbone = load("random:test_vit", layer="blocks.5.attn.proj", device="cpu", dtype="float32")
+    ((name, value),), images = setting.items(), pictures(4)
+    with pytest.raises(ValueError, match=f"{name} .*{value}.* was asked for; the Backbone given"):
+        Fungi(backbone, (KL(),), **setting).fit(images)
+    Fungi(backbone, (KL(),), layer="blocks.5.attn.proj", dtype="float32").fit(images)
+
+
+def test_a_backbones_layer_is_saved(tmp_path):
+    """Loaded by name, the gradients come from the layer that it was fitted with."""
+    options = dict(device="cpu", dtype="float32")
+    backbone = load("random:test_vit", layer="blocks.0.attn.proj", **options)
+    first = Fungi(backbone, (KL(),)).fit(images := pictures(4))
+    first.save(tmp_path / "f.safetensors")
+    second = Fungi.load(tmp_path / "f.safetensors", backbone="random:test_vit", device="cpu")
+    np.testing.assert_array_equal(second.transform(images), first.transform(images))
 
 
 def test_a_module_is_saved_without_its_network(tmp_path):

@@ -25,6 +25,11 @@ def test_features_are_those_of_the_golden_file(group):
         expected = {name: block for name, block in expected.items() if WITHOUT_DATA not in name}
     found = GROUPS[group]()
     assert found.keys() == expected.keys()
+    # The views of the last text, one word, are twelve copies of it. There is nothing to tell apart:
+    # its SimCLR gradient is what rounding leaves, and another number of threads rounds otherwise.
+    gradient = "text, simclr, gradient"
+    for made in (expected, found):
+        made |= {gradient: made[gradient][:-1]} if gradient in made else {}
     for name, block in expected.items():
         off = np.linalg.norm(found[name] - block, axis=1) / np.linalg.norm(block, axis=1)
         assert off.max() <= 1e-5, (name, off)
