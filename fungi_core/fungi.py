@@ -16,6 +16,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from . import objectives, views
 from .backbones import Backbone, load
+from .devices import default_modes
 from .features import PCA_SIZE, apply_pca, fit_pca, join
 from .projection import Rademacher
 from .rows import draw_negatives, draw_parts, embedding_rows, gradient_rows
@@ -150,6 +151,7 @@ class Fungi(TransformerMixin, BaseEstimator):
         save_file(arrays, file, metadata={"fungi": json.dumps(settings, default=int)})
 
     @classmethod
+    @default_modes()
     def load(cls, file: str | Path, *, backbone=None, device="auto") -> "Fungi":
         """Return the transformer that `save` wrote, on any device.
 
@@ -185,6 +187,7 @@ class Fungi(TransformerMixin, BaseEstimator):
         self.n_features_out_ = n_features
         return self
 
+    @default_modes()
     def _set_up(self) -> None:
         self._check()
         options = dict(layer=self.layer, device=self.device, dtype=self.dtype)
