@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from .store import Entry
+from .store import SHARD, Entry
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,19 @@ def lacking(
     return edges.reshape(-1, 2).tolist()  # (2 gaps,) -> (gaps, 2)
 
 
+def _whole_batches(ranges: Sequence[tuple[int, int]], count: int) -> list[tuple[int, int]]:
+    """Widen ranges of ``count`` items to multiples of the store's files, and join what meets.
+
+    Rows that a target lacks may be scattered over the items, as a fold's are; a resumed run must
+    have the batches of an undisturbed one, so the same bytes.
+    """
+    blocks = np.zeros(-(-count // SHARD) + 2, bool)
+    for start, stop in ranges:
+        blocks[1 + start // SHARD : 1 - (-stop // SHARD)] = True
+    edges = np.minimum(np.flatnonzero(np.diff(blocks)) * SHARD, count)
+    return edges.reshape(-1, 2).tolist()  # (2 ranges,) -> (ranges, 2)
+
+
 def write(
     targets: Sequence[Target],
     items: Sequence,
@@ -69,7 +82,7 @@ def write(
         for target in sorted(targets, key=lambda target: target.entry.key):
             locks.enter_context(target.entry.lock(*part))
         # Asked again under the lock: another process may have been faster.
-        gaps = lacking(targets, len(items), part)
+        gaps = _whole_batches(lacking(targets, len(items), part), len(items))
         with progress(sum(stop - start for start, stop in gaps), label) as bar:
             for first, stop in gaps:
                 for start, embeddings, gradients in rows(Some(items, first, stop)):
