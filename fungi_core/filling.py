@@ -34,7 +34,8 @@ class Target:
     def write(self, items: slice, block: np.ndarray) -> None:
         """Write the rows of some items, run by run."""
         rows = self.rows[items]
-        edges = np.flatnonzero(np.diff(rows) != 1) + 1
+        # Row 0 does not go on from -1, an item that is no row.
+        edges = np.flatnonzero((np.diff(rows) != 1) | (rows[:-1] < 0)) + 1
         for run, part in zip(np.split(rows, edges), np.split(block, edges), strict=True):
             if run[0] >= 0:
                 self.entry.write(int(run[0]), part)
