@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from timm.data import resolve_data_config
 
 from . import class_token
-from .devices import resolve_device, resolve_dtype
+from .devices import default_modes, resolve_device, resolve_dtype
 from .gradients import Factors, Loss, linear_layer, tapped_factors
 from .views import ImageInputs
 
@@ -99,6 +99,7 @@ class Backbone:
         """Say whether the class-token path serves these layers."""
         return self.fast and class_token.applies(self.model, layers)
 
+    @default_modes()
     def at_size(self, size: int) -> "Backbone":
         """Return the same network for ``size`` px images, its position embedding interpolated.
 
@@ -155,6 +156,7 @@ class Backbone:
         return class_token.Tail(self.model, self.head)
 
 
+@default_modes()
 def load(
     name: str | Path | torch.nn.Module,
     *,

@@ -1,7 +1,9 @@
-"""Where the numbers run: devices, precisions, and OpenMP's teams."""
+"""Where the numbers run: devices, precisions, modes of torch, and OpenMP's teams."""
 
 import ctypes
-from functools import cache
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cache, wraps
 from pathlib import Path
 
 import torch
@@ -37,6 +39,42 @@ def resolve_dtype(dtype, device: str) -> torch.dtype:
     if found not in names.values():
         raise ValueError(f"dtype {dtype!r} is unknown; use 'auto', 'float32' or 'bfloat16'")
     return found
+
+
+@contextmanager
+def default_modes() -> Iterator[None]:
+    """Run a block, or a function that this decorates, with torch's modes as they are by default.
+
+    The features do not depend on a caller's inference mode, autocast, default device or default
+    dtype; the caller finds them as they were.
+    """
+    dtype = torch.get_default_dtype()
+    with ExitStack() as modes:
+        modes.enter_context(torch.inference_mode(False))
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                modes.enter_context(torch.autocast(kind, enabled=False))
+        if torch.get_default_device().type != "cpu":  # each call of torch costs a little more in it
+            modes.enter_context(torch.device("cpu"))
+        modes.callback(torch.set_default_dtype, dtype)
+        torch.set_default_dtype(torch.float32)
+        yield
+
+
+def steps_in_default_modes(generator: Callable[..., Iterator]) -> Callable[..., Iterator]:
+    """Decorate a generator so that each of its steps runs in `default_modes`.
+
+    Between two steps the caller's modes hold.
+    """
+    advance = default_modes()(next)
+
+    @wraps(generator)
+    def steps(*args, **options):
+        made = generator(*args, **options)
+        while (step := advance(made, None)) is not None:
+            yield step
+
+    return steps
 
 
 def fixed_teams() -> None:

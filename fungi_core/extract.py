@@ -18,6 +18,7 @@ import torch
 
 from . import store
 from .backbones import Backbone
+from .devices import default_modes
 from .filling import Target, lacking, write
 from .gradients import Factors, linear_layer
 from .inputs import Whole
@@ -194,6 +195,7 @@ def fill_gradients(
     write(targets, items, label, rows, part)
 
 
+@default_modes()
 def stored_negatives(
     backbone: Backbone, objective: Objective, heads: Heads, train, seed: int, root: Path | None
 ) -> torch.Tensor | None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from .store import Entry
+from .store import SHARD, Entry
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ class Target:
     def write(self, items: slice, block: np.ndarray) -> None:
         """Write the rows of some items, run by run."""
         rows = self.rows[items]
-        edges = np.flatnonzero(np.diff(rows) != 1) + 1
+        # Row 0 does not go on from -1, an item that is no row.
+        edges = np.flatnonzero((np.diff(rows) != 1) | (rows[:-1] < 0)) + 1
         for run, part in zip(np.split(rows, edges), np.split(block, edges), strict=True):
             if run[0] >= 0:
                 self.entry.write(int(run[0]), part)
@@ -49,6 +50,19 @@ def lacking(
         wanted[1:-1] |= target.wanted(*part)
     edges = np.flatnonzero(np.diff(wanted))
     return edges.reshape(-1, 2).tolist()  # (2 gaps,) -> (gaps, 2)
+
+
+def _whole_batches(ranges: Sequence[tuple[int, int]], count: int) -> list[tuple[int, int]]:
+    """Widen ranges of ``count`` items to multiples of the store's files, and join what meets.
+
+    Rows that a target lacks may be scattered over the items, as a fold's are; a resumed run must
+    have the batches of an undisturbed one, so the same bytes.
+    """
+    blocks = np.zeros(-(-count // SHARD) + 2, bool)
+    for start, stop in ranges:
+        blocks[1 + start // SHARD : 1 - (-stop // SHARD)] = True
+    edges = np.minimum(np.flatnonzero(np.diff(blocks)) * SHARD, count)
+    return edges.reshape(-1, 2).tolist()  # (2 ranges,) -> (ranges, 2)
 
 
 def write(
@@ -69,7 +83,7 @@ def write(
         for target in sorted(targets, key=lambda target: target.entry.key):
             locks.enter_context(target.entry.lock(*part))
         # Asked again under the lock: another process may have been faster.
-        gaps = lacking(targets, len(items), part)
+        gaps = _whole_batches(lacking(targets, len(items), part), len(items))
         with progress(sum(stop - start for start, stop in gaps), label) as bar:
             for first, stop in gaps:
                 for start, embeddings, gradients in rows(_Some(items, first, stop)):

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from numbers import Integral
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from . import inputs, objectives, views
 from .backbones import Backbone, load
-from .devices import resolve_dtype
+from .devices import default_modes
 from .features import PCA_SIZE, apply_pca, fit_pca, join
 from .projection import Rademacher
 from .rows import draw_negatives, draw_parts, embedding_rows, gradient_rows
@@ -35,11 +35,12 @@ class Fungi(TransformerMixin, BaseEstimator):
         ``layer``), or a `Backbone`, such as `text.load` gives for sentences.
     objectives : a sequence of objectives; by default Table 17's ``KL()``, ``DINO()``, ``SimCLR()``.
         For texts ``(KL(), text.SIMCLR)``, for sounds ``(KL(), audio.SIMCLR)``.
-    layer : the target layer; None is the attention output projection of the last block.
+    layer : the target layer; None is the attention output projection of the last block, or the
+        layer of a `Backbone`.
     pca : "paper" (Table 16: 512, or the embedding's width where that is smaller), a size, or None.
         PCA is skipped where the size is not below rows and columns.
     seed : draws heads, projection, negatives and views.
-    device, dtype : what torch accepts, or "auto". A `Backbone` has its own layer, device and dtype.
+    device, dtype : what torch accepts, or "auto"; a `Backbone` keeps its own.
     heads, negatives : given instead of drawn, {objective name: heads} and {objective name: (M, C)}.
     projection : "rademacher" (the paper's), "khatri-rao", "sketch", or a (d, m) tensor.
 
@@ -139,6 +140,7 @@ class Fungi(TransformerMixin, BaseEstimator):
             "objectives": [_described(one) for one in self.objectives],
             "n_features_out": self.n_features_out_,
             "fingerprint": self.backbone_.fingerprint,
+            "fitted_with": _identity(self.backbone_),
         }
         arrays = {
             f"negatives.{name}": part.negatives.cpu().numpy()
@@ -151,6 +153,7 @@ class Fungi(TransformerMixin, BaseEstimator):
         save_file(arrays, file, metadata={"fungi": json.dumps(settings, default=int)})
 
     @classmethod
+    @default_modes()
     def load(cls, file: str | Path, *, backbone=None, device="auto") -> "Fungi":
         """Return the transformer that `save` wrote, on any device.
 
@@ -164,6 +167,7 @@ class Fungi(TransformerMixin, BaseEstimator):
         except (SafetensorError, KeyError) as error:
             raise ValueError(f"{file} was not written by Fungi.save: {error}") from error
         n_features, fingerprint = settings.pop("n_features_out"), settings.pop("fingerprint")
+        fitted_with = settings.pop("fitted_with")
         settings["objectives"] = tuple(_restored(one) for one in settings["objectives"])
         settings["backbone"] = backbone if backbone is not None else settings["backbone"]
         if settings["backbone"] is None:
@@ -174,6 +178,8 @@ class Fungi(TransformerMixin, BaseEstimator):
             raise ValueError(
                 f"{self.backbone_.name}'s weights differ from those {file} was fitted with"
             )
+        if (found := _identity(self.backbone_)) != fitted_with:
+            raise ValueError(f"{file} was fitted with backbone {fitted_with}, this one is {found}")
         for name, part in self.parts_.items():
             if f"negatives.{name}" in arrays:
                 array = torch.from_numpy(arrays[f"negatives.{name}"])
@@ -186,11 +192,12 @@ class Fungi(TransformerMixin, BaseEstimator):
         self.n_features_out_ = n_features
         return self
 
+    @default_modes()
     def _set_up(self) -> None:
         self._check()
         options = dict(layer=self.layer, device=self.device, dtype=self.dtype)
-        if isinstance(self.backbone, Backbone):
-            self.backbone_ = _agreeing(self.backbone, self.layer, self.dtype)
+        if isinstance(self.backbone, Backbone):  # it keeps its device and dtype
+            self.backbone_ = replace(self.backbone, layer=self.layer or self.backbone.layer)
         else:
             self.backbone_ = load(self.backbone, **options)
         device = self.backbone_.device
@@ -205,7 +212,9 @@ class Fungi(TransformerMixin, BaseEstimator):
         for name, part in parts.items():
             part.projection = shared  # one for all objectives
             if name in (self.heads or {}):
-                part.heads = {k: v.float().to(device) for k, v in self.heads[name].items()}
+                given = self.heads[name]
+                # Clones: autograd may not read what was made in inference mode.
+                part.heads = {k: v.float().to(device).clone() for k, v in given.items()}
             if name in (self.negatives or {}):
                 part.negatives = self.negatives[name].float().to(device)
         self.parts_ = parts
@@ -233,16 +242,9 @@ class Fungi(TransformerMixin, BaseEstimator):
         return join(self.extract(X), [*(o.name for o in self.objectives), "embedding"])
 
 
-def _agreeing(backbone: Backbone, layer: str | None, dtype) -> Backbone:
-    """Return the backbone; ValueError where another layer or dtype than its own is asked for."""
-    own = {"layer": backbone.layer, "dtype": backbone.dtype}
-    asked = {"layer": own["layer"] if layer is None else layer, "dtype": own["dtype"]}
-    if str(dtype) != "auto":
-        asked["dtype"] = resolve_dtype(dtype, backbone.device)
-    for name, value in asked.items():
-        if value != own[name]:
-            raise ValueError(f"{name} {value} was asked for; the Backbone given has {own[name]}")
-    return backbone
+def _identity(backbone: Backbone) -> list[str]:
+    """Return what features depend on besides weights: the name draws the projection."""
+    return [backbone.name, backbone.layer, json.dumps(backbone.inputs.identity())]
 
 
 def _as_sequence(X) -> Sequence:

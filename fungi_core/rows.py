@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from .backbones import Backbone
-from .devices import fixed_teams
+from .devices import default_modes, fixed_teams, steps_in_default_modes
 from .gradients import LossNotFinite
 from .inputs import Whole
 from .objectives import Heads, Objective
@@ -32,6 +32,7 @@ class Parts:
     negatives: torch.Tensor | None = None
 
 
+@default_modes()
 def draw_parts(
     backbone: Backbone,
     objective: Objective,
@@ -61,6 +62,7 @@ def chosen_negatives(
     return np.sort(rng.permutation(count)[: objective.negatives]), rng
 
 
+@steps_in_default_modes
 def negative_latents(
     backbone: Backbone,
     objective: Objective,
@@ -77,6 +79,7 @@ def negative_latents(
         yield start, latents.unflatten(0, batch.shape[:2])
 
 
+@default_modes()
 def draw_negatives(
     backbone: Backbone,
     objective: Objective,
@@ -95,6 +98,7 @@ def draw_negatives(
     return objective.memory(torch.cat(latents).clone(), rng)
 
 
+@steps_in_default_modes
 def view_batches(
     backbone: Backbone, kind, key: str, items: Sequence, seed: int
 ) -> Iterator[tuple[int, torch.Tensor | list[torch.Tensor]]]:
@@ -138,6 +142,7 @@ def view_batches(
             yield finish(*pending.popleft())
 
 
+@steps_in_default_modes
 def embedding_rows(
     backbone: Backbone, items: Sequence
 ) -> Iterator[tuple[int, np.ndarray, list[np.ndarray]]]:
@@ -147,6 +152,7 @@ def embedding_rows(
         yield start, embeddings[:, 0].cpu().numpy(), []
 
 
+@steps_in_default_modes
 def gradient_rows(
     backbone: Backbone,
     objective: Objective,

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from .backbones import Backbone, freeze
+from .devices import default_modes
 from .inputs import Inputs, Views
 from .objectives import SimCLR
 
@@ -130,6 +131,7 @@ def hidden(model: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:
     return model(input_ids=batch[:, 0], attention_mask=batch[:, 1]).last_hidden_state.float()
 
 
+@default_modes()
 def load(
     place: str | Path,
     *,

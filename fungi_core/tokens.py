@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from .backbones import Backbone
-from .devices import fixed_teams
+from .devices import default_modes, fixed_teams
 from .gradients import Factors, loss_gradients, tap
 from .objectives import Heads, SimCLR
 from .rows import draw_parts
@@ -144,6 +144,7 @@ class Extractor:
         self.projections = {kind: parts[kind].projection for kind in projected}
         self.heads = next(iter(parts.values())).heads
 
+    @default_modes()
     def __call__(self, pictures: Sequence[np.ndarray], ids: Sequence[str]) -> dict:
         """Return {kind: (B, T, W) float32} of uint8 (S, S, 3) images; ``ids`` seed what is dropped.
 

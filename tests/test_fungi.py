@@ -400,14 +400,13 @@ def test_save_and_load(size, tmp_path):
     assert b"pickle" not in (tmp_path / "f.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("setting", [{"layer": "blocks.0.attn.proj"}, {"dtype": "bfloat16"}])
-def test_a_backbone_given_keeps_its_own_layer_and_dtype(setting):
-    """Another one would be said and not done: the features would be those of the given one."""
-    backbone = load("random:test_vit", layer="blocks.5.attn.proj", device="cpu", dtype="float32")
-    ((name, value),), images = setting.items(), pictures(4)
-    with pytest.raises(ValueError, match=f"{name} .*{value}.* was asked for; the Backbone given"):
-        Fungi(backbone, (KL(),), **setting).fit(images)
-    Fungi(backbone, (KL(),), layer="blocks.5.attn.proj", dtype="float32").fit(images)
+def test_a_layer_named_beside_a_backbone_is_the_one_that_is_used():
+    options = dict(device="cpu", dtype="float32")
+    last, first = (load(NAME, layer=f"blocks.{i}.attn.proj", **options) for i in (5, 0))
+    images = pictures(4)
+    named = Fungi(last, (KL(),), layer="blocks.0.attn.proj").fit_transform(images)
+    np.testing.assert_array_equal(named, Fungi(first, (KL(),)).fit_transform(images))
+    assert not np.allclose(named, Fungi(last, (KL(),)).fit_transform(images), atol=1e-3)
 
 
 def test_a_backbones_layer_is_saved(tmp_path):

@@ -391,7 +391,7 @@ def test_packed_parquet(tmp_path, monkeypatch):
     train, test = datasets.load("trec", "train"), datasets.load("trec", "test")
     assert [*train] == ["a ?", "d"] and [*test] == ["b"]
     assert train.labels.tolist() == [1, 1] and train.classes == ["x", "y"]
-    assert train.note == "2 of 5452 official training texts" and train.names == ["000000", "000003"]
+    assert train.note == "2 of the 5452 training texts" and train.names == ["000000", "000003"]
     assert {row["name"]: row["available"] for row in datasets.table()}["trec"]
     write(tmp_path / "text_trec.parquet", rows, ["x"])
     with pytest.raises(ValueError, match=r"labels must lie in 0\.\.0"):
