@@ -3,9 +3,6 @@ network in `mini`, nothing written but the store, figures/ and runs/.
 """
 
 import ast
-import hashlib
-import http.server
-import io
 import json
 import os
 import pickle
@@ -13,17 +10,14 @@ import re
 import shutil
 import subprocess
 import sys
-import tarfile
-import threading
-import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from companion import downloads, paths
-from companion.data import datasets, samples
+from companion import paths
+from companion.data import datasets, packed
 from companion.encoders import checkpoints
 
 PYTHON = [
@@ -96,7 +90,7 @@ def test_the_search_covers_both_packages():
 def test_no_file_can_bring_code_along(file):
     found = wrongs(file.read_text())
     if (
-        file.name == "retrieval.py"
+        file.name == "landmarks.py"
     ):  # the landmarks' official ground truth is a pickle: read by an Unpickler of our own
         assert found == ["import pickle"]
         names = [name for name, _ in calls(ast.parse(file.read_text())) if "pickle" in name.lower()]
@@ -172,269 +166,15 @@ def test_a_hostile_cifar_is_refused_before_it_is_unpickled(name, tmp_path, monke
 
 
 def test_a_packed_file_with_objects_is_refused(tmp_path):
-    arrays = dict.fromkeys(samples.ARRAYS, np.zeros(1, np.uint8))
+    arrays = dict.fromkeys(packed.ARRAYS, np.zeros(1, np.uint8))
     arrays |= {
         "labels": np.array([Hostile(tmp_path / "ran")], object),
         "offsets": np.zeros(2, np.int64),
     }
     np.savez(tmp_path / "a.npz", **arrays)
     with pytest.raises(ValueError, match="allow_pickle=False"):
-        samples.packed(tmp_path / "a.npz", True)
+        packed.npz(tmp_path / "a.npz", True)
     assert not (tmp_path / "ran").exists()
-
-
-# --- downloads
-
-CONTENT = np.random.default_rng(0).bytes(300_000)
-MD5, SHA256 = hashlib.md5(CONTENT).hexdigest(), hashlib.sha256(CONTENT).hexdigest()
-
-
-class Server(http.server.BaseHTTPRequestHandler):
-    """Serves CONTENT with ranges; /broken ends after 100,000 bytes of each answer, /plain knows no
-    ranges.
-    """
-
-    def do_GET(self):
-        self.server.asked.append((self.path, self.headers.get("Range")))
-        if self.path == "/absent":
-            return self.send_error(404)
-        start = int((self.headers.get("Range") or "bytes=0-")[6:-1]) if self.path != "/plain" else 0
-        if start >= len(CONTENT):
-            return self.send_error(416)
-        self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(CONTENT) - start))
-        self.end_headers()
-        self.wfile.write(
-            CONTENT[start : start + 100_000] if self.path == "/broken" else CONTENT[start:]
-        )
-
-    def log_message(self, *args):
-        pass
-
-
-@pytest.fixture
-def server(monkeypatch):
-    monkeypatch.setattr(downloads, "PAUSE", 0)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
-        server.asked = []
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield server
-        server.shutdown()
-
-
-def url(server, path: str) -> str:
-    return f"http://127.0.0.1:{server.server_port}{path}"
-
-
-@pytest.mark.parametrize("checksum", [MD5, SHA256, SHA256.upper()])
-def test_a_file_is_fetched_once_and_checked(server, tmp_path, checksum):
-    for _ in range(2):
-        file = downloads.fetch(url(server, "/file"), tmp_path / "new" / "a.bin", checksum)
-        assert file.read_bytes() == CONTENT
-    assert server.asked == [("/file", None)] and os.listdir(tmp_path / "new") == ["a.bin"]
-    file.write_bytes(CONTENT[:-1] + b"\0")  # altered on disk: fetched again
-    assert (
-        downloads.fetch(url(server, "/file"), file, checksum).read_bytes() == CONTENT
-        and len(server.asked) == 2
-    )
-
-
-def test_a_broken_transfer_goes_on_where_it_ended(server, tmp_path):
-    file = downloads.fetch(url(server, "/broken"), tmp_path / "a.bin", SHA256)
-    assert file.read_bytes() == CONTENT
-    assert server.asked == [
-        ("/broken", None),
-        ("/broken", "bytes=100000-"),
-        ("/broken", "bytes=200000-"),
-    ]
-
-
-def test_so_does_the_next_process_and_a_foreign_part_is_not_trusted(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(downloads, "TRIES", 1)
-    with pytest.raises(ConnectionError, match="ended after 100000 of 300000 bytes"):
-        downloads.fetch(url(server, "/broken"), tmp_path / "a.bin", SHA256)
-    assert (tmp_path / "a.bin.part").stat().st_size == 100_000 and not (tmp_path / "a.bin").exists()
-    assert downloads.fetch(url(server, "/file"), tmp_path / "a.bin", SHA256).read_bytes() == CONTENT
-    assert server.asked[-1] == ("/file", "bytes=100000-")
-    for foreign in (
-        b"x" * 1000,
-        CONTENT + b"x",
-        CONTENT,
-    ):  # of another file, too long, complete already
-        (tmp_path / "b.bin.part").write_bytes(foreign)
-        assert (
-            downloads.fetch(url(server, "/file"), tmp_path / "b.bin", SHA256).read_bytes()
-            == CONTENT
-        )
-        (tmp_path / "b.bin").unlink()
-
-
-def test_a_server_without_ranges_begins_again(server, tmp_path):
-    (tmp_path / "a.bin.part").write_bytes(CONTENT[:5])
-    assert (
-        downloads.fetch(url(server, "/plain"), tmp_path / "a.bin", SHA256).read_bytes() == CONTENT
-    )
-
-
-def test_another_checksum_none_and_no_file_are_one_line_and_leave_nothing(server, tmp_path):
-    with pytest.raises(RuntimeError, match=f"checksum {MD5}, not {'0' * 32}; it is not kept"):
-        downloads.fetch(url(server, "/file"), tmp_path / "a.bin", "0" * 32)
-    with pytest.raises(ValueError, match="no MD5 or SHA-256 to check it by"):
-        downloads.fetch(url(server, "/file"), tmp_path / "a.bin")
-    with pytest.raises(ConnectionError, match="404"):
-        downloads.fetch(url(server, "/absent"), tmp_path / "a.bin", SHA256)
-    assert os.listdir(tmp_path) == [] and [path for path, _ in server.asked] == ["/file", "/absent"]
-
-
-def test_offline_nothing_is_asked_for(server, tmp_path, monkeypatch):
-    monkeypatch.setenv("FUNGI_OFFLINE", "1")
-    with pytest.raises(ConnectionError, match="not fetched: FUNGI_OFFLINE is set"):
-        downloads.fetch(url(server, "/file"), tmp_path / "a.bin", SHA256)
-    (tmp_path / "a.bin").write_bytes(CONTENT)
-    assert (
-        downloads.fetch(url(server, "/file"), tmp_path / "a.bin", SHA256) == tmp_path / "a.bin"
-    )  # is here already
-    monkeypatch.setenv("FUNGI_DATA", str(tmp_path))
-    for name, entry in datasets.DATASETS.items():
-        if entry.folder and not entry.get:
-            with pytest.raises(datasets.DatasetUnavailable, match="FUNGI_OFFLINE is set"):
-                datasets.load(name, "train", download=True)
-    assert server.asked == []
-    monkeypatch.setenv("FUNGI_OFFLINE", "0")
-    assert not downloads.offline()
-
-
-def test_offline_reaches_the_hubs_client(tmp_path):
-    """It reads its own switch when it is imported, so a process of its own; weights that are not
-    here are one line.
-    """
-    script = """
-import socket
-def refuse(*args): raise AssertionError("tried to reach the network")
-socket.socket.connect = socket.getaddrinfo = refuse
-from fungi_core import backbones
-try:
-    backbones.load("vit_small_patch16_224.augreg_in1k", device="cpu")
-except ConnectionError as error:
-    print(str(error)[:80])
-"""
-    environment = os.environ | {"FUNGI_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True,
-                          cwd=paths.ROOT)  # fmt: skip
-    assert done.stdout.startswith("the weights of vit_small_patch16_224.augreg_in1k are not on"), (
-        done.stderr[-500:]
-    )
-
-
-# Texts come through the hub's own client, from branches that it makes anew: there is no checksum to
-# hold them to.
-OFFICIAL = [name for name, entry in datasets.DATASETS.items()
-            if entry.folder and not entry.get and entry.modality != "text"]  # fmt: skip
-
-
-@pytest.mark.parametrize("name", OFFICIAL)
-def test_every_official_archive_comes_through_fetch_with_a_checksum(name, tmp_path, monkeypatch):
-    """torchvision's own download functions are not used; each address has a checksum of 32 digits
-    or more.
-    """
-    monkeypatch.setenv("FUNGI_DATA", str(tmp_path))
-    asked = []
-
-    def fetch(address, file, checksum=None):
-        asked.append((address, checksum or downloads.CHECKSUMS.get(address, "")))
-        raise ConnectionError("asked")
-
-    monkeypatch.setattr(downloads, "fetch", fetch)
-    monkeypatch.setattr("socket.socket.connect", lambda *a: pytest.fail("went to the network"))
-    with pytest.raises(datasets.DatasetUnavailable, match="asked"):
-        datasets.load(name, "train", download=True)
-    assert asked and all(len(checksum) in (32, 64) for _, checksum in asked)
-
-
-# --- archives
-
-
-def tar(file: Path, *members: tuple[str, bytes | str]) -> Path:
-    """A .tgz of (name, content) files; content "->target" is a symbolic link, "=>target" a hard
-    one.
-    """
-    with tarfile.open(file, "w:gz") as archive:
-        for name, content in members:
-            info = tarfile.TarInfo(name)
-            if isinstance(content, str):
-                info.type = {"->": tarfile.SYMTYPE, "=>": tarfile.LNKTYPE, "||": tarfile.FIFOTYPE}[
-                    content[:2]
-                ]
-                info.linkname = content[2:]
-                archive.addfile(info)
-            else:
-                info.size = len(content)
-                archive.addfile(info, io.BytesIO(content))
-    return file
-
-
-def zipped(file: Path, *members: tuple[str, bytes | str]) -> Path:
-    with zipfile.ZipFile(file, "w") as archive:
-        for name, content in members:
-            info = zipfile.ZipInfo(name)
-            if isinstance(content, str):
-                info.external_attr = 0o120777 << 16
-            archive.writestr(info, content)
-    return file
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {
-        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
-    }
-
-
-@pytest.mark.parametrize("make", [tar, zipped])
-def test_a_sound_archive_is_unpacked_into_what_is_there(make, tmp_path):
-    archive = make(
-        tmp_path / "a.bin", ("top/a.txt", b"a"), ("top/deep/b.txt", b"b"), ("c.txt", b"c")
-    )
-    (tmp_path / "out" / "top").mkdir(parents=True)
-    (tmp_path / "out" / "top" / "mine.txt").write_text("mine")
-    (tmp_path / "out" / "top" / "a.txt").write_text("half of a")
-    for _ in range(2):
-        downloads.unpack(archive, tmp_path / "out")
-        assert tree(tmp_path / "out") == {"c.txt": b"c", "top/a.txt": b"a", "top/deep/b.txt": b"b",
-                                          "top/mine.txt": b"mine"}  # fmt: skip
-
-
-@pytest.mark.parametrize("make", [tar, zipped])
-@pytest.mark.parametrize("name", ["../outside.txt", "/tmp/fungi_outside.txt", "a/../../outside.txt", "C:/outside.txt",
-                                  "..\\outside.txt"])  # fmt: skip
-def test_names_that_leave_the_folder_are_refused(make, name, tmp_path):
-    archive = make(tmp_path / "a.bin", ("fine.txt", b"fine"), (name, b"bad"))
-    with pytest.raises(ValueError, match="would leave the folder; nothing was unpacked"):
-        downloads.unpack(archive, tmp_path / "out")
-    assert tree(tmp_path).keys() == {"a.bin"} and not Path("/tmp/fungi_outside.txt").exists()
-
-
-@pytest.mark.parametrize("link", ["->/etc", "->../..", "=>../../outside", "||"])
-def test_links_and_devices_are_refused(link, tmp_path):
-    archive = tar(
-        tmp_path / "a.tgz", ("fine.txt", b"fine"), ("link", link), ("link/passwd", b"bad")
-    )
-    with pytest.raises(ValueError, match="link.*nothing was unpacked"):
-        downloads.unpack(archive, tmp_path / "out")
-    assert tree(tmp_path).keys() == {"a.tgz"}
-    if link == "->/etc":
-        with pytest.raises(ValueError, match="'link' is a link; nothing was unpacked"):
-            downloads.unpack(zipped(tmp_path / "a.zip", ("link", "/etc")), tmp_path / "out")
-
-
-@pytest.mark.parametrize("cut", [0.1, 0.5, 0.95])
-def test_half_an_archive_leaves_nothing(cut, tmp_path):
-    noise = [(f"{i}.bin", np.random.default_rng(i).bytes(5000)) for i in range(20)]
-    for make in (tar, zipped):
-        whole = make(tmp_path / "a.bin", *noise).read_bytes()
-        (tmp_path / "a.bin").write_bytes(whole[: int(cut * len(whole))])
-        with pytest.raises(ValueError, match="a.bin cannot be unpacked"):
-            downloads.unpack(tmp_path / "a.bin", tmp_path / "out")
-        assert tree(tmp_path).keys() == {"a.bin"}
 
 
 # --- a run of the mini profile: no network, and nothing written but its own
