@@ -72,10 +72,10 @@ def test_a_backbone_is_left_as_it_is_and_another_layer_may_be_named():
 
 @pytest.mark.parametrize(
     "changes",
-    [{"name": "other"}, {"layer": LAYERS[4]}, {"inputs": replace(small().inputs, crop=0.5)}],
+    [{"name": "other"}, {"inputs": replace(small().inputs, crop=0.5)}],
     ids=lambda changes: next(iter(changes)),
 )
-def test_the_same_weights_under_another_name_layer_or_transform_are_refused(changes, tmp_path):
+def test_the_same_weights_under_another_name_or_transform_are_refused(changes, tmp_path):
     """Each of them gives other features: the name draws the projection."""
     first = fitted()
     first.save(tmp_path / "f")
@@ -84,6 +84,13 @@ def test_the_same_weights_under_another_name_layer_or_transform_are_refused(chan
     with pytest.raises(ValueError, match="f was fitted with backbone .*, this one is ") as error:
         Fungi.load(tmp_path / "f", backbone=replace(small(), **changes))
     assert "\n" not in str(error.value)
+
+
+def test_the_layer_of_the_fit_is_the_files(tmp_path):
+    """A network that is given with another target layer serves all the same."""
+    (first := fitted()).save(tmp_path / "f")
+    again = Fungi.load(tmp_path / "f", backbone=replace(small(), layer=LAYERS[4]))
+    np.testing.assert_array_equal(again.transform(pictures(3)), first.transform(pictures(3)))
 
 
 # --- another device
