@@ -1,16 +1,20 @@
-"""Audio data sets: official layouts on miniature copies, packed files, folds, synthesised sounds."""
+"""Audio data sets: official layouts in miniature, packed files, folds, synthesised sounds."""
 
 import io
 import json
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from companion import paths
+from companion import features, paths
 from companion.data import clips, datasets
-from fungi_core import audio as sounds
-from fungi_core import extract
+from companion.encoders.table import load
+from companion.evaluate.knn import knn_predict
+from fungi_core import KL, gradients
+from fungi_core.audio import SIMCLR, Noise
+from fungi_core.features import normalize
 
 soundfile = pytest.importorskip("soundfile")
 
@@ -54,7 +58,7 @@ def test_esc50_folds(root):
     assert len(set(seen)) == 10  # every clip is tested once
     assert train[0].shape == (80_000,) and train[0].dtype == np.float32  # 5 s at 16 kHz
     assert (train[0][2000:] == 0).all() and np.abs(train[0][:1600]).max() > 0.3
-    assert "8 of 1600 official training clips" in train.note
+    assert "8 of the 1600 training clips" in train.note
 
 
 def test_speech_commands(root):
@@ -85,8 +89,11 @@ def encoded(i):
 
 
 def test_packed_esc(root):
-    rows = [dict(audio=encoded(i), label=[3, 7, 9][i % 3], fold=i % 5 + 1, filename=f"{i}.wav", split4=i % 4 + 1,
-                 in_esc10=i % 3 < 2, in_esc50_fold4=i % 2 == 0) for i in range(20)]  # fmt: skip
+    rows = [
+        {"audio": encoded(i), "label": [3, 7, 9][i % 3], "filename": f"{i}.wav", "fold": i % 5 + 1}
+        | {"split4": i % 4 + 1, "in_esc10": i % 3 < 2, "in_esc50_fold4": i % 2 == 0}
+        for i in range(20)
+    ]
     parquet(root / "audio_esc.parquet", rows, [f"class {i}" for i in range(12)])
     train, test = (datasets.load("esc10_fold2", split) for split in ("train", "test"))
     assert train.classes == test.classes == ["class 3", "class 7"]  # those of ESC-10, from 0 on
@@ -119,7 +126,7 @@ def test_packed_digits(root):
 
 def test_what_is_missing_is_one_line(root):
     with pytest.raises(
-        datasets.DatasetUnavailable, match="esc10_fold1 .*put audio_esc.parquet there"
+        datasets.DatasetUnavailable, match="esc10_fold1 .*put audio_esc.parquet in"
     ):
         datasets.load("esc10_fold1", "train")
     (root / "audio_esc.parquet").write_bytes(b"no parquet")
@@ -136,14 +143,6 @@ def test_what_is_missing_is_one_line(root):
     ) as caught:
         [train[i] for i in range(len(train))]
     assert "\n" not in str(caught.value)
-
-
-def test_no_soundfile_is_said_before_anything_is_read(root, monkeypatch):
-    (root / "audio_esc.parquet").write_bytes(b"")
-    monkeypatch.setattr(datasets, "find_spec", lambda name: None)
-    rows = {row["name"]: row for row in datasets.table()}
-    assert "needs soundfile (pip install 'fungi_core[audio]')" in rows["esc10_fold1"]["reason"]
-    assert rows["synthetic_sounds"]["available"]  # made, not decoded
 
 
 def test_synthesised_sounds():
@@ -185,7 +184,7 @@ def test_audio_needs_an_audio_backbone():
     with pytest.raises(
         ValueError, match="synthetic_sounds holds audio data, vit_micro.sup_tin100 reads image data"
     ):
-        extract.features("synthetic_sounds", "vit_micro.sup_tin100", n_train=16, n_test=8)
+        features.features("synthetic_sounds", "vit_micro.sup_tin100", n_train=16, n_test=8)
 
 
 def test_extraction_through_the_store(tmp_path, monkeypatch):
@@ -194,14 +193,14 @@ def test_extraction_through_the_store(tmp_path, monkeypatch):
     """
     monkeypatch.setenv("FUNGI_STORE", str(tmp_path))
     ask = dict(n_train=24, n_test=8, seed=0)
-    train, test = extract.features(
+    train, test = features.features(
         "synthetic_sounds", "vit_micro.on_spectrograms", ("kl", "simclr"), **ask
     )
     assert {name: block.shape for name, block in test.blocks.items()} == dict.fromkeys(
         ("embedding", "kl", "simclr"), (8, 128)
     )
-    monkeypatch.setattr(sounds, "item_views", lambda *a: pytest.fail("extracted again"))
-    again, _ = extract.features(
+    monkeypatch.setattr(Noise, "draw", lambda *a: pytest.fail("extracted again"))
+    again, _ = features.features(
         "synthetic_sounds", "vit_micro.on_spectrograms", ("kl", "simclr"), **ask
     )
     np.testing.assert_array_equal(again.blocks["simclr"], train.blocks["simclr"])
@@ -213,52 +212,43 @@ def test_the_packaged_numbers(monkeypatch):
     """
     if not (paths.data_dir() and (paths.data_dir() / "audio_fsdd.parquet").is_file()):
         pytest.skip("needs audio_fsdd.parquet and whisper's encoder in FUNGI_DATA")
-    from companion.evaluate import knn as evaluate
-    from fungi_core import backbones
-
-    encoder = backbones.load("whisper-tiny.en", device="cpu", dtype="float32")
-    train, test = extract.features("fsdd", encoder, ())
-    a, b = (evaluate.normalize(rows.blocks["embedding"]) for rows in (train, test))
-    assert (
-        abs((evaluate.knn_predict(a, train.labels, b, k=20) == test.labels).mean() - 0.980) < 0.005
-    )
+    encoder = load("whisper-tiny.en", device="cpu", dtype="float32")
+    train, test = features.features("fsdd", encoder, ())
+    a, b = (normalize(rows.blocks["embedding"]) for rows in (train, test))
+    assert abs((knn_predict(a, train.labels, b, k=20) == test.labels).mean() - 0.980) < 0.005
 
 
 def test_folds_share_their_forward_passes(root, monkeypatch):
     """Every row of every fold is that of the fold alone, and a clip passes the encoder once an
     objective.
     """
-    from dataclasses import replace
-
-    from fungi_core import backbones, gradients, objectives
-
-    rows = [dict(audio=encoded(i), label=i % 2, fold=i % 5 + 1, filename=f"{i}.wav", split4=1, in_esc10=True,
-                 in_esc50_fold4=False) for i in range(10)]  # fmt: skip
+    rows = [
+        {"audio": encoded(i), "label": i % 2, "filename": f"{i}.wav", "fold": i % 5 + 1}
+        | {"split4": 1, "in_esc10": True, "in_esc50_fold4": False}
+        for i in range(10)
+    ]
     parquet(root / "audio_esc.parquet", rows, ["dog", "rooster"])
     names = [f"esc10_fold{i}" for i in (1, 2, 3)]
-    asked = (
-        objectives.KL(dim=16),
-        replace(objectives.by_name("simclr", "audio"), positives=2, negatives=4, dim=16),
-    )
-    encoder = backbones.load("random:whisper-tiny.en", device="cpu", dtype="float32")
+    asked = KL(dim=16), replace(SIMCLR, views=Noise(2), negatives=4, dim=16)
+    encoder = load("random:whisper-tiny.en", device="cpu", dtype="float32")
     monkeypatch.setenv("FUNGI_STORE", str(root / "alone"))
-    alone = [extract.features(name, encoder, asked) for name in names]
+    alone = [features.features(name, encoder, asked) for name in names]
     seen, tapped = [], gradients.tapped_factors
     count = lambda model, embed, batch, *rest: (
         seen.append(len(batch)) or tapped(model, embed, batch, *rest)
     )
-    monkeypatch.setattr("fungi_core.fungi.tapped_factors", count)
+    monkeypatch.setattr("fungi_core.backbones.tapped_factors", count)
     monkeypatch.setenv("FUNGI_STORE", str(root / "shared"))
-    shared = extract.fold_features(names, encoder, asked)
+    shared = features.fold_features(names, encoder, asked)
     assert sum(seen) == 2 * 10
     for fold, same in zip(alone, shared, strict=True):
         for a, b in zip(fold, same, strict=True):
-            assert a.store_keys == b.store_keys
+            assert a.keys == b.keys
             for block in ("embedding", "kl", "simclr"):
                 np.testing.assert_allclose(
                     a.blocks[block], b.blocks[block], atol=1e-4 * np.abs(b.blocks[block]).max()
                 )
     first, second = (np.abs(pair[0].blocks["simclr"]).sum() for pair in shared[:2])
     assert first != second  # negatives of their own
-    extract.fold_features(names, encoder, asked)
+    features.fold_features(names, encoder, asked)
     assert sum(seen) == 2 * 10

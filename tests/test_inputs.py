@@ -4,22 +4,20 @@ at all.
 
 import io
 import os
-import shutil
 import warnings
 import zlib
 
 import numpy as np
 import pytest
 import torch
-from helpers import shrink_test_vit
 from PIL import Image
 
-from companion.data import images, samples
-from fungi_core import backbones, extract, store, views
-from fungi_core import objectives as O
-from fungi_core.fungi import Fungi
+from companion import features, own
+from companion.data import images
+from fungi_core import DINO, KL, Fungi, SimCLR, load, views
+from fungi_core.seeds import generator
 
-KL = O.KL(dim=32)
+SMALL = KL(dim=32)
 
 
 def picture(seed: int = 0, width: int = 40, height: int = 30) -> Image.Image:
@@ -43,8 +41,10 @@ def png_that_claims(width: int, height: int) -> bytes:
     return bytes(data)
 
 
-GOOD = ("animated.gif", "cmyk.jpg", "deep.png", "grey.png", "one_pixel.png", "palette.png", "plain.jpg", "turned.jpg",
-        "wide.png")  # fmt: skip
+GOOD = (
+    *("animated.gif", "cmyk.jpg", "deep.png", "grey.png", "one_pixel.png"),
+    *("palette.png", "plain.jpg", "turned.jpg", "wide.png"),
+)
 BAD = (
     "bomb.png",
     "corrupt.jpg",
@@ -94,46 +94,25 @@ def zoo(tmp_path_factory):
     return root
 
 
-def names(root) -> list[str]:
-    return [f"odd/{name}" for name in GOOD] + [f"plain/{i}.png" for i in range(3)]
+@pytest.fixture(scope="module")
+def encoder():
+    return load("random:test_vit", arguments={"img_size": 32}, device="cpu", dtype="float32")
 
 
-def test_one_bad_file_is_an_error_that_names_all_of_them(zoo):
-    with pytest.raises(
-        ValueError, match=f"{len(BAD)} of {len(BAD) + len(GOOD) + 3} files cannot be read"
-    ) as error:
-        samples.folder(zoo)
-    message = str(error.value)
-    assert (
-        "\n" not in message
-        and all(f"odd/{name}: " in message for name in BAD[:5])
-        and "and 2 more" in message
-    )
-    with pytest.raises(ValueError, match="on_error 'ignore' is unknown; use 'raise' or 'skip'"):
-        samples.folder(zoo, "ignore")
-
-
-def test_skipped_files_are_listed_and_the_rows_keep_their_names(zoo):
-    found = samples.folder(zoo, "skip")
-    assert found.names == names(zoo) and list(found.skipped) == [f"odd/{name}" for name in BAD]
-    assert all(reason and "\n" not in reason for reason in found.skipped.values())
-    assert found.skipped["odd/vanished.jpg"] == "a link to nothing"
-    assert "decompression bomb" in found.skipped["odd/bomb.png"]
+def test_skipped_files_are_listed_with_their_reason(zoo):
+    found, skipped = own.from_folder(zoo)
+    assert found.names == [f"odd/{name}" for name in GOOD] + [f"plain/{i}.png" for i in range(3)]
+    assert [name for name, _ in skipped] == [f"odd/{name}" for name in BAD]
+    assert all(reason and "\n" not in reason for _, reason in skipped)
+    assert "a link to nothing" in dict(skipped)["odd/vanished.jpg"]
+    assert "decompression bomb" in dict(skipped)["odd/bomb.png"]
     assert found.classes == ["odd", "plain"] and found.labels.tolist() == [0] * len(GOOD) + [1] * 3
-    assert found.note == f"{len(BAD)} of {len(BAD) + len(GOOD) + 3} files skipped"
-    everything = sorted(
-        [*(f"odd/{name}" for name in (*GOOD, *BAD)), *(f"plain/{i}.png" for i in range(3))]
-    )
-    for i, name in enumerate(
-        found.names
-    ):  # a row's place in the listing does not depend on what is broken
-        assert everything[found.rows[i]] == name and found.items[found.rows[i]] == zoo / name
     part = found.take([4, 2])
     assert part.names == [found.names[4], found.names[2]] and part.skipped == found.skipped
 
 
 def test_every_odd_kind_is_the_picture_that_a_person_sees(zoo):
-    found = samples.folder(zoo, "skip")
+    found, _ = own.from_folder(zoo)
     image, by_name = picture(), dict(zip(found.names, found))
     grey = np.asarray(image.convert("L"), int)
     off = lambda name, expected: np.abs(np.asarray(by_name[f"odd/{name}"], int) - expected).mean()
@@ -152,71 +131,26 @@ def test_every_odd_kind_is_the_picture_that_a_person_sees(zoo):
     assert by_name["odd/wide.png"].size == (20_000, 10)
 
 
-@pytest.fixture
-def small(monkeypatch, tmp_path):
-    monkeypatch.setattr(backbones, "auto_device", lambda: "cpu")
-    shrink_test_vit(monkeypatch)
-    monkeypatch.setenv("FUNGI_STORE", str(tmp_path / "store"))
+def test_features_of_a_folder_are_each_images_own(zoo, encoder, monkeypatch, tmp_path):
+    """Alone, from its file, an image gives the same row, so no index has moved."""
+    monkeypatch.setenv("FUNGI_STORE", str(tmp_path))
+    found, _ = own.from_folder(zoo)
+    rows = features.of_images(found, encoder, [SMALL])
+    assert rows.blocks["kl"].shape == (len(found), 64)
+    for i in (0, 4, len(found) - 1):
+        image = [zoo / found.names[i]]
+        alone = Fungi(encoder, [SMALL], pca=None).fit(image).extract(image)
+        for name, block in rows.blocks.items():
+            np.testing.assert_allclose(block[i], alone[name][0], rtol=0, atol=1e-5)
+    again = features.of_images(own.from_folder(zoo)[0], encoder, [SMALL])
+    assert again.keys == rows.keys
 
 
-def test_features_of_a_folder_are_each_images_own_and_the_metadata_lists_what_was_skipped(
-    zoo, small
-):
-    found = samples.folder(zoo, "skip")
-    rows = extract.of_images(found, "random:test_vit", [KL])
-    assert (
-        rows.blocks["kl"].shape == (len(found), 64) and np.isfinite(rows.blocks["embedding"]).all()
-    )
-    for entry in store.entries():
-        assert entry["meta"]["skipped"] == [f"odd/{name}" for name in BAD] and entry["n"] == len(
-            found
-        )
-    for i in (0, 4, len(found) - 1):  # alone, from its file: the same row, so no index has moved
-        alone = (
-            Fungi("random:test_vit", [KL], pca=None)
-            .fit([zoo / found.names[i]])
-            .extract([zoo / found.names[i]])
-        )
-        np.testing.assert_allclose(
-            rows.blocks["embedding"][i], alone["embedding"][0], rtol=0, atol=2e-2
-        )
-    keys = rows.store_keys
-    whole = samples.folder(zoo / "plain")
-    assert "skipped" not in extract._meta(backbones.load("random:test_vit"), whole)
-    assert (
-        extract.of_images(samples.folder(zoo, "skip"), "random:test_vit", [KL]).store_keys == keys
-    )
-
-
-def test_a_file_that_breaks_after_the_check_is_named_and_nothing_moves(zoo, small, tmp_path):
-    shutil.copytree(zoo / "plain", tmp_path / "copy")
-    found = samples.folder(tmp_path / "copy")
-    (tmp_path / "copy" / "1.png").write_bytes(b"gone")
-    with pytest.raises(ValueError, match=r"copy all\[1\] \(.*1.png\) cannot be read as an image"):
-        extract.of_images(found, "random:test_vit", [KL])
-    assert all(entry["done"] == 0 for entry in store.entries())
-
-
-def test_own_files_are_hashed_whole_however_many(zoo, monkeypatch, tmp_path):
-    shutil.copytree(zoo / "plain", tmp_path / "copy")
-    monkeypatch.setattr(images, "MANY_FILES", 0)
-    before = samples.folder(tmp_path / "copy").fingerprint
-    data = bytearray((tmp_path / "copy" / "1.png").read_bytes())
-    data[-1] ^= 1
-    (tmp_path / "copy" / "1.png").write_bytes(data)  # as long as before
-    assert samples.folder(tmp_path / "copy").fingerprint != before
-
-
-def test_folders_without_an_image_and_pipes(tmp_path):
-    with pytest.raises(ValueError, match="absent is no folder"):
-        samples.folder(tmp_path / "absent")
-    with pytest.raises(ValueError, match="holds no image in 0 files"):
-        samples.folder(tmp_path)
+def test_a_pipe_is_no_photograph_and_nobody_waits_for_it(tmp_path):
     os.mkfifo(tmp_path / "pipe.jpg")
-    with pytest.raises(ValueError, match=r"pipe.jpg: no file"):
-        samples.folder(tmp_path)
-    with pytest.raises(ValueError, match="holds no image in 1 files"):
-        samples.folder(tmp_path, "skip")
+    picture().save(tmp_path / "a.jpg")
+    found, skipped = own.from_folder(tmp_path)
+    assert found.names == ["a.jpg"] and [name for name, _ in skipped] == ["pipe.jpg"]
 
 
 # --- images that are open already
@@ -243,21 +177,25 @@ def test_official_sets_are_read_as_torchvision_reads_them(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     picture().save(tmp_path / "turned.jpg", exif=exif)
-    official = images.Images("official", "train", np.zeros(1, int), ["a"], "accuracy", ["a"], [tmp_path / "turned.jpg"],
-                             np.arange(1))  # fmt: skip
+    about = "official", "train", np.zeros(1, int), ["a"], "accuracy", ["a"]
+    official = images.Images(*about, [tmp_path / "turned.jpg"], np.arange(1))
     assert official[0].size == views.to_image(official[0]).size == (40, 30)
-    own = samples.folder(tmp_path)
+    mine, _ = own.from_folder(tmp_path)
     assert (
-        own[0].size == views.to_image(own[0]).size == (30, 40)
-        and own.fingerprint != official.fingerprint
+        mine[0].size == views.to_image(mine[0]).size == (30, 40)
+        and mine.fingerprint != official.fingerprint
     )
 
 
 # --- extreme shapes
 
 
+MEAN = STD = (0.5, 0.5, 0.5)
+INPUTS = views.ImageInputs(224, MEAN, STD, 0.875)
+
+
 @pytest.mark.parametrize("size", [(20_000, 1), (1, 20_000), (20_000, 7)])
-@pytest.mark.parametrize("objective", [O.KL(), O.DINO(), O.SimCLR()], ids=lambda o: o.name)
+@pytest.mark.parametrize("objective", [KL(), DINO(), SimCLR()], ids=lambda o: o.name)
 def test_a_very_long_image_costs_no_more_memory_than_its_pixels(size, objective):
     """Its shorter side to 224 px would make 4.5 million pixels of the longer one: 3 GB. Only its
     middle is wanted.
@@ -272,9 +210,9 @@ def test_a_very_long_image_costs_no_more_memory_than_its_pixels(size, objective)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Image.Image, "resize", watched)
-        cut = views.prepare(image, 224, 0.875, objective, 0)
+        cut = objective.views.draw(image, INPUTS, generator("x", 0), "cpu")
     assert max(largest) <= 224 * 64 * 256 and cut.shape[1:] == (224, 224, 3)
-    assert (np.asarray(cut, int) == (10, 200, 30)).all()
+    assert (np.asarray(cut) == (10, 200, 30)).all()
 
 
 @pytest.mark.parametrize(("width", "height"), [(2800, 40), (31, 2100), (6000, 64), (7, 2113)])
@@ -286,7 +224,7 @@ def test_the_middle_of_a_long_image_is_that_of_the_whole_resized(width, height, 
     resized = [int(short * side / min(image.size)) for side in image.size]
     left, top = (round((side - size) / 2) for side in resized)
     expected = image.resize(resized, Image.BICUBIC).crop((left, top, left + size, top + size))
-    found = views.whole(image, size, ratio)[0]
+    found = views.ImageInputs(size, MEAN, STD, ratio).whole(image)[0]
     off = np.abs(
         found.astype(int) - np.asarray(expected, int)
     )  # Pillow clips between its two passes, of any order
@@ -299,7 +237,7 @@ def test_a_panorama_above_pillows_first_limit_is_read_with_a_warning(tmp_path):
         warnings.simplefilter("always")
         patch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
         picture().save(tmp_path / "a.png")  # 1,200 pixels
-        assert samples.folder(tmp_path)[0].size == (40, 30)
+        assert own.from_folder(tmp_path)[0][0].size == (40, 30)
     assert any(issubclass(one.category, Image.DecompressionBombWarning) for one in said)
     assert Image.MAX_IMAGE_PIXELS == 89_478_485
 
@@ -308,22 +246,23 @@ def test_a_panorama_above_pillows_first_limit_is_read_with_a_warning(tmp_path):
 
 
 @pytest.mark.parametrize("place", [0, 7])
-def test_a_loss_that_is_nan_names_the_file(zoo, small, monkeypatch, place):
-    found = samples.folder(zoo, "skip")
-    intact, rows = O.KL.loss, []
+def test_a_loss_that_is_nan_names_the_file(zoo, encoder, monkeypatch, tmp_path, place):
+    monkeypatch.setenv("FUNGI_STORE", str(tmp_path))
+    found, _ = own.from_folder(zoo)
+    intact, rows = KL.loss, []
 
     def broken(self, embeddings, *args):
         losses = intact(self, embeddings, *args)
         rows.append(len(losses))
         return losses * torch.where(torch.arange(len(losses)) == place, torch.nan, 1.0)
 
-    monkeypatch.setattr(O.KL, "loss", broken)
+    monkeypatch.setattr(KL, "loss", broken)
     with pytest.raises(FloatingPointError) as error:
-        extract.of_images(found, "random:test_vit", [KL])
+        features.of_images(found, encoder, [SMALL])
     assert str(error.value) == f"the loss of {found.where(place)} is nan; nothing was written"
     paths = [zoo / name for name in found.names]
-    fungi = Fungi("random:test_vit", [KL], pca=None)
+    fungi = Fungi(encoder, [SMALL], pca=None)
     with pytest.raises(FloatingPointError, match=f"the loss of {paths[place]} is nan"):
         fungi.fit(paths)
-    with pytest.raises(FloatingPointError, match=f"the loss of image {place} is nan"):
+    with pytest.raises(FloatingPointError, match=f"the loss of item {place} is nan"):
         fungi.fit([picture(i) for i in range(9)])

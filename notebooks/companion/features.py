@@ -61,6 +61,10 @@ def features(
     """
     encoder = load(backbone) if isinstance(backbone, str) else backbone
     train, test = splits(dataset, n_train, n_test)
+    if train.modality != encoder.inputs.kind:
+        raise ValueError(
+            f"{dataset} holds {train.modality} data, {encoder.name} reads {encoder.inputs.kind} data"
+        )
     wanted = [named(name, encoder) for name in names]
     options = dict(train=train, seed=seed, layer=layer, projection=projection)
     root = paths.store_dir()

@@ -156,6 +156,8 @@ def read(
 
 def decode(source: Path | bytes) -> np.ndarray | str:
     """Return the pixels (H, W, 3) of an image file, or why there are none."""
+    if isinstance(source, Path) and not source.is_file():  # to open a pipe is to wait for ever
+        return "no file: a link to nothing, a pipe or a device"
     try:
         return np.asarray(reduced(source))
     except UnidentifiedImageError:
