@@ -60,8 +60,9 @@ def lab(tmp_path_factory):
         ["make", "-n", "lab"], cwd=paths.ROOT, capture_output=True, text=True, check=True
     ).stdout
     options = shlex.split(next(line for line in asked.splitlines() if "jupyter lab" in line))[2:-1]
-    command = [sys.executable, "-m", "jupyterlab", *options, "--no-browser", f"--port={port}", "--allow-root",
-               "--ServerApp.ip=127.0.0.1", "--IdentityProvider.token=", f"--ServerApp.root_dir={folder}"]  # fmt: skip
+    command = [sys.executable, "-m", "jupyterlab", *options, "--no-browser", "--allow-root"]
+    command += [f"--port={port}", f"--ServerApp.root_dir={folder}"]
+    command += ["--ServerApp.ip=127.0.0.1", "--IdentityProvider.token="]
     with open(folder / "lab.log", "w") as log:
         server = subprocess.Popen(
             command, env=env, stdout=log, stderr=subprocess.STDOUT, cwd=folder

@@ -125,9 +125,7 @@ def test_packed_digits(root):
 
 
 def test_what_is_missing_is_one_line(root):
-    with pytest.raises(
-        datasets.DatasetUnavailable, match="esc10_fold1 .*put audio_esc.parquet in"
-    ):
+    with pytest.raises(datasets.DatasetUnavailable, match="esc10_fold1 .*put audio_esc.parquet in"):
         datasets.load("esc10_fold1", "train")
     (root / "audio_esc.parquet").write_bytes(b"no parquet")
     with pytest.raises(

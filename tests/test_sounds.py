@@ -273,7 +273,8 @@ def test_fit_length():
 
 
 def test_missing_soundfile_gives_one_line():
-    code = "import sys; sys.modules['soundfile'] = None\nfrom fungi_core import audio\naudio.decode('x.wav')"
+    code = "import sys; sys.modules['soundfile'] = None\n"
+    code += "from fungi_core import audio\naudio.decode('x.wav')"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "OSError: audio files need soundfile: pip install 'fungi_core[audio]'" in ran.stderr
 
@@ -281,7 +282,8 @@ def test_missing_soundfile_gives_one_line():
 def test_images_and_made_sounds_need_no_audio_library():
     code = """
 import sys
-sys.modules.update(dict.fromkeys(("soundfile", "pyarrow", "transformers", "torchaudio")))  # importing them fails
+# importing them fails
+sys.modules.update(dict.fromkeys(("soundfile", "pyarrow", "transformers", "torchaudio")))
 from companion import explore, features, protocol, studies
 from companion.data import datasets
 from companion.encoders.table import load

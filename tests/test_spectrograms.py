@@ -79,8 +79,8 @@ def published(grid=(8, 64), width=WIDTH, depth=DEPTH):
     new = lambda *shape: 0.1 * noise(*shape, seed=next(draw))
     state = {"cls_token": new(1, 1, width), "dist_token": new(1, 1, width)}
     state |= {"pos_embed": new(1, 2 + grid[0] * grid[1], width)}
-    layers = {"attn.qkv": (3 * width, width), "attn.proj": (width, width), "mlp.fc1": (4 * width, width),
-              "mlp.fc2": (width, 4 * width)}  # fmt: skip
+    layers = {"attn.qkv": (3 * width, width), "attn.proj": (width, width)}
+    layers |= {"mlp.fc1": (4 * width, width), "mlp.fc2": (width, 4 * width)}
     linear = {f"blocks.{i}.{name}": shape for i in range(depth) for name, shape in layers.items()}
     linear |= {
         "patch_embed.proj": (width, 1, 16, 16),
@@ -126,8 +126,9 @@ def test_ssast_is_transformers_ast(ssast, frames, across):
     pytest.importorskip("transformers")
     from transformers import ASTConfig, ASTModel
 
-    theirs = ASTModel(ASTConfig(hidden_size=WIDTH, num_hidden_layers=DEPTH, num_attention_heads=4, max_length=frames,
-                                intermediate_size=4 * WIDTH, layer_norm_eps=1e-6, num_mel_bins=128)).eval()  # fmt: skip
+    sizes = dict(hidden_size=WIDTH, num_hidden_layers=DEPTH, intermediate_size=4 * WIDTH)
+    sizes |= dict(num_attention_heads=4, max_length=frames, num_mel_bins=128)
+    theirs = ASTModel(ASTConfig(**sizes, layer_norm_eps=1e-6)).eval()
     file = {key.removeprefix("module.v."): x for key, x in published().items()}
     positions = file["pos_embed"][:, 2:].transpose(1, 2).reshape(1, WIDTH, 8, 64)
     first = 32 - across // 2

@@ -617,7 +617,8 @@ import numpy as np
 from pathlib import Path
 from fungi_core.store import open_entry
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)   # else the kernel's signal ends the process
-values = np.sin(np.arange(600 * 64)).reshape(600, 64).astype(np.float32)   # two shards of 64 kB, one of 22 kB
+# two shards of 64 kB, one of 22 kB
+values = np.sin(np.arange(600 * 64)).reshape(600, 64).astype(np.float32)
 rows = open_entry({{}}, 600, 64, Path({str(tmp_path)!r}))
 resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, resource.RLIM_INFINITY))
 try:

@@ -118,8 +118,9 @@ def test_gradients_are_autograds_one_sentence_at_a_time_without_padding(encoder,
         if objective.name == "mlm":
             states = [encoder.model(v[:, 0], v[:, 1]).last_hidden_state[0] for v in alone]
             table = encoder.model.get_input_embeddings().weight
-            losses = [F.cross_entropy(z @ table.T, v[0, 2], ignore_index=-1, reduction="sum") for z, v in
-                      zip(states, alone, strict=True)]  # fmt: skip
+            options = dict(ignore_index=-1, reduction="sum")
+            pairs = zip(states, alone, strict=True)
+            losses = [F.cross_entropy(z @ table.T, v[0, 2], **options) for z, v in pairs]
             loss = sum(losses) / sum((v[0, 2] >= 0).sum() for v in alone)
         else:
             states = [encoder.model(v[:, 0], v[:, 1]).last_hidden_state[0] for v in alone]

@@ -260,7 +260,8 @@ def main():
         parameters=sum(p.numel() for p in model.parameters()),
         machine=f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
         versions=dict(torch=torch.__version__, timm=timm.__version__),
-        data="Tiny-ImageNet, 100 classes, 400 training and 50 validation images a class (tiny_imagenet_100a.npz)",
+        data="Tiny-ImageNet, 100 classes, 400 training and 50 validation images a class "
+        "(tiny_imagenet_100a.npz)",
         terms="trained on ImageNet images: non-commercial research use",
     )
     (args.out / f"{args.name}.json").write_text(json.dumps(card, indent=1) + "\n")

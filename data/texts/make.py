@@ -16,9 +16,11 @@ from pydoc_data.topics import topics
 CHAPTERS = {
     "data model": "specialnames types objects bltin-code-objects dynamic-features",
     "compound statements": "compound async context-managers",
-    "simple statements": "assignment augassign import assert del raise return yield global nonlocal pass break",
-    "expressions": "comparisons calls binary operator-summary subscriptions slicings booleans in power unary shifting "
-    "bitwise exprlists lambda conversions atom-identifiers atom-literals attribute-references await",
+    "simple statements": "assignment augassign import assert del raise return yield global "
+    "nonlocal pass break",
+    "expressions": "comparisons calls binary operator-summary subscriptions slicings booleans in "
+    "power unary shifting bitwise exprlists lambda conversions atom-identifiers atom-literals "
+    "attribute-references await",
     "strings": "formatstrings string-methods strings",
     "containers": "typesseq typesmapping sequence-types typesseq-mutable dict lists",
     "debugger": "debugger",

@@ -63,7 +63,8 @@ def features(
     train, test = splits(dataset, n_train, n_test)
     if train.modality != encoder.inputs.kind:
         raise ValueError(
-            f"{dataset} holds {train.modality} data, {encoder.name} reads {encoder.inputs.kind} data"
+            f"{dataset} holds {train.modality} data, "
+            f"{encoder.name} reads {encoder.inputs.kind} data"
         )
     wanted = [named(name, encoder) for name in names]
     options = dict(train=train, seed=seed, layer=layer, projection=projection)

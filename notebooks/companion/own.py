@@ -252,7 +252,7 @@ def tiles(
 
 
 def near_duplicates(album: Album) -> pd.DataFrame:
-    """Return pairs of images: first, second (rows), cosine; the same pictures come first, with 1."""
+    """Return pairs of images: first, second (rows), cosine; the same picture twice has cosine 1."""
     near = np.where(identical(album), 1.0, cosines(album, "E"))
     first, second = np.triu_indices(len(near), 1)
     pairs = pd.DataFrame({"first": first, "second": second, "cosine": near[first, second]})

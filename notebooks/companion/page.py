@@ -57,7 +57,7 @@ class Page:
         return runs
 
     def proof(self) -> dict:
-        """Return where this page's numbers come from: parameters, stores, data, commit, versions."""
+        """Return where the numbers come from: parameters, stores, data, commit, versions."""
         rows = [split for *_, train, test in self.used for split in (train, test)]
         data = {
             (part.data.name, part.data.split, part.data.fingerprint): part.data for part in rows

@@ -228,7 +228,7 @@ def contrast(a: Sequence[tuple], b: Sequence[tuple], *, k: int = 20, seed: int =
 def class_gains(
     folds: Sequence[Pair], letters: Sequence[str], *, k: int = 20, pca: int | None = None
 ) -> pd.DataFrame:
-    """Return per-class accuracy of each feature set minus the embedding's: features, class, value."""
+    """Return each class's accuracy minus the embedding's: features, class, value."""
     labels = np.concatenate([test.labels for _, test in folds])
     classes, by_class = folds[0][1].data.classes, {}
     for name in ("E", *letters):
@@ -347,6 +347,6 @@ def similarity(a: Features, b: Features, letters: str) -> np.ndarray:
 
 
 def each(items: Iterable, label: str) -> tqdm:
-    """Return ``items`` with a bar for people from the third second on; it is quiet in batch logs."""
+    """Return ``items`` with a bar for people from the third second on, quiet in batch logs."""
     watched = sys.stderr.isatty() or "JPY_SESSION_NAME" in os.environ
     return tqdm(list(items), desc=label, mininterval=0.5, delay=2, leave=False, disable=not watched)

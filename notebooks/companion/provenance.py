@@ -28,9 +28,9 @@ def provenance(
 ) -> dict:
     """Return where a figure comes from, as a dict that JSON can hold.
 
-    ``stores``: keys of the store; ``datasets``: data sets as `companion.data` loads them; ``started``:
-    ``time.time()`` at the notebook's start. "dirty" tells whether the working tree, figures apart,
-    differs from the commit; both are None outside a git checkout.
+    ``stores``: keys of the store; ``datasets``: data sets as `companion.data` loads them;
+    ``started``: ``time.time()`` at the notebook's start. "dirty" tells whether the working tree,
+    figures apart, differs from the commit; both are None outside a git checkout.
     """
     import torch  # here, so that plotting alone does not wait for it
 

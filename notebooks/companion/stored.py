@@ -15,7 +15,7 @@ from fungi_core.store import Entry, StoreCorrupt, key, load_record
 
 
 def entries(root: Path) -> list[dict]:
-    """Return what the store holds, one dict a key: key, meta, n, width, done (rows on disk), bytes."""
+    """Return a dict for each entry: key, meta, n, width, done (rows on disk), bytes."""
     found = [Entry(file.parent, load_record(file)) for file in sorted(root.glob("*/meta.json"))]
     return [
         {

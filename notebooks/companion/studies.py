@@ -91,7 +91,7 @@ def retrieve(
 
 
 def relevant(train: Features, test: Features) -> tuple[list[dict], dict[str, str]]:
-    """Return the ground truth of every test row among the training rows, and setting -> protocol."""
+    """Return every test row's ground truth in the training rows, and {setting: protocol}."""
     data = train.data
     if data.metric != "mAP":
         return retrieval.same_class(test.labels, train.labels), {"same class": "medium"}
@@ -264,7 +264,7 @@ def projections(
 def projected(
     train: Features, test: Features, letter: str, kind: str, multiple: int, draw: int, k: int
 ) -> tuple[np.ndarray, float, float, float]:
-    """Return one draw's hits (N,), accuracy with the embedding, distortion, and seconds for 1,000."""
+    """Return a draw's hits (N,), accuracy with the embedding, distortion, seconds for 1,000."""
     name, width = names_of(letter)[0], train.blocks["embedding"].shape[1]
     factors = train.blocks[name], test.blocks[name]
     d, a = (x.shape[2] for x in factors[0][:1].appended())

@@ -1,4 +1,4 @@
-"""Read packed data sets: one file, ``NAME.npz`` of images or ``NAME.parquet`` of texts and clips."""
+"""Read packed data sets: one file, ``NAME.npz`` of images or ``NAME.parquet`` of others."""
 
 import json
 import struct

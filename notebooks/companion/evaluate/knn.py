@@ -67,7 +67,7 @@ def few_shot_indices(
 
 
 def per_class_accuracy(predicted, labels, n_classes: int) -> np.ndarray:
-    """Return the percentage of each true class that was predicted right, (C,); NaN without samples."""
+    """Return the percentage of each true class that was predicted right, (C,); NaN for none."""
     labels = one_a_row(labels, predicted)
     total = np.bincount(labels, minlength=n_classes)
     if len(total) > n_classes:
@@ -90,7 +90,8 @@ def bootstrap(
     for name, array in (("other", other), ("labels", labels)):
         if array is not None and np.shape(array) != values.shape:
             raise ValueError(
-                f"bootstrap needs one sample a row: correct {values.shape}, {name} {np.shape(array)}"
+                f"bootstrap needs one sample a row: correct {values.shape}, "
+                f"{name} {np.shape(array)}"
             )
     if values.ndim != 1 or not values.size:
         raise ValueError(f"bootstrap needs a non-empty vector, got shape {values.shape}")

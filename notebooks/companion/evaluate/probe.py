@@ -16,7 +16,7 @@ STEPS = 1000  # at most; the optimum is found in fewer
 
 
 class Probe(NamedTuple):
-    """Hold what `predict` did: labels (M,), the strength it chose, validation accuracy of each (%)."""
+    """Hold labels (M,), the strength chosen, and the validation accuracy (%) of each strength."""
 
     labels: np.ndarray
     strength: float
