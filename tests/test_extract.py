@@ -467,7 +467,7 @@ def test_subsets_are_balanced_and_zero_is_all(monkeypatch):
         datasets,
         "load",
         lambda name, split, limit=None: (
-            asked.append((split, limit)) or SimpleNamespace(split=split)
+            asked.append((split, limit)) or SimpleNamespace(split=split, modality="image")
         ),
     )
     monkeypatch.setattr(named, "extract", lambda data, *_, **settings: data.split)

@@ -1,4 +1,4 @@
-"""Folders of one's own: what is skipped, what breaks later, names that are taken, halves of sets."""
+"""Folders of one's own: what is skipped, what breaks later, taken names, halves of sets."""
 
 import shutil
 

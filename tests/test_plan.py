@@ -137,6 +137,9 @@ def test_a_batch_runs_in_a_plain_copy_whose_path_has_a_space(tmp_path):
         shutil.copytree(paths.ROOT / name, copy / name, ignore=ignored)
     for name in ("Snakefile", "requirements.lock"):
         shutil.copy(paths.ROOT / name, copy)
+    (copy / "data").mkdir()
+    for table in (paths.ROOT / "data").glob("*.csv"):
+        shutil.copy(table, copy / "data")
     code = "import companion, fungi_core\nprint(companion.__file__, fungi_core.__file__, sep='\\n')"
     parameters = 'profile: str = "mini"  # which profile\nseed: int = 0  # base seed'
     tagged = new_code_cell(parameters, metadata={"tags": ["parameters"]})

@@ -13,7 +13,7 @@ from companion import segmentation, stored
 from companion.data import masks
 from companion.evaluate import iou, scenes
 from companion.figures import grids, plots, style
-from fungi_core import store
+from fungi_core import filling, store
 from fungi_core.search import nearest
 from fungi_core.tokens import KINDS, Extractor, Loss, for_patches
 
@@ -110,7 +110,8 @@ def test_only_the_kinds_that_the_store_lacks_are_computed(encoder, tmp_path, mon
 
 def test_a_killed_run_goes_on_where_its_shards_end(encoder, tmp_path, monkeypatch):
     monkeypatch.setenv("FUNGI_STORE", str(tmp_path))
-    monkeypatch.setattr(store, "SHARD", 2)
+    for module in (store, filling):
+        monkeypatch.setattr(module, "SHARD", 2)
     data, other = toy(), toy(5, "test")
     setup = scenes.Setup(size=SIZE, k=3, memory=24)
     full = scenes.predictions

@@ -296,7 +296,7 @@ def test_an_image_objective_or_item_is_refused_in_one_line(encoder):
         named("dino", encoder)
     with pytest.raises(ValueError, match="text 1 is a int; a text backbone takes str"):
         features(encoder, KL(), ["a", 7], parts(encoder, KL()))
-    with pytest.raises(ValueError, match="text 0 is a Image; a text backbone takes str"):
+    with pytest.raises(ValueError, match="digits holds image data, .*-tiny reads text data"):
         extraction.features("digits", encoder, ["kl"], n_train=10, n_test=10)
     encoder.inputs.tokenizer.mask_token_id = None
     with pytest.raises(ValueError, match="has no mask token"):
