@@ -19,7 +19,7 @@ import torch
 from . import store
 from .backbones import Backbone
 from .devices import default_modes
-from .filling import Target, lacking, write
+from .filling import Target, gaps, write
 from .gradients import Factors, linear_layer
 from .inputs import Whole
 from .objectives import Heads, Objective
@@ -181,7 +181,7 @@ def fill_gradients(
 
     ``sources``: the layer and the training data of each gradient; targets name theirs by place.
     """
-    if not lacking(targets, len(items), part):
+    if not gaps(targets, len(items), part):
         return  # neither heads nor negatives are drawn
     parts, negatives = [], {}
     for layer, train in sources:

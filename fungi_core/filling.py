@@ -41,28 +41,20 @@ class Target:
                 self.entry.write(int(run[0]), part)
 
 
-def lacking(
+def gaps(
     targets: Sequence[Target], count: int, part: tuple[int, int | None] = (0, None)
 ) -> list[tuple[int, int]]:
-    """Return the ranges [start, stop) of ``count`` items that any target lacks, in order."""
-    wanted = np.zeros(count + 2, bool)
-    for target in targets:
-        wanted[1:-1] |= target.wanted(*part)
-    edges = np.flatnonzero(np.diff(wanted))
-    return edges.reshape(-1, 2).tolist()  # (2 gaps,) -> (gaps, 2)
+    """Return the ranges [start, stop) of ``count`` items that hold all that any target lacks.
 
-
-def _whole_batches(ranges: Sequence[tuple[int, int]], count: int) -> list[tuple[int, int]]:
-    """Widen ranges of ``count`` items to multiples of the store's files, and join what meets.
-
-    Rows that a target lacks may be scattered over the items, as a fold's are; a resumed run must
-    have the batches of an undisturbed one, so the same bytes.
+    They are widened to multiples of the store's files: rows that a target lacks may be scattered
+    over the items, as a fold's are, and a resumed run must have the batches of an undisturbed one,
+    so the same bytes.
     """
-    blocks = np.zeros(-(-count // SHARD) + 2, bool)
-    for start, stop in ranges:
-        blocks[1 + start // SHARD : 1 - (-stop // SHARD)] = True
-    edges = np.minimum(np.flatnonzero(np.diff(blocks)) * SHARD, count)
-    return edges.reshape(-1, 2).tolist()  # (2 ranges,) -> (ranges, 2)
+    files = np.zeros(-(-count // SHARD) + 2, bool)
+    for target in targets:
+        files[1 + np.flatnonzero(target.wanted(*part)) // SHARD] = True
+    edges = np.minimum(np.flatnonzero(np.diff(files)) * SHARD, count)
+    return edges.reshape(-1, 2).tolist()  # (2 gaps,) -> (gaps, 2)
 
 
 def write(
@@ -83,9 +75,9 @@ def write(
         for target in sorted(targets, key=lambda target: target.entry.key):
             locks.enter_context(target.entry.lock(*part))
         # Asked again under the lock: another process may have been faster.
-        gaps = _whole_batches(lacking(targets, len(items), part), len(items))
-        with progress(sum(stop - start for start, stop in gaps), label) as bar:
-            for first, stop in gaps:
+        absent = gaps(targets, len(items), part)
+        with progress(sum(stop - start for start, stop in absent), label) as bar:
+            for first, stop in absent:
                 for start, embeddings, gradients in rows(_Some(items, first, stop)):
                     count = len(gradients[0] if gradients else embeddings)
                     place = slice(first + start, first + start + count)

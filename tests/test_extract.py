@@ -19,7 +19,7 @@ from companion.protocol import fungi_features, similarity
 from companion.stored import entries
 from fungi_core import DINO, KL, Fungi, SimCLR, extract, load, projection, store
 from fungi_core.features import apply_pca, fit_pca, join, normalize
-from fungi_core.filling import Target, lacking
+from fungi_core.filling import Target, gaps
 from fungi_core.rows import draw_parts, gradient_rows, view_batches
 from fungi_core.views import Crops, ImageInputs, Patches
 
@@ -206,20 +206,20 @@ def test_a_complete_embedding_is_not_locked_by_the_gradients_of_another_seed(mon
     [
         ([], []),
         ([(256, 512), (0, 512)], [(0, 512)]),
-        ([(0, 256), (256, 300), (512, 600)], [(0, 300), (512, 600)]),
-        ([(0, 900), (10, 20), (30, 40)], [(0, 900)]),
+        ([(0, 256), (256, 300), (512, 600)], [(0, 768)]),  # 300 and 600 are in the middle of files
+        ([(0, 10), (512, 513), (890, 900)], [(0, 256), (512, 900)]),
     ],
 )
-def test_union_of_row_ranges(ranges, joined):
+def test_gaps_are_the_union_of_what_targets_lack_in_whole_files(ranges, joined):
     entry = lambda *gap: SimpleNamespace(n=900, missing=lambda *part: [gap])
     targets = [Target(entry(*gap), np.arange(900)) for gap in ranges]
-    assert list(map(tuple, lacking(targets, 900))) == joined
+    assert list(map(tuple, gaps(targets, 900))) == joined
 
 
 def test_items_that_are_no_rows_of_an_entry_are_not_lacking():
     entry = SimpleNamespace(n=4, missing=lambda *part: [(1, 3)])
     rows = np.array([-1, 3, 2, -1, 1, 0])  # of six items
-    assert list(map(tuple, lacking([Target(entry, rows)], 6))) == [(2, 3), (4, 5)]
+    assert np.flatnonzero(Target(entry, rows).wanted(0, None)).tolist() == [2, 4]
 
 
 # --- keys
