@@ -39,8 +39,7 @@ EXTRACTION = 2  # raise when the same settings would give other features than be
 class Features:
     """Hold a data set and its raw blocks: {"embedding": (N, D), "kl": (N, d), ...} float32.
 
-    With ``projection="exact"`` a gradient's block is its `Factors`. ``keys`` name the store's
-    entries.
+    With ``projection="exact"`` a gradient's block is its `Factors`. ``keys``: the store's entries.
     """
 
     data: Any
@@ -72,9 +71,8 @@ def extract(
     """Return embeddings and gradients of a data set; what the store lacks is extracted into it.
 
     ``train``: the data set that negatives are drawn from (default: ``data`` itself). ``seed`` draws
-    heads, projection, negatives and views. ``projection``: "rademacher",
-        "khatri-rao", "sketch" or "exact"; "exact" keeps
-    the factors. ``root``: the store's folder.
+    heads, projection, negatives and views. ``projection``: "rademacher", "khatri-rao", "sketch", or
+    "exact", which keeps the factors. ``root``: the store's folder.
     """
     options = dict(train=train, seed=seed, layer=layer, projection=projection, root=root)
     entries = fill(data, backbone, objectives, **options)
@@ -151,15 +149,13 @@ def extract_layers(
     train, every = data if train is None else train, np.arange(len(data))
     entries = {}
     for layer in layers:
-        linear_layer(backbone.model, layer)  # a wrong one raises before anything is extracted
         meta = describe(data, backbone, objective, train, seed, layer, "rademacher")
         entries[layer] = store.open_entry(meta, len(data), backbone.width, root)
-    if backbone.layer in entries:
-        fill(data, backbone, [objective], train=train, seed=seed, root=root)
     others = [layer for layer in layers if layer != backbone.layer]
-    targets = [Target(entries[layer], every, source=i) for i, layer in enumerate(others)]
-    sources = [(layer, train) for layer in others]
-    fill_gradients(targets, data, backbone, objective, sources, seed, "rademacher", root)
+    for some in (others, [layer for layer in layers if layer == backbone.layer]):
+        targets = [Target(entries[layer], every, source) for source, layer in enumerate(some)]
+        sources = [(layer, train) for layer in some]
+        fill_gradients(targets, data, backbone, objective, sources, seed, root=root)
     return {
         layer: Features(data, {objective.name: entry.read()}, (entry.key,))
         for layer, entry in entries.items()

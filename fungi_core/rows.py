@@ -3,7 +3,6 @@
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import torch
 from .backbones import Backbone
 from .devices import default_modes, fixed_teams, steps_in_default_modes
 from .gradients import LossNotFinite
-from .inputs import Whole
+from .inputs import Views, Whole
 from .objectives import Heads, Objective
 from .projection import Projection, draw
 from .seeds import content_id, generator
@@ -34,11 +33,7 @@ class Parts:
 
 @default_modes()
 def draw_parts(
-    backbone: Backbone,
-    objective: Objective,
-    seed: int,
-    layer: str | None = None,
-    kind: str = "rademacher",
+    backbone: Backbone, objective: Objective, seed: int, layer: str | None = None, kind="rademacher"
 ) -> Parts:
     """Draw heads and projection from the seed.
 
@@ -64,11 +59,7 @@ def chosen_negatives(
 
 @steps_in_default_modes
 def negative_latents(
-    backbone: Backbone,
-    objective: Objective,
-    heads: Heads,
-    items: Sequence,
-    seed: int,
+    backbone: Backbone, objective: Objective, heads: Heads, items: Sequence, seed: int
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """Yield (start, latents (B, V, C) float32) of the items that serve as negatives."""
     for start, batch in view_batches(backbone, objective.views, objective.name, items, seed):
@@ -81,15 +72,9 @@ def negative_latents(
 
 @default_modes()
 def draw_negatives(
-    backbone: Backbone,
-    objective: Objective,
-    heads: Heads,
-    items: Sequence,
-    seed: int,
+    backbone: Backbone, objective: Objective, heads: Heads, items: Sequence, seed: int
 ) -> torch.Tensor | None:
-    """Return what the loss is compared with, (M, C), from training ``items``; None without
-    negatives.
-    """
+    """Return what the loss is compared with, (M, C), from training ``items``; None for nothing."""
     if not objective.negatives:
         return None
     rows, rng = chosen_negatives(objective, len(items), seed)
@@ -100,12 +85,12 @@ def draw_negatives(
 
 @steps_in_default_modes
 def view_batches(
-    backbone: Backbone, kind, key: str, items: Sequence, seed: int
+    backbone: Backbone, kind: Views, key: str, items: Sequence, seed: int, most: int = 256
 ) -> Iterator[tuple[int, torch.Tensor | list[torch.Tensor]]]:
     """Yield (start, views (B, V, ...) on the device) for all items, one batch ahead of the model.
 
-    ``kind``: how an item becomes views, such as `views.Crops`. Random views are drawn by ``seed``,
-    ``key`` (the objective's name) and the item's content.
+    Random views are drawn by ``seed``, ``key`` (the objective's name) and the item's content.
+    ``most``: items in a batch, at most.
     """
     inputs = backbone.inputs
     if kind.of not in (inputs.kind, "any"):
@@ -114,14 +99,14 @@ def view_batches(
             f"{inputs.kind} data"
         )
     fixed_teams()
-    size = max(1, inputs.at_once(kind.count(inputs), backbone.device))
+    size = max(1, min(most, inputs.at_once(kind.count(inputs), backbone.device)))
     # A divisor of the store's files: a resumed run has the same batches, so the same bytes.
     size = 1 << size.bit_length() - 1
 
     def prepare(start: int) -> torch.Tensor:
         made = []
         for i in range(start, min(start + size, len(items))):
-            item = inputs.decode(items[i], f"{inputs.kind} {i}")
+            item = inputs.decode(items[i], _name(items, i, inputs.kind))
             rng = generator(seed, key, content_id(inputs.content(item)))
             made.append(kind.draw(item, inputs, rng, backbone.device))
         stack = inputs.stack(made)
@@ -154,11 +139,7 @@ def embedding_rows(
 
 @steps_in_default_modes
 def gradient_rows(
-    backbone: Backbone,
-    objective: Objective,
-    parts: Sequence[Parts],
-    items: Sequence,
-    seed: int,
+    backbone: Backbone, objective: Objective, parts: Sequence[Parts], items: Sequence, seed: int
 ) -> Iterator[tuple[int, np.ndarray | None, list[np.ndarray]]]:
     """Yield (start, embeddings (B, D) or None, projected gradients (B, d) with each of ``parts``).
 
@@ -168,42 +149,27 @@ def gradient_rows(
     layers = list(dict.fromkeys(part.layer for part in parts))
     pairs = list({id(part.negatives): part for part in parts}.values())
     heads, negatives = [part.heads for part in pairs], [part.negatives for part in pairs]
-    place = [
-        [id(pair.negatives) for pair in pairs].index(id(part.negatives)) * len(layers)
-        + layers.index(part.layer)
-        for part in parts
-    ]
-    whole = isinstance(objective.views, Whole)
-    for start, batch in view_batches(backbone, objective.views, objective.name, items, seed):
-        for offset, few in _in_pieces(batch, layers, backbone.device):
-            with _naming(items, start + offset):
-                embeddings, factors = objective.factors(backbone, few, heads, negatives, layers)
-            projected = [
-                part.projection.apply(factors[i], backbone.dtype).cpu().numpy()
-                for part, i in zip(parts, place, strict=True)
-            ]
-            yield start + offset, embeddings[:, 0].cpu().numpy() if whole else None, projected
+    order = [(id(pair.negatives), layer) for pair in pairs for layer in layers]
+    place = [order.index((id(part.negatives), part.layer)) for part in parts]
+    views, whole = objective.views, isinstance(objective.views, Whole)
+    # Few items at a time where the activations of many layers are held.
+    most = 256 if len(layers) == 1 else 2 if backbone.device == "cpu" else 8
+    for start, batch in view_batches(backbone, views, objective.name, items, seed, most):
+        try:
+            embeddings, factors = objective.factors(backbone, batch, heads, negatives, layers)
+        except LossNotFinite as error:
+            i = start + error.sample
+            named = isinstance(items[i], (str, Path))
+            name = str(items[i]) if named else _name(items, i, backbone.inputs.kind)
+            raise LossNotFinite(error.sample, error.value, name) from error
+        projected = [
+            part.projection.apply(factors[i], backbone.dtype).cpu().numpy()
+            for part, i in zip(parts, place, strict=True)
+        ]
+        yield start, embeddings[:, 0].cpu().numpy() if whole else None, projected
 
 
-def _in_pieces(batch, layers: Sequence[str], device: str) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yield (offset, part of a batch): few items where many layers' activations are held."""
-    few = 2 if device == "cpu" else 8
-    if len(layers) == 1 or isinstance(batch, list):
-        yield 0, batch
-        return
-    for offset in range(0, len(batch), few):
-        yield offset, batch[offset : offset + few]
-
-
-@contextmanager
-def _naming(items: Sequence, start: int) -> Iterator[None]:
-    """Say which item it is whose loss is not finite, in the batch that begins at ``start``."""
-    try:
-        yield
-    except LossNotFinite as error:
-        i = start + error.sample
-        if hasattr(items, "where"):  # a data set names its items itself
-            name = items.where(i)
-        else:
-            name = str(items[i]) if isinstance(items[i], (str, Path)) else f"item {i}"
-        raise LossNotFinite(error.sample, error.value, name) from error
+def _name(items: Sequence, i: int, kind: str) -> str:
+    """Return how messages name item i: as its data set does, else by its number."""
+    named = hasattr(items, "where") and not isinstance(items, torch.Tensor)
+    return items.where(i) if named else f"{kind} {i}"

@@ -365,6 +365,16 @@ def test_a_loss_that_is_nan_leaves_nothing_half_written(name, monkeypatch, workp
     assert np.isfinite(train.blocks[name]).all()
 
 
+def test_an_item_that_is_no_image_has_the_name_that_its_data_set_gives_it():
+    class Drawer(list):
+        def where(self, i):
+            return f"drawer {i}"
+
+    items = Drawer([np.zeros((32, 32), np.uint8), {}])
+    with pytest.raises(ValueError, match="^drawer 1 is a dict"):
+        next(view_batches(small(), KL().views, "kl", items, 0))
+
+
 def test_one_name_twice_is_refused_before_it_can_mix_two_settings(workplace):
     for names in (
         ["kl", "kl"],

@@ -264,5 +264,7 @@ def test_a_loss_that_is_nan_names_the_file(zoo, encoder, monkeypatch, tmp_path, 
     fungi = Fungi(encoder, [SMALL], pca=None)
     with pytest.raises(FloatingPointError, match=f"the loss of {paths[place]} is nan"):
         fungi.fit(paths)
-    with pytest.raises(FloatingPointError, match=f"the loss of item {place} is nan"):
+    with pytest.raises(FloatingPointError, match=f"the loss of image {place} is nan"):
         fungi.fit([picture(i) for i in range(9)])
+    with pytest.raises(FloatingPointError, match=f"the loss of image {place} is nan"):
+        fungi.fit(torch.rand(9, 3, 32, 32))  # `where` is a method of tensors
