@@ -30,21 +30,11 @@ def project_tokens(d: torch.Tensor, a: torch.Tensor, bits: torch.Tensor) -> torc
     The sums are cut in the same places whatever T is, so a token's features do not depend on its
     batch.
     """
-    return (
-        _launch(d, a, bits, block=(128, 128, 64), splits=3)
-        if d.is_cuda
-        else project_tokens_torch(d, a, bits)
-    )
-
-
-def project_gradients(gradients: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
-    """Gradients (B, columns) times R's transpose, (B, rows) float32: few rows and many columns, so
-    many splits.
-    """
-    ones = gradients.new_ones(len(gradients), 1)
-    if gradients.is_cuda:
-        return _launch(ones, gradients, bits, block=(64, 128, 64), splits=64)
-    return project_tokens_torch(ones, gradients, bits)
+    if not d.is_cuda:
+        return project_tokens_torch(d, a, bits)
+    if d.shape[1] == 1:  # gradients that are vectors: few rows and many columns, so many splits
+        return _launch(d, a, bits, block=(64, 128, 64), splits=64)
+    return _launch(d, a, bits, block=(128, 128, 64), splits=3)
 
 
 def project_tokens_torch(
@@ -57,17 +47,14 @@ def project_tokens_torch(
     """
     (count, d_out), d_in, rows = d.shape, a.shape[1], len(bits if dense is None else dense)
     out = torch.zeros(count, rows, device=a.device)
-    entries = max(
-        1, _BLOCK_BYTES // (max(count, rows) * a.element_size())
-    )  # gradient entries at once
+    # Gradient entries at once.
+    entries = max(1, _BLOCK_BYTES // (max(count, rows) * a.element_size()))
     units, wide = max(1, entries // d_in), min(d_in, entries)
     for o in range(0, d_out, units):
         some = min(units, d_out - o)
         for i in range(0, d_in, wide):  # one step, unless a single output unit is too long
-            outer = (d[:, o : o + some, None] * a[:, None, i : i + wide]).flatten(
-                1
-            )  # (T, some * D_in)
-            first = o * d_in + i
+            outer = d[:, o : o + some, None] * a[:, None, i : i + wide]
+            outer, first = outer.flatten(1), o * d_in + i  # (T, some * D_in)
             last = first + outer.shape[1]
             signs = unpack(bits, first, last, a.dtype) if dense is None else dense[:, first:last]
             out += (outer @ signs.T).float()
@@ -80,9 +67,8 @@ def unpack(
     """Columns start..stop of the signs as a dense matrix of -1 and +1, (rows, stop - start)."""
     first = start // 8
     byte = torch.arange(256, dtype=torch.uint8, device=bits.device)
-    table = (
-        ((byte[:, None] >> byte[:8]) & 1).to(dtype).mul_(2).sub_(1)
-    )  # (256, 8): the signs in each byte
+    # (256, 8): the signs in each byte
+    table = ((byte[:, None] >> byte[:8]) & 1).to(dtype).mul_(2).sub_(1)
     signs = F.embedding(bits[:, first : -(-stop // 8)].int(), table)  # (rows, bytes, 8)
     return signs.flatten(1)[:, start - 8 * first : stop - 8 * first]
 
@@ -149,22 +135,18 @@ if triton is not None:
             activations = tl.load(a + t[:, None] * d_in + i[None, :], mask=inside, other=0.0)
             for o in range(0, d_out):
                 scale = tl.load(d + t * d_out + o, mask=t < count, other=0.0)
-                outer = (activations.to(tl.float32) * scale.to(tl.float32)[:, None]).to(
-                    activations.dtype
-                )
+                outer = activations.to(tl.float32) * scale.to(tl.float32)[:, None]
+                outer = outer.to(activations.dtype)
                 column = o * d_in + i
                 known = (i < d_in)[:, None] & (r < rows)[None, :]
-                byte = tl.load(
-                    bits + r[None, :] * row_bytes + (column >> 3)[:, None], mask=known, other=0
-                )
+                offset = r[None, :] * row_bytes + (column >> 3)[:, None]
+                byte = tl.load(bits + offset, mask=known, other=0)
                 one = (byte.to(tl.int32) >> (column & 7)[:, None]) & 1
                 signs = (2.0 * one.to(tl.float32) - 1.0).to(activations.dtype)
-                if (
-                    WIDEN
-                ):  # Triton's interpreter cannot multiply bf16; in fp32 the products are the same
+                # Triton's interpreter cannot multiply bf16; in fp32 the products are the same.
+                if WIDEN:
                     outer, signs = outer.to(tl.float32), signs.to(tl.float32)
-                sums = tl.dot(
-                    outer, signs, sums, input_precision="ieee"
-                )  # no TF32: fp32 in, fp32 out
+                # No TF32: fp32 in, fp32 out.
+                sums = tl.dot(outer, signs, sums, input_precision="ieee")
         place = part * count * rows + t[:, None] * rows + r[None, :]
         tl.store(out + place, sums, mask=(t < count)[:, None] & (r < rows)[None, :])

@@ -56,14 +56,11 @@ class Rademacher:
 
     def bits(self, device="cpu") -> torch.Tensor:
         """Return R as it is kept: (rows, bytes) uint8, see `kernels`."""
-        if self._bits.get(device) is None:
-            drawn = self._bits.get("cpu")
-            drawn = (
-                torch.from_numpy(sign_bits(self.rows, self.columns, *self.keys))
-                if drawn is None
-                else drawn
-            )
-            self._bits |= {"cpu": drawn, device: drawn.to(device)}
+        if not self._bits:
+            drawn = sign_bits(self.rows, self.columns, *self.keys)
+            self._bits["cpu"] = torch.from_numpy(drawn)
+        if device not in self._bits:
+            self._bits[device] = self._bits["cpu"].to(device)
         return self._bits[device]
 
     def apply(self, factors: Factors, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -72,52 +69,33 @@ class Rademacher:
         ``dtype`` is that of the multiplication; sums are accumulated in float32.
         """
         gradient = factors.gradient().flatten(1)  # (B, D_out, D_in + 1) -> (B, columns)
-        if gradient.shape[1] != self.columns:
-            raise ValueError(
-                f"the gradient has {gradient.shape[1]} entries, R has {self.columns} columns"
-            )
-        # Scale to unit length first: a projection is linear, and bf16 keeps its precision away from
-        # tiny numbers.
-        gradient, length = _unit(gradient)
-        gradient = gradient.to(dtype)
-        if gradient.is_cuda and self.matrix is None:
-            return kernels.project_gradients(gradient, self.bits(gradient.device)) * length
-        size = self._rows_at_once(dtype)
-        out = [
-            gradient @ self._cached(i, min(i + size, self.rows), gradient).T
-            for i in range(0, self.rows, size)
-        ]
-        return torch.cat(out, 1).float() * length
+        return self._project(gradient.new_ones(len(gradient), 1), gradient, dtype)
 
     def apply_tokens(self, factors: Factors, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Return R vec(d_n [a_n; 1]^T) of each view or token, (B, n, .) -> (B, n, rows) float32.
 
         No token's gradient is ever held; memory is that of a block of entries (`kernels`).
         """
-        d, a = factors.appended()
-        (d, d_length), (a, a_length) = (_unit(x.flatten(0, 1)) for x in (d, a))  # (B * n, .)
-        if d.shape[1] * a.shape[1] != self.columns:
-            found = d.shape[1] * a.shape[1]
-            raise ValueError(
-                f"the gradients have {found} entries, the projection {self.columns} columns"
-            )
+        d, a = (x.flatten(0, 1) for x in factors.appended())  # (B * n, .)
+        return self._project(d, a, dtype).unflatten(0, factors.activations.shape[:2])
+
+    def _project(self, d: torch.Tensor, a: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Return R vec(d_t a_t^T) of each row, (T, D_out), (T, D_in) -> (T, rows) float32."""
+        if (found := d.shape[1] * a.shape[1]) != self.columns:
+            raise ValueError(f"the gradients have {found} entries, R has {self.columns} columns")
+        # Scale to unit length first: a projection is linear, and bf16 keeps its precision away from
+        # tiny numbers.
+        (d, d_length), (a, a_length) = _unit(d), _unit(a)
         d, a = d.to(dtype), a.to(dtype)
-        if self.matrix is None and (d.is_cuda or self._rows_at_once(dtype) < self.rows):
+        size = self.rows * self.columns * dtype.itemsize
+        if self.matrix is None and (d.is_cuda or size > self.dense_limit):
             out = kernels.project_tokens(d, a, self.bits(d.device))
         else:
-            out = kernels.project_tokens_torch(d, a, None, self._cached(0, self.rows, d))
-        return (out * d_length * a_length).unflatten(0, factors.activations.shape[:2])
-
-    def _rows_at_once(self, dtype: torch.dtype) -> int:
-        return min(self.rows, max(1, self.dense_limit // (self.columns * dtype.itemsize)))
-
-    def _cached(self, start: int, stop: int, like: torch.Tensor) -> torch.Tensor:
-        if stop - start < self.rows:  # too large to keep dense
-            return self.block(start, stop, like.device, like.dtype)
-        key = (like.device, like.dtype)
-        if key not in self._dense:
-            self._dense[key] = self.block(start, stop, like.device, like.dtype)
-        return self._dense[key]
+            key = d.device, dtype
+            if key not in self._dense:
+                self._dense[key] = self.block(0, self.rows, *key)
+            out = kernels.project_tokens_torch(d, a, None, self._dense[key])
+        return out * d_length * a_length
 
 
 class KhatriRao:
@@ -158,9 +136,8 @@ class TensorSketch:
 
     def apply(self, factors: Factors, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Project factors (B, n, .) to (B, rows) float32, always by float32 sums."""
-        return torch.fft.irfft(
-            self._spectrum(factors).sum(1), self.rows
-        )  # linear: one inverse for all n
+        # Linear: one inverse for all n.
+        return torch.fft.irfft(self._spectrum(factors).sum(1), self.rows)
 
     def apply_tokens(self, factors: Factors, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Project each view or token on its own, (B, n, .) -> (B, n, rows) float32."""
@@ -169,9 +146,8 @@ class TensorSketch:
     def _spectrum(self, factors: Factors) -> torch.Tensor:
         spectra = []
         for x, bucket, sign in zip(factors.appended(), self.buckets, self.signs, strict=True):
-            counts = x.new_zeros(*x.shape[:2], self.rows).index_add_(
-                2, bucket.to(x.device), x * sign.to(x)
-            )
+            counts = x.new_zeros(*x.shape[:2], self.rows)
+            counts.index_add_(2, bucket.to(x.device), x * sign.to(x))
             spectra.append(torch.fft.rfft(counts))  # (B, n, rows / 2 + 1)
         return spectra[0] * spectra[1]  # a product here is a convolution of the two sketches
 
@@ -215,9 +191,8 @@ def exact_kernel(x: Factors, y: Factors) -> torch.Tensor:
     if dx.shape[1] == dy.shape[1] == 1:
         return (dx[:, 0] @ dy[:, 0].T) * (ax[:, 0] @ ay[:, 0].T)
     out = []
-    for d, a in zip(
-        dx, ax, strict=True
-    ):  # one sample of x at a time bounds the memory to n x By x n
+    # One sample of x at a time bounds the memory to n x By x n.
+    for d, a in zip(dx, ax, strict=True):
         both = torch.einsum("no,jmo->jnm", d, dy).mul_(torch.einsum("ni,jmi->jnm", a, ay))
         out.append(both.sum((1, 2)))
     return torch.stack(out)
