@@ -20,14 +20,9 @@ from .devices import default_modes, resolve_device, resolve_dtype
 from .gradients import Factors, Loss, linear_layer, tapped_factors
 from .views import ImageInputs
 
-_ATTENTION_OUTPUTS = (  # how timm and transformers call the output projection of an attention
-    "attn.proj",
-    "attention.output.dense",
-    "SelfAttention.o",
-    "self_attn.out_proj",
-    "attention.out_lin",
-    "attn.o",
-)
+# How timm and transformers call the output projection of an attention.
+_ATTENTION_OUTPUTS = ("attn.proj", "attention.output.dense", "SelfAttention.o")
+_ATTENTION_OUTPUTS += ("self_attn.out_proj", "attention.out_lin", "attn.o")
 
 
 @dataclass
@@ -52,8 +47,7 @@ class Backbone:
     fast: bool = True
 
     def embed(self, views: torch.Tensor) -> torch.Tensor:
-        """Return embeddings (N, D) of views (N, ...) in the backbone's dtype, as timm reads them
-        out.
+        """Return embeddings (N, D) of views (N, ...) in the backbone's dtype.
 
         Images of another size go through the network at that size.
         """
@@ -78,14 +72,11 @@ class Backbone:
         A module that was passed in has no name that fixes its structure, so its modules' plain
         attributes (pooling, number of heads, ...) are hashed as well.
         """
-        digest = hashlib.blake2b(digest_size=16)
+        digest, ignored = hashlib.blake2b(digest_size=16), ("training", "fused_attn")
         for path, module in self.model.named_modules() if self.given else ():
-            plain = {
-                k: v for k, v in vars(module).items() if isinstance(v, (bool, int, float, str))
-            }
-            ignored = ("training", "fused_attn")  # these change no feature
-            kept = sorted((k, v) for k, v in plain.items() if k not in ignored)
-            digest.update(repr((path, kept)).encode())
+            own = sorted((k, v) for k, v in vars(module).items() if k not in ignored)
+            plain = [(k, v) for k, v in own if isinstance(v, (bool, int, float, str))]
+            digest.update(repr((path, plain)).encode())
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(name.encode() + tensor.float().cpu().numpy().tobytes())
         return digest.hexdigest()
@@ -177,9 +168,8 @@ def load(
 
     Raises ValueError for an unknown name, a layer that is none, or a file that is no checkpoint.
     """
-    options = dict(layer=layer, device=device, dtype=dtype, head=head)
-    name = str(name) if isinstance(name, Path) else name
-    if isinstance(name, torch.nn.Module):
+    given, inputs = isinstance(name, torch.nn.Module), None
+    if given:
         title = type(name).__name__
         if layer is None:
             raise ValueError(
@@ -187,12 +177,14 @@ def load(
                 "'blocks.11.attn.proj'"
             )
         model = copy.deepcopy(name)  # the caller's module stays as it is
-        return freeze(model, title, _timm_inputs(model), given=True, **options)
-    if Path(name).suffix == ".safetensors":
+    elif Path(name).suffix == ".safetensors":
+        title = Path(name).stem
         model, inputs = _read_checkpoint(Path(name), head, arguments)
-        return freeze(model, Path(name).stem, inputs, **options)
-    model = create(name, head, arguments or {})
-    return freeze(model, name, _timm_inputs(model), **options)
+    else:
+        title = str(name)
+        model = create(title, head, arguments or {})
+    options = dict(layer=layer, device=device, dtype=dtype, head=head, given=given)
+    return freeze(model, title, inputs or _timm_inputs(model), **options)
 
 
 def freeze(
@@ -270,8 +262,11 @@ def _read_checkpoint(
         architecture = metadata.get("architecture", file.stem)
         arguments = json.loads(metadata.get("arguments", "{}")) | (arguments or {})
         model = create(f"random:{architecture}", head, arguments)
-        if not head:
-            state = {key: value for key, value in state.items() if not key.startswith("head.")}
+        if not head:  # a distilled network has two classifiers
+            unused = model.pretrained_cfg.get("classifier") or ()
+            unused = (unused,) if isinstance(unused, str) else unused
+            prefixes = tuple(f"{layer}." for layer in unused)
+            state = {key: value for key, value in state.items() if not key.startswith(prefixes)}
         model.load_state_dict(state, strict=True)
         inputs = replace(_timm_inputs(model), **json.loads(metadata.get("input", "{}")))
     except (SafetensorError, AssertionError, RuntimeError, TypeError, ValueError) as error:

@@ -16,10 +16,8 @@ def resolve_device(device) -> str:
     try:
         found = torch.device(f"cuda:{device}" if isinstance(device, int) else device)
     except (RuntimeError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"device {device!r} is none: {reason}; use 'auto', 'cpu', 'cuda'"
-        ) from None
+        why = str(error).splitlines()[0]
+        raise ValueError(f"device {device!r} is none: {why}; use 'auto', 'cpu', 'cuda'") from None
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
         raise ValueError(f"device {device!r} is not here; this machine has {count} CUDA devices")

@@ -1,9 +1,9 @@
 """Tap linear layers of a frozen network and get per-sample gradient factors.
 
-For y = W a + b with n = views x tokens rows, the gradient of sample i is G_i = sum_n d_n [a_n;
-1]^T, where d is the loss gradient at y. A tap keeps ``a`` and replaces y by a detached leaf that
-requires grad: everything before it runs without autograd, only the tail behind it is recorded, and
-no parameter ever requires a gradient.
+For y = W a + b the gradient of a sample with n views x tokens is sum_n d_n [a_n; 1]^T, where d is
+the loss gradient at y. A tap keeps ``a`` and replaces y by a detached leaf that requires grad:
+everything before it runs without autograd, only the tail behind it is recorded, and no parameter
+ever requires a gradient.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -53,9 +53,7 @@ class Factors:
         return torch.cat([gradient, d.sum(1)[..., None]], 2) if self.bias else gradient
 
     def appended(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return output gradients (B, n, D_out) and activations with the bias's ones, (B, n, D_in +
-        1).
-        """
+        """Return output gradients and activations, with the bias's ones: (B, n, D_in + 1)."""
         a = self.activations
         if self.bias:
             a = torch.cat([a, a.new_ones(*a.shape[:2], 1)], 2)
@@ -67,20 +65,17 @@ def linear_layer(model: torch.nn.Module, path: str) -> torch.nn.Linear:
 
     Raises ValueError where there is none or it is another kind of layer.
     """
-    try:
-        layer = model.get_submodule(path)
-    except AttributeError:
-        linear = [
-            name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)
-        ]
+    layers = dict(model.named_modules(remove_duplicate=False))
+    if path not in layers:
+        linear = [name for name, layer in layers.items() if isinstance(layer, torch.nn.Linear)]
         shown = ", ".join(linear[-4:]) or "none"
         raise ValueError(
             f"{type(model).__name__} has no layer {path!r}; its last linear layers: {shown}"
-        ) from None
-    if not isinstance(layer, torch.nn.Linear):
-        kind = type(layer).__name__
+        )
+    if not isinstance(layers[path], torch.nn.Linear):
+        kind = type(layers[path]).__name__
         raise ValueError(f"layer {path!r} is a {kind}; gradients are taken at a torch.nn.Linear")
-    return layer
+    return layers[path]
 
 
 class Tap:
@@ -96,9 +91,7 @@ class Tap:
 
     def _after(self, layer, inputs, output):
         self.calls += 1
-        # Behind an earlier tap the output is already in the graph; in front of all of them it
-        # becomes
-        # the graph's root.
+        # Behind an earlier tap the output is in the graph already; else it becomes its root.
         self.output = output if output.requires_grad else output.detach().requires_grad_()
         torch.set_grad_enabled(True)  # ends with the caller's no_grad block
         return self.output
@@ -107,8 +100,8 @@ class Tap:
 @contextmanager
 def tap(model: torch.nn.Module, paths: Sequence[str]) -> Iterator[list[Tap]]:
     """Hook the linear layers at ``paths``; the hooks are removed on exit, always."""
-    layers = [(path, linear_layer(model, path)) for path in paths]
-    taps = [Tap(path, layer) for path, layer in layers]
+    layers = [linear_layer(model, path) for path in paths]  # all are there before one is hooked
+    taps = [Tap(path, layer) for path, layer in zip(paths, layers, strict=True)]
     try:
         yield taps
     finally:
@@ -123,8 +116,7 @@ def tapped_factors(
     losses: Sequence[Loss],
     paths: Sequence[str],
 ) -> tuple[torch.Tensor, list[Factors]]:
-    """Take the gradients of any losses at any linear layers: one forward pass, one backward pass a
-    loss.
+    """Take the gradients of losses at linear layers: one forward pass, one backward pass a loss.
 
     ``embed`` maps views (N, ...) through ``model`` to (N, D), or to (N, T, D) where the losses read
     all tokens. ``views``: (B, V, ...). Each loss maps embeddings (B, V, ..., D) float32 to (B,).
@@ -136,12 +128,11 @@ def tapped_factors(
     batch, count = views.shape[:2]
     with tap(model, paths) as taps, torch.no_grad():
         embeddings = embed(views.flatten(0, 1))  # (B * V, D)
-        for one in taps:
-            if one.calls != 1:
-                raise ValueError(
-                    f"layer {one.path!r} ran {one.calls} times in one forward pass; "
-                    "it must run exactly once"
-                )
+        if odd := [one for one in taps if one.calls != 1]:
+            raise ValueError(
+                f"layer {odd[0].path!r} ran {odd[0].calls} times in one forward pass; it must run "
+                "exactly once"
+            )
     with torch.enable_grad():
         embeddings = embeddings.float().unflatten(0, (batch, count))
         outputs = [one.output for one in taps]
@@ -173,7 +164,5 @@ def loss_gradients(
 
 
 def per_sample(tensor: torch.Tensor, batch: int) -> torch.Tensor:
-    """Join the views and tokens of each sample: (B * V, T, D) or (B * V, D) -> (B, V * T, D)
-    float32.
-    """
+    """Join each sample's views and tokens, (B * V, [T,] D) -> (B, V * T, D) float32."""
     return tensor.detach().float().reshape(batch, -1, tensor.shape[-1])

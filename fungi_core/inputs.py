@@ -1,7 +1,5 @@
-"""What a backbone takes and what an objective looks at: the two contracts that each modality fills
-in.
+"""What a backbone takes and what an objective looks at: the contracts that each modality fills in.
 
-`Inputs` decode items and join them into batches; `Views` say what an objective sees of an item.
 Images are in `views`, sentences in `text`, sounds in `audio`.
 """
 

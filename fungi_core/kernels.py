@@ -1,10 +1,8 @@
-"""Projection of gradients by a +-1 matrix kept as bits: a Triton kernel for GPUs, and its twin in
-plain torch.
+"""Projection of gradients by a +-1 matrix kept as bits: a Triton kernel, and its twin in torch.
 
-One kernel serves both uses. Its rows are outer products d_t a_t^T, formed in registers and
-multiplied at once by signs that are unpacked in registers: neither the gradients of an image's
-tokens (1.2 GB at 512 px on ViT-B) nor the projection (1.8 GB) ever exists in memory. A per-sample
-gradient that already is one vector is the case D_out = 1.
+Rows are outer products d_t a_t^T, formed in registers and multiplied at once by signs that are
+unpacked in registers: neither the gradients of an image's tokens (1.2 GB at 512 px on ViT-B) nor
+the projection (1.8 GB) ever exists in memory. A gradient that is one vector is the case D_out = 1.
 
 Signs: (rows, bytes) uint8, little bit order, 1 stands for +1 and 0 for -1; column o * D_in + i
 belongs to the gradient entry d_o a_i, a bias's one being the last entry of a. Products are in the
@@ -24,11 +22,9 @@ _BLOCK_BYTES = 2**26  # of the torch twin: gradients or signs held at once
 
 
 def project_tokens(d: torch.Tensor, a: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
-    """out[t, r] = sum over o, i of d[t, o] a[t, i] R[r, o * D_in + i]: (T, D_out), (T, D_in) -> (T,
-    rows) float32.
+    """Return R vec(d_t a_t^T) of each row t, (T, D_out) and (T, D_in) -> (T, rows) float32.
 
-    The sums are cut in the same places whatever T is, so a token's features do not depend on its
-    batch.
+    The sums are cut in the same places whatever T is, so no token depends on its batch.
     """
     if not d.is_cuda:
         return project_tokens_torch(d, a, bits)
@@ -40,8 +36,7 @@ def project_tokens(d: torch.Tensor, a: torch.Tensor, bits: torch.Tensor) -> torc
 def project_tokens_torch(
     d: torch.Tensor, a: torch.Tensor, bits: torch.Tensor | None, dense: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """`project_tokens` in plain torch, for CPUs and as the kernel's twin: a matrix product for each
-    block of entries.
+    """Do the same in plain torch, by a matrix product for each block of entries.
 
     ``dense``: R already unpacked, (rows, D_out * D_in), instead of its bits.
     """
@@ -64,7 +59,7 @@ def project_tokens_torch(
 def unpack(
     bits: torch.Tensor, start: int, stop: int, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    """Columns start..stop of the signs as a dense matrix of -1 and +1, (rows, stop - start)."""
+    """Return columns start..stop of the signs as a dense matrix, (rows, stop - start)."""
     first = start // 8
     byte = torch.arange(256, dtype=torch.uint8, device=bits.device)
     # (256, 8): the signs in each byte
@@ -74,9 +69,7 @@ def unpack(
 
 
 def _launch(d, a, bits, block: tuple[int, int, int], splits: int) -> torch.Tensor:
-    """The Triton kernel on (T, rows) tiles, with the gradient entries in ``splits`` parts that are
-    added up last.
-    """
+    """Run the kernel on (T, rows) tiles, the entries in ``splits`` parts that are added up last."""
     (count, d_out), d_in, rows = d.shape, a.shape[1], len(bits)
     tokens, outputs, entries = block
     blocks = triton.cdiv(d_in, entries)

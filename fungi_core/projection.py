@@ -1,18 +1,12 @@
-"""Random projections of per-sample gradients, applied to their factors; and the inner product that
-they approximate.
+"""Random projections of per-sample gradients, applied to their factors.
 
-The paper's is a dense +-1 matrix R (eq. 1), ``Rademacher``. Two cheaper ones never form the
-gradient: ``KhatriRao``, whose rows are outer products of two sign vectors, and ``TensorSketch``.
-``Exact`` keeps the factors, whose ``exact_kernel`` is the inner product that all of them
-approximate.
+The paper's is a dense +-1 matrix R (eq. 1), ``Rademacher``: one row per output unit, one column per
+gradient entry, ``vec([W-grad | b-grad])`` row-major. It is kept as bits of a Philox stream keyed by
+(backbone, seed, layer), the same on every device, and unpacked where it is needed. Two cheaper ones
+never form the gradient: ``KhatriRao`` and ``TensorSketch``. ``Exact`` keeps the factors, whose
+inner product, `exact_kernel`, all of them approximate.
 
-R has one row per output unit and one column per gradient entry, ``vec([W-grad | b-grad])``
-row-major. It is kept as bits of a Philox stream keyed by (seed, layer), row after row, the same on
-every device and platform; blocks of rows are unpacked as they are needed, so R is never needed
-whole in floating point; on a GPU `kernels` unpacks them in registers.
-
-Every projection has two uses: ``apply`` sums a sample's views and tokens, ``apply_tokens`` keeps
-them apart.
+``apply`` sums a sample's views and tokens, ``apply_tokens`` keeps them apart.
 """
 
 import numpy as np
@@ -22,24 +16,18 @@ from . import kernels
 from .gradients import Factors
 from .seeds import generator
 
+_DENSE_BYTES = 2**28  # of an R that is unpacked once for all batches
+
 
 class Rademacher:
     """Project by R in {-1, +1}^(rows x columns), defined by its keys or given as a ``matrix``.
 
     ``rows``: output size (the embedding's width, section 4.1); ``columns``: D_out * (D_in + 1) with
-    a bias, else D_out * D_in. Memory: 1 bit an entry; unpacked once when the dense form stays below
-    ``dense_limit`` bytes.
+    a bias, else D_out * D_in. A small R is unpacked once.
     """
 
-    def __init__(
-        self,
-        rows: int,
-        columns: int,
-        *keys: object,
-        matrix: torch.Tensor | None = None,
-        dense_limit: int = 2**28,
-    ):
-        self.rows, self.columns, self.keys, self.dense_limit = rows, columns, keys, dense_limit
+    def __init__(self, rows: int, columns: int, *keys: object, matrix: torch.Tensor | None = None):
+        self.rows, self.columns, self.keys = rows, columns, keys
         if matrix is not None and tuple(matrix.shape) != (rows, columns):
             raise ValueError(
                 f"the projection must have shape {(rows, columns)}, got {tuple(matrix.shape)}"
@@ -88,7 +76,7 @@ class Rademacher:
         (d, d_length), (a, a_length) = _unit(d), _unit(a)
         d, a = d.to(dtype), a.to(dtype)
         size = self.rows * self.columns * dtype.itemsize
-        if self.matrix is None and (d.is_cuda or size > self.dense_limit):
+        if self.matrix is None and (d.is_cuda or size > _DENSE_BYTES):
             out = kernels.project_tokens(d, a, self.bits(d.device))
         else:
             key = d.device, dtype
@@ -121,9 +109,7 @@ class KhatriRao:
 
 
 class TensorSketch:
-    """Count sketches of the two factors, convolved by FFT: O(D + d log d) a gradient row (Pham and
-    Pagh 2013).
-    """
+    """Convolve count sketches of both factors: O(D + d log d) a row (Pham and Pagh 2013)."""
 
     def __init__(self, rows: int, d_out: int, d_in: int, *keys: object):
         rng = generator("tensor-sketch", *keys)
@@ -156,9 +142,7 @@ class Exact:
     """Keep the factors themselves, n * (D_out + D_in) floats a sample, for `exact_kernel`."""
 
     def apply(self, factors: Factors, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """Factors (B, n, .) -> (B, n * (D_out + D_in)) float32; a bias adds no column. `factors_of`
-        is the inverse.
-        """
+        """Flatten factors to (B, n * (D_out + D_in)) float32; `factors_of` is the inverse."""
         return torch.cat([factors.output_gradients, factors.activations], 2).flatten(1)
 
 
@@ -170,9 +154,7 @@ def factors_of(rows: np.ndarray, layer: torch.nn.Linear) -> Factors:
 
 
 def exact_cosine(x: Factors, y: Factors) -> torch.Tensor:
-    """Cosine similarity of every pair of gradients, (Bx, By) float32: `exact_kernel` of gradients
-    of unit length.
-    """
+    """Return the cosine similarity of every pair of gradients, (Bx, By) float32."""
     lengths = []
     for z in (x, y):
         own = [exact_kernel(z[i : i + 1], z[i : i + 1])[0] for i in range(len(z))]
@@ -181,8 +163,7 @@ def exact_cosine(x: Factors, y: Factors) -> torch.Tensor:
 
 
 def exact_kernel(x: Factors, y: Factors) -> torch.Tensor:
-    """<G_i, G_j> for every pair, (Bx, By) float32: sum over n, m of (d_in . d_jm) (a_in . a_jm +
-    1), no projection.
+    """Return <G_i, G_j> = sum over n, m of (d_in . d_jm) (a_in . a_jm + 1), (Bx, By) float32.
 
     For one view or token a sample this is the elementwise product of two ordinary inner-product
     matrices.

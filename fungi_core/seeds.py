@@ -12,7 +12,5 @@ def generator(*keys: object) -> np.random.Generator:
 
 
 def content_id(content: bytes) -> str:
-    """Return a hash of an item's decoded content: its random views are drawn by it, wherever it
-    stands.
-    """
+    """Return a hash of an item's decoded content, by which its random views are drawn."""
     return hashlib.blake2b(content, digest_size=8).hexdigest()

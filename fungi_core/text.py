@@ -1,5 +1,4 @@
-"""Sentences: the inputs of a text encoder, views by word deletion, and encoders of
-``transformers``.
+"""Sentences: inputs of a text encoder, views by word deletion, encoders of ``transformers``.
 
 A batch of views is int64 (B, V, 2, T): token ids and attention mask, padded to the longest of the
 batch. Padding is masked in attention and read-out, so it reaches no embedding and its gradients are
@@ -80,9 +79,7 @@ class TextInputs(Inputs):
         return text.encode()
 
     def tokens(self, texts: list[str]) -> np.ndarray:
-        """Return token ids and attention masks of some texts, (V, 2, T) int64, padded to the
-        longest.
-        """
+        """Return token ids and attention masks of texts, (V, 2, T) int64, padded alike."""
         encoded = self.tokenizer(texts, truncation=True, max_length=self.length)["input_ids"]
         longest = max(map(len, encoded))
         return np.stack([_padded(np.stack([ids, np.ones_like(ids)]), longest) for ids in encoded])
@@ -108,9 +105,7 @@ class TextInputs(Inputs):
 
 
 def _padded(tokens: np.ndarray, length: int) -> np.ndarray:
-    """Pad (..., rows, t) to (..., rows, length): zeros for ids and mask, -1 for what lies behind
-    masks.
-    """
+    """Pad (..., rows, t) to (..., rows, length): ids and mask by 0, what is masked by -1."""
     out = np.zeros((*tokens.shape[:-1], length), np.int64)
     out[..., 2:, :] = -1
     out[..., : tokens.shape[-1]] = tokens
@@ -143,8 +138,7 @@ def load(
     device: str = "auto",
     dtype: str = "auto",
 ) -> Backbone:
-    """Return a frozen text encoder: a folder, or a name of the Hugging Face hub that is on this
-    machine.
+    """Return a frozen text encoder: a folder, or a name in the Hugging Face hub's cache.
 
     ``pool`` and ``length``: see `TextInputs`. ``layer``: the attention output projection of the
     last block unless named. ``model``: another encoder for the same tokenizer. Nothing is

@@ -109,6 +109,22 @@ def test_an_unused_classifier_may_be_there_and_a_used_one_must(tmp_path):
         load(bare, head=True)
 
 
+def test_both_unused_classifiers_of_a_distilled_network_may_be_there(tmp_path):
+    name, small = "deit_tiny_distilled_patch16_224", dict(img_size=32, depth=1)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model = timm.create_model(name, **small).eval()
+    state = model.state_dict()
+    assert {"head.weight", "head_dist.weight"} < state.keys()
+    file = write(tmp_path / f"{name}.safetensors", state, arguments=small)
+    features = model.forward_head(model.forward_features(pixels(32)), pre_logits=True)
+    same(load(file, **CPU).embed(pixels(32)), features.detach())
+    file = write(tmp_path / f"{name}.safetensors", state | {"head_of_mine": torch.ones(2)})
+    with pytest.raises(ValueError, match="does not hold .*head_of_mine") as error:
+        load(file, arguments=small)
+    assert "\n" not in str(error.value)
+
+
 # --- what is not what it should be
 
 
