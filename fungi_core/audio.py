@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from scipy.signal import resample_poly
+from scipy.signal import resample_poly  # scikit-learn brings it
 
 from .inputs import Inputs, Views
 from .objectives import SimCLR
@@ -86,10 +86,7 @@ class AudioInputs(Inputs):
     def stack(self, items: Sequence[np.ndarray]) -> torch.Tensor:
         """Join the items of a batch, (B, V, T, F); raises ValueError where lengths differ."""
         if len({item.shape for item in items}) > 1:
-            raise ValueError(
-                "clips of different lengths; bring them to one length with "
-                "audio.fit_length(clip, seconds)"
-            )
+            raise ValueError("clips of different lengths; see audio.fit_length(clip, seconds)")
         return torch.from_numpy(np.stack(items))
 
     def at_once(self, views: int, device: str) -> int:

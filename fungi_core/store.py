@@ -31,11 +31,6 @@ class StoreCorrupt(ValueError):
     """Say that a file of the store is not what was written there."""
 
 
-def _default_root() -> Path:
-    """Return the folder FUNGI_STORE names, else ``data/store`` below the working folder."""
-    return Path(os.environ.get("FUNGI_STORE", "").strip() or "data/store").expanduser()
-
-
 def key(meta: dict) -> str:
     """Return 24 hex digits of the SHA-256 of ``meta`` as canonical JSON.
 
@@ -55,11 +50,13 @@ def key(meta: dict) -> str:
 def open_entry(meta: dict, n: int, width: int, root: Path | None = None) -> "Entry":
     """Open the entry of the (n, width) float32 rows that ``meta`` describes; nothing is written.
 
-    Raises StoreMismatch, naming the differing fields, where other rows lie there.
+    ``root``: by default the folder that FUNGI_STORE names, else ``data/store`` below the working
+    folder. Raises StoreMismatch, naming the differing fields, where other rows lie there.
     """
     record = {"format": 1, "dtype": "float32", "shard": SHARD, "n": int(n), "width": int(width)}
     record = json.loads(json.dumps(record | {"meta": meta}))  # tuples become lists
-    entry = Entry(Path(root or _default_root()) / key(meta), record)
+    root = root or os.environ.get("FUNGI_STORE", "").strip() or "data/store"
+    entry = Entry(Path(root).expanduser() / key(meta), record)
     file = entry.path / "meta.json"
     there = load_record(file) if file.exists() else record
     differing = [
@@ -83,10 +80,7 @@ def load_record(file: Path) -> dict:
 
 
 class Entry:
-    """Hold one entry of the store, made by `open_entry`.
-
-    ``path`` is its folder and ``key`` the folder's name; ``n`` and ``width`` are the rows' shape.
-    """
+    """Hold one entry of the store: its folder ``path``, named ``key``, and the rows' shape."""
 
     def __init__(self, path: Path, record: dict):
         self.path, self.key, self.record = path, path.name, record
@@ -123,12 +117,10 @@ class Entry:
         if self._filling is None:
             raise RuntimeError(f"{self.path}: rows are written inside `with entry.lock():`")
         stop, (low, high) = start + len(block), self._range
-        if block.ndim != 2 or block.shape[1] != self.width or not 0 <= start <= stop <= self.n:
-            shape = self.n, self.width
-            raise ValueError(f"{self.path}: {block.shape} at row {start} does not fit in {shape}")
-        if not low <= start <= stop <= high:
+        if block.shape[1:] != (self.width,) or not low <= start <= stop <= high:
             raise ValueError(
-                f"{self.path}: rows {start} to {stop} are not in the locked {low} to {high}"
+                f"{self.path}: {block.shape} at row {start} does not fit in "
+                f"{self.n, self.width}, locked {low} to {high}"
             )
         finite = np.isfinite(block).all(axis=1)
         if not finite.all():
@@ -173,9 +165,7 @@ class Entry:
         ]
 
     def drop_corrupt(self) -> list[str]:
-        """Remove the shards that `read` refuses, and only those, under the lock; return their
-        names.
-        """
+        """Remove the shards that `read` refuses, under the lock; return their names."""
         with self.lock():
             bad = self.corrupt()
             for name in bad:
@@ -231,10 +221,8 @@ class Entry:
         stop = self.n if stop is None else stop
         odd = [row for row in (start, stop) if row % SHARD and row != self.n]
         if odd or not 0 <= start <= stop <= self.n:
-            raise ValueError(
-                f"{self.path}: rows {start} to {stop} are no whole files of {SHARD} rows in 0 to "
-                f"{self.n}"
-            )
+            whole = f"no whole files of {SHARD} rows in 0 to {self.n}"
+            raise ValueError(f"{self.path}: rows {start} to {stop} are {whole}")
         return start, stop
 
     def _shards(self) -> dict[int, str]:
@@ -262,9 +250,7 @@ class Entry:
             with open(torn, "wb") as file:
                 file.write(data)
                 file.flush()
-                os.fsync(
-                    file.fileno()
-                )  # else a power cut can leave the final name on an empty file
+                os.fsync(file.fileno())  # else a power cut can leave the name on an empty file
             os.replace(torn, self.path / name)
         except OSError as error:  # the same errno gives the same subclass of OSError
             torn.unlink(missing_ok=True)

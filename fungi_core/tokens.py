@@ -49,14 +49,10 @@ class Loss:
 def for_patches(backbone: Backbone, size: int) -> Backbone:
     """Return a backbone for ``size`` px images, its position embedding interpolated (bicubic).
 
-    Raises ValueError for a size that is no multiple of the patch, and for networks other than
-    timm's vision transformers.
+    Raises ValueError for a size that is no multiple of the patch, and for other networks.
     """
     if not hasattr(backbone.model, "num_prefix_tokens"):
-        kind = type(backbone.model).__name__
-        raise ValueError(
-            f"{backbone.name} is a {kind}; patch features need a timm vision transformer"
-        )
+        raise ValueError(f"{backbone.name}: patch features need a timm vision transformer")
     return backbone.at_size(size)
 
 
@@ -114,9 +110,7 @@ class Extractor:
     """Turn images into patch features for one backbone, loss and seed; ``kinds`` of `KINDS`.
 
     ``support``: (M, D) L2-normalised patches that negatives are retrieved from, needed for all
-    kinds but "embedding". Heads and projection are drawn from the seed; each kind has its own
-    projection. As published, an image's own tokens go to the head as they are, the support's
-    normalised.
+    kinds but "embedding". As published, an image's own tokens go to the head as they are.
     """
 
     def __init__(
@@ -128,21 +122,16 @@ class Extractor:
         support: torch.Tensor | None = None,
     ):
         if unknown := [kind for kind in kinds if kind not in KINDS]:
-            raise ValueError(
-                f"unknown kind of feature {unknown[0]!r}; there are {', '.join(KINDS)}"
-            )
+            raise ValueError(f"unknown kind {unknown[0]!r}; there are {', '.join(KINDS)}")
         if support is None and set(kinds) != {"embedding"}:
             raise ValueError("gradient features need a support memory: (M, D) normalised patches")
         self.backbone, self.kinds, self.loss = backbone, tuple(kinds), loss
         self.seed, self.support = seed, support
         self.objective = loss.objective()
-        projected = [kind for kind in kinds if kind not in ("embedding", "exact")]
-        parts = {
-            kind: draw_parts(backbone, self.objective, seed, None, kind)
-            for kind in projected or ["rademacher"]
-        }
-        self.projections = {kind: parts[kind].projection for kind in projected}
-        self.heads = next(iter(parts.values())).heads
+        drawn = set(kinds) - {"embedding", "exact"} | {"rademacher"}
+        parts = {kind: draw_parts(backbone, self.objective, seed, None, kind) for kind in drawn}
+        self.projections = {kind: part.projection for kind, part in parts.items()}
+        self.heads = parts["rademacher"].heads
 
     @default_modes()
     def __call__(self, pictures: Sequence[np.ndarray], ids: Sequence[str]) -> dict:
