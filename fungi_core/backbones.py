@@ -279,15 +279,9 @@ def _timm_inputs(model: torch.nn.Module) -> ImageInputs:
     """Return the evaluation transform that timm has for a network; ImageNet's for others."""
     config = resolve_data_config({}, model=model)
     size = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    size = size or config["input_size"][-2:]
-    return ImageInputs(
-        int(size[0]),
-        tuple(config["mean"]),
-        tuple(config["std"]),
-        float(config["crop_pct"]),
-        config.get("crop_mode") or "center",
-        config["interpolation"],
-    )
+    size, crop = int((size or config["input_size"][-2:])[0]), float(config["crop_pct"])
+    mean, std, mode = tuple(config["mean"]), tuple(config["std"]), config.get("crop_mode")
+    return ImageInputs(size, mean, std, crop, mode or "center", config["interpolation"])
 
 
 def _last_attention_output(model: torch.nn.Module) -> str:
@@ -298,7 +292,6 @@ def _last_attention_output(model: torch.nn.Module) -> str:
         if name.endswith(_ATTENTION_OUTPUTS) and isinstance(module, torch.nn.Linear)
     ]
     if not names:
-        raise ValueError(
-            f"{type(model).__name__} has no '...attn.proj' layer; name one with layer=..."
-        )
+        kind = type(model).__name__
+        raise ValueError(f"{kind} has no '...attn.proj' layer; name one with layer=...")
     return names[-1]

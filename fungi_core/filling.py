@@ -5,9 +5,9 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+from torch.utils.data import Subset
 from tqdm.auto import tqdm
 
 from .store import SHARD, Entry
@@ -78,35 +78,13 @@ def write(
         absent = gaps(targets, len(items), part)
         with progress(sum(stop - start for start, stop in absent), label) as bar:
             for first, stop in absent:
-                for start, embeddings, gradients in rows(_Some(items, first, stop)):
+                for start, embeddings, gradients in rows(Subset(items, range(first, stop))):
                     count = len(gradients[0] if gradients else embeddings)
                     place = slice(first + start, first + start + count)
                     for target in targets:
                         source = target.source
                         target.write(place, embeddings if source is None else gradients[source])
                     bar.update(count)
-
-
-@dataclass(frozen=True)
-class _Some(Sequence):
-    """Show items first..stop of a data set as a sequence, with the names they have there."""
-
-    data: Any
-    first: int
-    stop: int
-
-    def __len__(self) -> int:
-        return self.stop - self.first
-
-    def __getitem__(self, i: int):
-        if not 0 <= i < len(self):
-            raise IndexError(i)
-        return self.data[self.first + i]
-
-    def where(self, i: int) -> str:
-        """Return how messages name item i."""
-        named = hasattr(self.data, "where")
-        return self.data.where(self.first + i) if named else f"item {self.first + i}"
 
 
 def progress(total: int, label: str) -> tqdm:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils.data import Subset
 
 from .backbones import Backbone
 from .devices import default_modes, fixed_teams, steps_in_default_modes
@@ -170,6 +171,8 @@ def gradient_rows(
 
 
 def _name(items: Sequence, i: int, kind: str) -> str:
-    """Return how messages name item i: as its data set does, else by its number."""
+    """Return how messages name item i: as its data set does, else by its number there."""
+    if isinstance(items, Subset):
+        return _name(items.dataset, items.indices[i], kind)
     named = hasattr(items, "where") and not isinstance(items, torch.Tensor)
     return items.where(i) if named else f"{kind} {i}"

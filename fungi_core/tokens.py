@@ -46,27 +46,11 @@ class Loss:
         return SimCLR(temperature=self.temperature, dim=self.dim, denominator=self.denominator)
 
 
-def for_patches(backbone: Backbone, size: int) -> Backbone:
-    """Return a backbone for ``size`` px images, its position embedding interpolated (bicubic).
-
-    Raises ValueError for a size that is no multiple of the patch, and for other networks.
-    """
-    if not hasattr(backbone.model, "num_prefix_tokens"):
-        raise ValueError(f"{backbone.name}: patch features need a timm vision transformer")
-    return backbone.at_size(size)
-
-
-def _tokens_of(backbone: Backbone, batch: torch.Tensor) -> torch.Tensor:
-    """Return all tokens after the final norm, (B, 3, S, S) -> (B, P + T, D) float32.
-
-    P prefix tokens (the class token) come first, then T patches.
-    """
-    with torch.inference_mode():
-        return backbone.model.forward_features(batch).float()
-
-
 def _patches(backbone: Backbone, tokens: torch.Tensor) -> torch.Tensor:
-    """Return the patches' rows of all tokens, (B, P + T, .) -> (B, T, .)."""
+    """Return the patches' rows of all tokens, (B, P + T, .) -> (B, T, .).
+
+    P prefix tokens (the class token, registers) come first, then T patches.
+    """
     return tokens[:, backbone.model.num_prefix_tokens :]
 
 
@@ -125,6 +109,8 @@ class Extractor:
             raise ValueError(f"unknown kind {unknown[0]!r}; there are {', '.join(KINDS)}")
         if support is None and set(kinds) != {"embedding"}:
             raise ValueError("gradient features need a support memory: (M, D) normalised patches")
+        if not hasattr(backbone.model, "num_prefix_tokens"):
+            raise ValueError(f"{backbone.name}: patch features need a timm vision transformer")
         self.backbone, self.kinds, self.loss = backbone, tuple(kinds), loss
         self.seed, self.support = seed, support
         self.objective = loss.objective()
@@ -146,7 +132,8 @@ class Extractor:
         pixels = torch.from_numpy(np.stack(pictures))[:, None].to(backbone.device)
         batch = backbone.inputs.finish(pixels, backbone.dtype)[:, 0]  # (B, 3, S, S)
         if self.kinds == ("embedding",):
-            e = _patches(backbone, _tokens_of(backbone, batch))
+            with torch.inference_mode():
+                e = _patches(backbone, backbone.model.forward_features(batch).float())
             return {"embedding": F.normalize(e, dim=-1)}
         negatives = lambda i, tokens: self._negatives(tokens, ids[i])
         tokens, made = _factors(backbone, batch, negatives, self.heads, self.loss)

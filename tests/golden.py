@@ -115,7 +115,7 @@ def audio() -> dict[str, np.ndarray]:
 
 
 def patches() -> dict[str, np.ndarray]:
-    encoder = tokens.for_patches(load(MICRO, device="cpu", dtype="float32"), 32)
+    encoder = load(MICRO, device="cpu", dtype="float32").at_size(32)
     pixels = [np.asarray(image.resize((32, 32))) for image in pictures()]
     embedding = tokens.Extractor(encoder, ["embedding"], seed=SEED)
     support = embedding(pixels[1:], ["1", "2"])["embedding"].flatten(0, 1)

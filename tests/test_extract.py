@@ -133,7 +133,7 @@ def test_a_resumed_run_gives_identical_bytes(stop_at, monkeypatch, tmp_path):
     partial, extracted = contents(tmp_path / "resumed"), []
 
     def counted(backbone, objective, parts, images, *rest):
-        extracted.append((images.data.split, objective.name, len(images)))
+        extracted.append((images.dataset.split, objective.name, len(images)))
         return intact(backbone, objective, parts, images, *rest)
 
     monkeypatch.setattr(extract, "gradient_rows", counted)

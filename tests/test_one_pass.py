@@ -87,10 +87,11 @@ def passing(n: int, asked: list):
     """Return a pass over items that gives what `values` says, in batches of 64."""
 
     def made(some):
-        asked.append((some.first, some.stop))
+        first = some.indices.start
+        asked.append((first, some.indices.stop))
         for start in range(0, len(some), 64):
             stop = min(start + 64, len(some))
-            batch = slice(some.first + start, some.first + stop)
+            batch = slice(first + start, first + stop)
             gradients = [values(n, source)[batch] for source in (0, 1)]
             yield start, values(n, 2)[batch], gradients
 

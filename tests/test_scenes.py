@@ -15,14 +15,14 @@ from companion.evaluate import iou, scenes
 from companion.figures import grids, plots, style
 from fungi_core import filling, store
 from fungi_core.search import nearest
-from fungi_core.tokens import KINDS, Extractor, Loss, for_patches
+from fungi_core.tokens import KINDS, Extractor, Loss
 
 SIZE = 64  # 4 x 4 patches of 16 px
 
 
 @pytest.fixture(scope="module")
 def encoder():
-    return for_patches(helpers.encoder(), SIZE)
+    return helpers.encoder().at_size(SIZE)
 
 
 # ---- labels, memory

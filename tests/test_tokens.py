@@ -15,7 +15,7 @@ SIZE = 64  # 4 x 4 patches of 16 px
 
 @pytest.fixture(scope="module")
 def encoder():
-    return tokens.for_patches(helpers.encoder(), SIZE)
+    return helpers.encoder().at_size(SIZE)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def test_gradients_equal_autograd_token_by_token(encoder, denominator):
     batch = batch_of(encoder, pictures())
     found, parts = tokens._factors(encoder, batch, lambda i, z: negatives, heads, loss)
     assert found.shape == (2, 17, encoder.width)
-    torch.testing.assert_close(found, tokens._tokens_of(encoder, batch))
+    torch.testing.assert_close(found, encoder.model.forward_features(batch))
     for i, image in enumerate(pictures()):
         expected = oracle(encoder, image, negatives, heads, loss)
         a, d = parts.activations[i][:, None], parts.output_gradients[i][:, None]
@@ -137,10 +137,10 @@ def test_negatives_half_of_the_neighbours():
 
 def test_what_cannot_be_encoded_says_so(encoder):
     with pytest.raises(ValueError, match="multiple"):
-        tokens.for_patches(encoder, 72)
+        encoder.at_size(72)
     other = load(torch.nn.Sequential(torch.nn.Linear(3, 3)), layer="0")
     with pytest.raises(ValueError, match="vision transformer"):
-        tokens.for_patches(other, 64)
+        tokens.Extractor(other, ["embedding"])
     with pytest.raises(ValueError, match="support memory"):
         tokens.Extractor(encoder, ["rademacher"])
     with pytest.raises(ValueError, match="unknown kind"):

@@ -21,7 +21,7 @@ from companion.protocol import GAIN, here
 from fungi_core.backbones import Backbone
 from fungi_core.extract import Features
 from fungi_core.seeds import generator
-from fungi_core.tokens import KINDS, Extractor, Loss, for_patches
+from fungi_core.tokens import KINDS, Extractor, Loss
 
 PAIR = {"embedding": "embedding", "rademacher": "FUNGI"}  # what the paper compares: kind, name
 CHOICES = {  # readings of the loss that the sources leave open
@@ -82,7 +82,7 @@ def collect(
         print(f"Not run for want of {reason}")
     if not (sets := [name for name in sets if name not in lacking]):
         explore.end("Nothing can be run here without these data sets; see README, Profiles.")
-    encoders = {name: for_patches(load(name), size) for name in names}
+    encoders = {name: load(name).at_size(size) for name in names}
     cases = []
     for data in sets:
         train, test = (
