@@ -131,37 +131,6 @@ def fill(
     return entries
 
 
-def extract_layers(
-    data,
-    backbone: Backbone,
-    objective: Objective,
-    layers: Sequence[str],
-    *,
-    train=None,
-    seed: int = 0,
-    root: Path | None = None,
-) -> dict[str, Features]:
-    """Return one objective's gradients at many linear layers, from one pass for all of them.
-
-    Rows are those of `extract` with the same ``layer``, up to rounding. The backbone's own layer is
-    extracted apart, on its usually shorter path.
-    """
-    train, every = data if train is None else train, np.arange(len(data))
-    entries = {}
-    for layer in layers:
-        meta = describe(data, backbone, objective, train, seed, layer, "rademacher")
-        entries[layer] = store.open_entry(meta, len(data), backbone.width, root)
-    others = [layer for layer in layers if layer != backbone.layer]
-    for some in (others, [layer for layer in layers if layer == backbone.layer]):
-        targets = [Target(entries[layer], every, source) for source, layer in enumerate(some)]
-        sources = [(layer, train) for layer in some]
-        fill_gradients(targets, data, backbone, objective, sources, seed, root=root)
-    return {
-        layer: Features(data, {objective.name: entry.read()}, (entry.key,))
-        for layer, entry in entries.items()
-    }
-
-
 def fill_gradients(
     targets: Sequence[Target],
     items,

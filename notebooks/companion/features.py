@@ -28,7 +28,6 @@ from fungi_core.extract import (
     Features,
     describe,
     extract,
-    extract_layers,
     fill,
     fill_gradients,
     shard_rows,
@@ -115,13 +114,28 @@ def layer_features(
     n_test: int | None = None,
     seed: int = 0,
 ) -> dict[str, tuple[Features, Features]]:
-    """Return gradients of one objective at many layers: {layer: (train, test)}."""
+    """Return gradients of one objective at many linear layers: {layer: (train, test)}.
+
+    Rows are those of `features` with the same ``layer``, up to rounding, from one pass for all of
+    them; the backbone's own layer is extracted apart, on its usually shorter path.
+    """
     encoder = load(backbone) if isinstance(backbone, str) else backbone
-    objective = named(objective, encoder)
-    train, test = splits(dataset, n_train, n_test)
-    options = dict(train=train, seed=seed, root=paths.store_dir())
-    made = [extract_layers(data, encoder, objective, layers, **options) for data in (train, test)]
-    return {layer: (made[0][layer], made[1][layer]) for layer in layers}
+    objective, root = named(objective, encoder), paths.store_dir()
+    both = splits(dataset, n_train, n_test)
+    found = {layer: [] for layer in layers}
+    own = [layer for layer in layers if layer == encoder.layer]
+    for data in both:
+        entries = {}
+        for layer in layers:
+            meta = describe(data, encoder, objective, both[0], seed, layer, "rademacher")
+            entries[layer] = store.open_entry(meta, len(data), encoder.width, root)
+        for some in ([layer for layer in layers if layer not in own], own):
+            every, sources = np.arange(len(data)), [(layer, both[0]) for layer in some]
+            targets = [Target(entries[layer], every, source) for source, layer in enumerate(some)]
+            fill_gradients(targets, data, encoder, objective, sources, seed, root=root)
+        for layer, entry in entries.items():
+            found[layer].append(Features(data, {objective.name: entry.read()}, (entry.key,)))
+    return {layer: tuple(pair) for layer, pair in found.items()}
 
 
 def fold_features(
