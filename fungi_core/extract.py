@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import Subset
 
 from . import store
 from .backbones import Backbone
@@ -182,7 +183,7 @@ def stored_negatives(
             yield start, None, [latents.flatten(1).cpu().numpy()]  # (B, V, C) -> (B, V * C)
 
     if not entry.complete:
-        items = [train[int(i)] for i in chosen]
+        items = Subset(train, chosen.tolist())
         label = f"{train.name} {objective.name} negatives"
         write([Target(entry, np.arange(len(chosen)))], items, label, rows)
     latents = torch.from_numpy(entry.read()).unflatten(1, (views, dim))  # (N, V * C) -> (N, V, C)

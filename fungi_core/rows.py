@@ -50,9 +50,9 @@ def draw_parts(
 def chosen_negatives(
     objective: Objective, count: int, seed: int
 ) -> tuple[np.ndarray, np.random.Generator]:
-    """Draw which of ``count`` training items serve as negatives: ascending rows, and the generator.
+    """Draw which of ``count`` training items serve as negatives, all if they are too few.
 
-    Where there are fewer items than the objective wants, all of them are used.
+    Returns ascending rows, and the generator as it stands then.
     """
     rng = generator("negatives", seed)
     return np.sort(rng.permutation(count)[: objective.negatives]), rng
@@ -79,7 +79,7 @@ def draw_negatives(
     if not objective.negatives:
         return None
     rows, rng = chosen_negatives(objective, len(items), seed)
-    chosen = [items[i] for i in rows]
+    chosen = Subset(items, rows.tolist())
     latents = [z for _, z in negative_latents(backbone, objective, heads, chosen, seed)]
     return objective.memory(torch.cat(latents).clone(), rng)
 

@@ -414,3 +414,15 @@ def test_no_test_depends_on_what_the_checkout_was_used_for():
 def test_the_search_for_leftovers_finds_what_it_looks_for(line):
     assert leftovers(f"def f():\n    {line}\n") == ["f"]
     assert leftovers("def f(tmp_path):\n    run(['snakemake'], cwd=tmp_path / 'runs')\n") == []
+
+
+def test_tests_are_skipped_by_their_mark_not_by_the_name_of_their_folder(tmp_path):
+    shutil.copy(ROOT / "tests" / "conftest.py", tmp_path)
+    (tmp_path / "slow").mkdir()
+    code = (
+        "import pytest\n\ndef test_a():\n    pass\n\n@pytest.mark.slow\ndef test_b():\n    pass\n"
+    )
+    (tmp_path / "slow" / "test_names.py").write_text(code)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert "1 passed, 1 skipped" in done.stdout
