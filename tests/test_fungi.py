@@ -233,10 +233,10 @@ def test_all_forms_of_the_same_image_give_the_same_feature(fitted, tmp_path):
 
 def test_the_seed_draws_everything_and_nothing_global_is_drawn():
     images = pictures(4)
-    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
     base = transformer().fit_transform(images)
     assert torch.equal(torch.get_rng_state(), torch_state)
-    assert (np.random.get_state()[1] == numpy_state).all()  # noqa: NPY002
+    assert (np.random.get_state()[1] == numpy_state).all()
     np.testing.assert_array_equal(transformer().fit_transform(images), base)
     other = transformer(seed=1).fit_transform(images)
     for block in range(3):
