@@ -109,16 +109,13 @@ def decode(item, name: str = "sound") -> np.ndarray:
     if isinstance(item, (np.ndarray, torch.Tensor)):
         samples, rate = np.asarray(item), RATE
         if samples.ndim not in (1, 2) or not np.issubdtype(samples.dtype, np.floating):
-            raise ValueError(
-                f"{name} is a {samples.dtype} array of shape {samples.shape}; a waveform is float "
-                "(n,) or (n, channels) at 16 kHz"
-            )
+            found = f"{samples.dtype} array of shape {samples.shape}"
+            raise ValueError(f"{name} is a {found}; a waveform is float (n,) or (n, channels)")
     elif isinstance(item, (str, Path, bytes)):
         samples, rate = _read(item, name)
     else:
-        raise ValueError(
-            f"{name} is a {type(item).__name__}; accepted: a path, bytes of a file, a waveform"
-        )
+        kind = type(item).__name__
+        raise ValueError(f"{name} is a {kind}; accepted: a path, bytes of a file, a waveform")
     mono = samples.mean(1) if samples.ndim == 2 else samples
     if not mono.size:
         raise ValueError(f"{name} holds no samples")

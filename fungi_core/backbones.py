@@ -136,10 +136,8 @@ class Backbone:
             ]
             return class_token.factors(models, groups, self._tail, losses)
         if len(groups) > 1 or not self.inputs.fits(groups[0]):
-            raise ValueError(
-                "views at their own sizes need a class token at the last block, not "
-                f"{self.name} {layers}"
-            )
+            need = "views at their own sizes need a class token at the last block"
+            raise ValueError(f"{need}, not {self.name} {layers}")
         return tapped_factors(self.model, self.embed, groups[0], losses, layers)
 
     @cached_property
@@ -172,10 +170,8 @@ def load(
     if given:
         title = type(name).__name__
         if layer is None:
-            raise ValueError(
-                f"a {title} module needs layer=..., the path of a linear layer such as "
-                "'blocks.11.attn.proj'"
-            )
+            such = "the path of a linear layer such as 'blocks.11.attn.proj'"
+            raise ValueError(f"a {title} module needs layer=..., {such}")
         model = copy.deepcopy(name)  # the caller's module stays as it is
     elif Path(name).suffix == ".safetensors":
         title = Path(name).stem
@@ -238,9 +234,8 @@ def create(name: str, head: bool, arguments: dict) -> torch.nn.Module:
         return timm.create_model(architecture, pretrained=True, **arguments)
     except Exception as error:  # the hub's client raises many kinds; the cause is kept
         reason = " ".join(str(error).split())[:200]
-        raise ConnectionError(
-            f"the weights of {name} are not on this machine and could not be downloaded: {reason}"
-        ) from error
+        missing = f"the weights of {name} are not here and could not be downloaded"
+        raise ConnectionError(f"{missing}: {reason}") from error
 
 
 def _read_checkpoint(

@@ -108,9 +108,8 @@ def fill(
         raise ValueError(f"each objective can be used once a call, got {', '.join(names)}")
     linear = linear_layer(backbone.model, layer)  # a wrong one raises before anything is extracted
     if projection == "exact" and not backbone.reads_class_token([layer]):
-        raise ValueError(
-            f"projection 'exact' needs a class token at the last block, not {backbone.name} {layer}"
-        )
+        need = "projection 'exact' needs a class token at the last block"
+        raise ValueError(f"{need}, not {backbone.name} {layer}")
     part, every = shard_rows(len(data), *shard), np.arange(len(data))
     embedding = store.open_entry(describe(data, backbone), len(data), backbone.width, root)
     entries = {"embedding": embedding}

@@ -69,9 +69,8 @@ def linear_layer(model: torch.nn.Module, path: str) -> torch.nn.Linear:
     if path not in layers:
         linear = [name for name, layer in layers.items() if isinstance(layer, torch.nn.Linear)]
         shown = ", ".join(linear[-4:]) or "none"
-        raise ValueError(
-            f"{type(model).__name__} has no layer {path!r}; its last linear layers: {shown}"
-        )
+        kind = type(model).__name__
+        raise ValueError(f"{kind} has no layer {path!r}; its last linear layers: {shown}")
     if not isinstance(layers[path], torch.nn.Linear):
         kind = type(layers[path]).__name__
         raise ValueError(f"layer {path!r} is a {kind}; gradients are taken at a torch.nn.Linear")
@@ -129,10 +128,8 @@ def tapped_factors(
     with tap(model, paths) as taps, torch.no_grad():
         embeddings = embed(views.flatten(0, 1))  # (B * V, D)
         if odd := [one for one in taps if one.calls != 1]:
-            raise ValueError(
-                f"layer {odd[0].path!r} ran {odd[0].calls} times in one forward pass; it must run "
-                "exactly once"
-            )
+            ran = f"layer {odd[0].path!r} ran {odd[0].calls} times in one forward pass"
+            raise ValueError(f"{ran}; it must run exactly once")
     with torch.enable_grad():
         embeddings = embeddings.float().unflatten(0, (batch, count))
         outputs = [one.output for one in taps]

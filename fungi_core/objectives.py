@@ -25,10 +25,10 @@ Heads = dict[str, torch.Tensor]
 def kl_loss(
     latents: torch.Tensor, temperature: float, direction: str = "uniform_latent"
 ) -> torch.Tensor:
-    """Return the KL divergence between softmax(latents / temperature) and the uniform distribution.
+    """Return the KL divergence of q = softmax(latents / temperature) and uniform U, view by view.
 
-    It is averaged over views. ``direction="uniform_latent"`` is KL(U || q), what Algorithm 1 and
-    the published code compute; ``"latent_uniform"`` is KL(q || U), as eq. 6 is printed.
+    ``direction="uniform_latent"`` is KL(U || q), what Algorithm 1 and the published code compute;
+    ``"latent_uniform"`` is KL(q || U), as eq. 6 is printed. Views are averaged.
     """
     log_q = F.log_softmax(latents / temperature, dim=-1)
     log_u = -math.log(latents.shape[-1])
@@ -37,10 +37,7 @@ def kl_loss(
     elif direction == "latent_uniform":
         divergence = (log_q.exp() * (log_q - log_u)).sum(-1)
     else:
-        raise ValueError(
-            f"KL direction {direction!r} is unknown; use 'uniform_latent' (code) or "
-            "'latent_uniform' (eq. 6)"
-        )
+        raise ValueError(f"KL direction {direction!r}: use 'uniform_latent' or 'latent_uniform'")
     return divergence.mean(-1)
 
 
@@ -50,8 +47,7 @@ def dino_loss(
     student_temperature: float,
     teacher_temperature: float,
 ) -> torch.Tensor:
-    """Return DINO's cross-entropy (eq. 4) summed over all teacher x student pairs, without
-    centring.
+    """Return DINO's cross-entropy (eq. 4) of all teacher x student pairs, without centring.
 
     The pair of a view with itself counts too. ``student``: (B, V, C); ``teacher``: (B, G, C), the
     global views, used without gradient.
@@ -76,14 +72,10 @@ def info_nce(
     if views < 2:
         raise ValueError(f"SimCLR needs at least 2 positive views a sample, got {views}")
     if temperature < 1 / 40:
-        raise ValueError(
-            f"InfoNCE temperature {temperature} is too low for float32; the lowest is {1 / 40}"
-        )
+        raise ValueError(f"temperature {temperature} is too low for float32; the lowest: {1 / 40}")
     scale = {"eq5": 1 / temperature, "published": 1.0}.get(denominator)
     if scale is None:
-        raise ValueError(
-            f"InfoNCE denominator {denominator!r} is unknown; use 'eq5' or 'published'"
-        )
+        raise ValueError(f"InfoNCE denominator {denominator!r}: use 'eq5' or 'published'")
     z, n = F.normalize(positives, dim=-1), F.normalize(negatives, dim=-1)
     same = torch.eye(views, dtype=torch.bool, device=z.device)
     among = z @ z.transpose(1, 2)  # (B, V, V)

@@ -29,9 +29,8 @@ class Rademacher:
     def __init__(self, rows: int, columns: int, *keys: object, matrix: torch.Tensor | None = None):
         self.rows, self.columns, self.keys = rows, columns, keys
         if matrix is not None and tuple(matrix.shape) != (rows, columns):
-            raise ValueError(
-                f"the projection must have shape {(rows, columns)}, got {tuple(matrix.shape)}"
-            )
+            got = tuple(matrix.shape)
+            raise ValueError(f"the projection must have shape {(rows, columns)}, got {got}")
         self.matrix = matrix
         self._bits: dict[object, torch.Tensor] = {}
         self._dense: dict[tuple, torch.Tensor] = {}

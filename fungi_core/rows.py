@@ -95,10 +95,8 @@ def view_batches(
     """
     inputs = backbone.inputs
     if kind.of not in (inputs.kind, "any"):
-        raise ValueError(
-            f"{key} takes {type(kind).__name__}, views of {kind.of} data; {backbone.name} reads "
-            f"{inputs.kind} data"
-        )
+        views = f"{key} takes {type(kind).__name__}, views of {kind.of} data"
+        raise ValueError(f"{views}; {backbone.name} reads {inputs.kind} data")
     fixed_teams()
     size = max(1, min(most, inputs.at_once(kind.count(inputs), backbone.device)))
     # A divisor of the store's files: a resumed run has the same batches, so the same bytes.

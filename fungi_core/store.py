@@ -40,9 +40,8 @@ def key(meta: dict) -> str:
         try:
             json.dumps(value, sort_keys=True, allow_nan=False)
         except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"meta field {name!r}: {error}; accepted: text, finite numbers, None, lists, dicts"
-            ) from error
+            accepted = "text, finite numbers, None, lists, dicts"
+            raise ValueError(f"meta field {name!r}: {error}; accepted: {accepted}") from error
     text = json.dumps(meta, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
@@ -118,10 +117,8 @@ class Entry:
             raise RuntimeError(f"{self.path}: rows are written inside `with entry.lock():`")
         stop, (low, high) = start + len(block), self._range
         if block.shape[1:] != (self.width,) or not low <= start <= stop <= high:
-            raise ValueError(
-                f"{self.path}: {block.shape} at row {start} does not fit in "
-                f"{self.n, self.width}, locked {low} to {high}"
-            )
+            room = f"{self.n, self.width}, locked {low} to {high}"
+            raise ValueError(f"{self.path}: {block.shape} at row {start} does not fit in {room}")
         finite = np.isfinite(block).all(axis=1)
         if not finite.all():
             bad = start + finite.argmin()
@@ -140,18 +137,15 @@ class Entry:
         Raises StoreCorrupt naming a bad file, LookupError counting missing rows.
         """
         if absent := sum(stop - start for start, stop in self.missing()):
-            raise LookupError(
-                f"{self.path}: {absent} of {self.n} rows are missing; finish their extraction"
-            )
+            lack = f"{absent} of {self.n} rows are missing"
+            raise LookupError(f"{self.path}: {lack}; finish their extraction")
         shards, out = self._shards(), np.empty((self.n, self.width), np.float32)
         for start in range(0, self.n, SHARD):
             file = self.path / shards[start]
             data = file.read_bytes()
             if self._name(start, data) != shards[start]:
-                raise StoreCorrupt(
-                    f"{file} is truncated, altered or foreign; drop_corrupt() removes such files, "
-                    "and the next extraction recomputes their rows"
-                )
+                state = f"{file} is truncated, altered or foreign"
+                raise StoreCorrupt(f"{state}; drop_corrupt() removes it for the next extraction")
             array = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
             out[start : start + SHARD] = array
         return out
