@@ -87,7 +87,7 @@ class AudioInputs(Inputs):
         """Join the items of a batch, (B, V, T, F); raises ValueError where lengths differ."""
         if len({item.shape for item in items}) > 1:
             raise ValueError("clips of different lengths; see audio.fit_length(clip, seconds)")
-        return torch.from_numpy(np.stack(items))
+        return super().stack(items)
 
     def at_once(self, views: int, device: str) -> int:
         return (16 if device == "cpu" else 512) // views

@@ -51,9 +51,10 @@ class Backbone:
 
         Images of another size go through the network at that size.
         """
-        if not self.inputs.fits(views):
-            return self.at_size(views.shape[-1]).embed(views)
-        return self.read(self.model, views)
+        return self.read(self._for(views).model, views)
+
+    def _for(self, views: torch.Tensor) -> "Backbone":
+        return self if self.inputs.fits(views) else self.at_size(views.shape[-1])
 
     @cached_property
     def width(self) -> int:
@@ -130,10 +131,7 @@ class Backbone:
         layers = list(layers or [self.layer])
         groups = views if isinstance(views, list) else [views]
         if self.reads_class_token(layers):
-            models = [
-                self.model if self.inputs.fits(group) else self.at_size(group.shape[-1]).model
-                for group in groups
-            ]
+            models = [self._for(group).model for group in groups]
             return class_token.factors(models, groups, self._tail, losses)
         if len(groups) > 1 or not self.inputs.fits(groups[0]):
             need = "views at their own sizes need a class token at the last block"

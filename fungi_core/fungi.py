@@ -128,10 +128,8 @@ class Fungi(TransformerMixin, BaseEstimator):
         """
         check_is_fitted(self, "n_features_out_")
         if self.heads is not None or not isinstance(self.projection, str):
-            raise ValueError(
-                "a Fungi with heads or a projection passed in cannot be saved; its file holds the "
-                "seed only"
-            )
+            given = "a Fungi with heads or a projection passed in"
+            raise ValueError(f"{given} cannot be saved; its file holds the seed only")
         settings = {name: getattr(self, name) for name in ("pca", "seed", "projection")}
         settings |= {
             "layer": self.backbone_.layer,
@@ -166,8 +164,8 @@ class Fungi(TransformerMixin, BaseEstimator):
                 arrays = {name: opened.get_tensor(name) for name in opened.keys()}
         except (SafetensorError, KeyError) as error:
             raise ValueError(f"{file} was not written by Fungi.save: {error}") from error
-        n_features, fingerprint = settings.pop("n_features_out"), settings.pop("fingerprint")
-        fitted_with = settings.pop("fitted_with")
+        names = "n_features_out", "fingerprint", "fitted_with"
+        n_features, fingerprint, fitted_with = (settings.pop(name) for name in names)
         settings["objectives"] = tuple(_restored(one) for one in settings["objectives"])
         settings["backbone"] = backbone if backbone is not None else settings["backbone"]
         if settings["backbone"] is None:
@@ -175,9 +173,8 @@ class Fungi(TransformerMixin, BaseEstimator):
         self = cls(**settings, device=device)
         self._set_up()
         if self.backbone_.fingerprint != fingerprint:
-            raise ValueError(
-                f"{self.backbone_.name}'s weights differ from those {file} was fitted with"
-            )
+            name = self.backbone_.name
+            raise ValueError(f"{name}'s weights differ from those {file} was fitted with")
         if (found := _identity(self.backbone_)) != fitted_with:
             raise ValueError(f"{file} was fitted with backbone {fitted_with}, this one is {found}")
         for name, part in self.parts_.items():
@@ -195,10 +192,10 @@ class Fungi(TransformerMixin, BaseEstimator):
     @default_modes()
     def _set_up(self) -> None:
         self._check()
-        options = dict(layer=self.layer, device=self.device, dtype=self.dtype)
         if isinstance(self.backbone, Backbone):  # it keeps its device and dtype
             self.backbone_ = replace(self.backbone, layer=self.layer or self.backbone.layer)
         else:
+            options = dict(layer=self.layer, device=self.device, dtype=self.dtype)
             self.backbone_ = load(self.backbone, **options)
         device = self.backbone_.device
         kind = self.projection if isinstance(self.projection, str) else "rademacher"
@@ -224,18 +221,14 @@ class Fungi(TransformerMixin, BaseEstimator):
         if len(set(names)) != len(names):
             raise ValueError(f"each objective can be used once, got {', '.join(names)}")
         if strangers := sorted({*(self.heads or ()), *(self.negatives or ())} - {*names}):
-            raise ValueError(
-                f"heads or negatives given for {', '.join(strangers)}; the objectives are "
-                f"{', '.join(names)}"
-            )
+            given = f"heads or negatives given for {', '.join(strangers)}"
+            raise ValueError(f"{given}; the objectives are {', '.join(names)}")
         sized = isinstance(self.pca, Integral) and not isinstance(self.pca, bool) and self.pca > 0
         if self.pca not in ("paper", None) and not sized:
             raise ValueError(f"pca is 'paper', None or a positive size, got {self.pca!r}")
         if isinstance(self.projection, str) and self.projection == "exact":
-            raise ValueError(
-                "projection 'exact' keeps factors and gives no features; "
-                "see fungi_core.projection.exact_cosine"
-            )
+            keeps = "projection 'exact' keeps factors and gives no features"
+            raise ValueError(f"{keeps}; see fungi_core.projection.exact_cosine")
 
     def _joined(self, X: Sequence) -> np.ndarray:
         # The order of eq. 2: gradients, then the embedding.
@@ -269,35 +262,28 @@ def _as_sequence(X) -> Sequence:
     return X
 
 
-def _kinds() -> tuple[dict[str, type], dict[str, type]]:
+def _kinds() -> dict[str, type]:
     """Return the objectives and the views that a saved transformer can name."""
     from . import audio, text  # here: images need neither
 
-    known = objectives.KL, objectives.DINO, objectives.SimCLR
-    seen = inputs.Whole, views.Crops, views.Patches, text.Deletions, audio.Noise
-    return {one.name: one for one in known}, {one.__name__: one for one in seen}
+    kinds = objectives.KL, objectives.DINO, objectives.SimCLR
+    kinds += inputs.Whole, views.Crops, views.Patches, text.Deletions, audio.Noise
+    return {getattr(kind, "name", kind.__name__): kind for kind in kinds}
 
 
 def _described(objective: objectives.Objective) -> dict:
     """Return an objective's settings as JSON; ValueError for one that `_restored` does not know."""
-    known, seen = _kinds()
-    kind = type(objective.views)
-    if known.get(objective.name) is not type(objective) or seen.get(kind.__name__) is not kind:
-        raise ValueError(
-            f"{type(objective).__name__} with {kind.__name__} is your own and cannot be "
-            f"saved; there are {', '.join(known)}"
-        )
+    known, kind, seen = _kinds(), type(objective), type(objective.views)
+    if known.get(objective.name) is not kind or known.get(seen.__name__) is not seen:
+        yours = f"{kind.__name__} with {seen.__name__} is your own"
+        raise ValueError(f"{yours} and cannot be saved; there are {', '.join(known)}")
     settings = asdict(objective)
-    return {
-        "name": objective.name,
-        "views": [kind.__name__, settings.pop("views")],
-        "settings": settings,
-    }
+    views = [seen.__name__, settings.pop("views")]
+    return {"name": objective.name, "views": views, "settings": settings}
 
 
 def _restored(record: dict) -> objectives.Objective:
     """Return the objective that `_described` wrote."""
-    known, seen = _kinds()
-    kind, settings = record["views"]
+    known, (seen, settings) = _kinds(), record["views"]
     tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
-    return known[record["name"]](views=seen[kind](**tuples), **record["settings"])
+    return known[record["name"]](views=known[seen](**tuples), **record["settings"])

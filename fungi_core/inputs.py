@@ -30,7 +30,8 @@ class Inputs:
 
     def stack(self, items: Sequence) -> torch.Tensor:
         """Join what the items of a batch contribute, (V, ...) each, into one tensor (B, V, ...)."""
-        raise NotImplementedError
+        on_device = isinstance(items[0], torch.Tensor)
+        return torch.stack(items) if on_device else torch.from_numpy(np.stack(items))
 
     def finish(self, batch: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Return a batch on the model's device as the model takes it; here as it is."""

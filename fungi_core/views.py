@@ -7,7 +7,6 @@ enlarging patches, normalisation) happens on the model's device.
 """
 
 import math
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,8 +25,7 @@ _CROP_MODES = ("center", "squash", "border")
 
 @dataclass(frozen=True)
 class Crops(Views):
-    """Take random resized crops, global ones first: DINO's views (Table 17), without flips or
-    colours.
+    """Take random resized crops, global ones first: DINO's views (Table 17), crops only.
 
     Scales are area shares. ``native`` (ours) leaves local crops at `local_size` instead of
     enlarging them to the input size: about a third of the cost.
@@ -121,9 +119,8 @@ class Patches(Views):
     def _sides(self, size: int) -> tuple[int, int]:
         patch = size // self.grid
         if patch // self.stride < 1:
-            raise ValueError(
-                f"stride {self.stride} is too fine for {patch} px patches; the largest is {patch}"
-            )
+            fine = f"stride {self.stride} is too fine for {patch} px patches"
+            raise ValueError(f"{fine}; the largest is {patch}")
         return patch, patch // self.stride
 
 
@@ -145,10 +142,9 @@ class ImageInputs(Inputs):
 
     def __post_init__(self):
         if self.mode not in _CROP_MODES or self.interpolation not in _FILTERS:
-            raise ValueError(
-                f"crop mode {self.mode!r} with {self.interpolation!r} interpolation is unknown; "
-                f"there are {', '.join(_CROP_MODES)} with {', '.join(_FILTERS)}"
-            )
+            unknown = f"crop mode {self.mode!r} with {self.interpolation!r} interpolation"
+            there = f"{', '.join(_CROP_MODES)} with {', '.join(_FILTERS)}"
+            raise ValueError(f"{unknown} is unknown; there are {there}")
 
     def decode(self, item, name: str) -> Image.Image:
         return to_image(item, name)
@@ -190,11 +186,6 @@ class ImageInputs(Inputs):
         )
         images = batch.permute(0, 1, 4, 2, 3).float().div(255)
         return ((images - mean) / std).to(dtype)
-
-    def stack(self, items: Sequence[np.ndarray | torch.Tensor]) -> torch.Tensor:
-        if isinstance(items[0], torch.Tensor):
-            return torch.stack(items)
-        return torch.from_numpy(np.stack(items))
 
     def at_once(self, views: int, device: str) -> int:
         return min(256, (2**22 if device == "cpu" else 2**26) // (views * self.size**2))
