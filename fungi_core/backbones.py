@@ -73,7 +73,8 @@ class Backbone:
         A module that was passed in has no name that fixes its structure, so its modules' plain
         attributes (pooling, number of heads, ...) are hashed as well.
         """
-        digest, ignored = hashlib.blake2b(digest_size=16), ("training", "fused_attn")
+        digest = hashlib.blake2b(digest_size=16)
+        ignored = "training", "fused_attn"  # these change no feature
         for path, module in self.model.named_modules() if self.given else ():
             own = sorted((k, v) for k, v in vars(module).items() if k not in ignored)
             plain = [(k, v) for k, v in own if isinstance(v, (bool, int, float, str))]
@@ -279,11 +280,9 @@ def _timm_inputs(model: torch.nn.Module) -> ImageInputs:
 
 def _last_attention_output(model: torch.nn.Module) -> str:
     """Return the paper's target layer: the attention output projection of the last block."""
-    names = [
-        name
-        for name, module in model.named_modules()
-        if name.endswith(_ATTENTION_OUTPUTS) and isinstance(module, torch.nn.Linear)
-    ]
+    modules = model.named_modules()
+    linear = [name for name, module in modules if isinstance(module, torch.nn.Linear)]
+    names = [name for name in linear if name.endswith(_ATTENTION_OUTPUTS)]
     if not names:
         kind = type(model).__name__
         raise ValueError(f"{kind} has no '...attn.proj' layer; name one with layer=...")

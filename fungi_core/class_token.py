@@ -1,5 +1,4 @@
-"""The fast path: in the last block of a class-token transformer, only the class token's row
-matters.
+"""The fast path: in a class-token transformer's last block, only the class token's row matters.
 
 With the target layer at the last block's attention output projection, the loss gradient is zero on
 every other token. So every token's key and value is needed there, but only the class token's query,
@@ -122,12 +121,7 @@ def factors(
     with torch.enable_grad():
         output = F.linear(attention, tail.proj.weight, bias).detach().requires_grad_()
         embeddings = tail(output, residual).unflatten(0, (batch, -1))
-        found = [
-            loss_gradients(loss(embeddings), [output], keep=loss is not losses[-1])[0]
-            for loss in losses
-        ]
-    activations = per_sample(attention, batch)
-    made = [
-        Factors(activations, per_sample(gradient, batch), bias is not None) for gradient in found
-    ]
+        found = loss_gradients(losses, embeddings, [output])
+    a = per_sample(attention, batch)
+    made = [Factors(a, per_sample(gradient, batch), bias is not None) for (gradient,) in found]
     return embeddings.detach(), made

@@ -197,15 +197,13 @@ class Fungi(TransformerMixin, BaseEstimator):
         else:
             options = dict(layer=self.layer, device=self.device, dtype=self.dtype)
             self.backbone_ = load(self.backbone, **options)
-        device = self.backbone_.device
+        backbone, device = self.backbone_, self.backbone_.device
         kind = self.projection if isinstance(self.projection, str) else "rademacher"
-        parts = {
-            o.name: draw_parts(self.backbone_, o, self.seed, None, kind) for o in self.objectives
-        }
+        parts = {o.name: draw_parts(backbone, o, self.seed, kind=kind) for o in self.objectives}
         shared = next((part.projection for part in parts.values()), None)
         if isinstance(self.projection, torch.Tensor):
-            rows, columns = self.backbone_.gradient_shape()
-            shared = Rademacher(self.backbone_.width, rows * columns, matrix=self.projection)
+            rows, columns = backbone.gradient_shape()
+            shared = Rademacher(backbone.width, rows * columns, matrix=self.projection)
         for name, part in parts.items():
             part.projection = shared  # one for all objectives
             if name in (self.heads or {}):

@@ -133,10 +133,7 @@ def tapped_factors(
     with torch.enable_grad():
         embeddings = embeddings.float().unflatten(0, (batch, count))
         outputs = [one.output for one in taps]
-        found = [
-            loss_gradients(loss(embeddings), outputs, keep=loss is not losses[-1])
-            for loss in losses
-        ]
+        found = loss_gradients(losses, embeddings, outputs)
     activations = [per_sample(one.activations, batch) for one in taps]
     factors = [
         Factors(a, per_sample(gradient, batch), one.bias)
@@ -147,17 +144,22 @@ def tapped_factors(
 
 
 def loss_gradients(
-    losses: torch.Tensor, outputs: Sequence[torch.Tensor], keep: bool = False
-) -> Sequence[torch.Tensor]:
-    """Return d(sum of losses) / d(outputs); ``keep`` the graph where another loss follows.
+    losses: Sequence[Loss], embeddings: torch.Tensor, outputs: Sequence[torch.Tensor]
+) -> list[Sequence[torch.Tensor]]:
+    """Return d(sum of a loss over the samples) / d(outputs), for each loss of the embeddings.
 
     Raises `LossNotFinite` for the first sample whose loss is NaN or infinite.
     """
-    bad = ~torch.isfinite(losses.detach())
-    if bad.any():
-        first = int(bad.nonzero()[0])
-        raise LossNotFinite(first, losses[first].item())
-    return torch.autograd.grad(losses.sum(), outputs, retain_graph=keep)
+    found = []
+    for loss in losses:
+        values = loss(embeddings)  # (B,)
+        bad = ~torch.isfinite(values.detach())
+        if bad.any():
+            first = int(bad.nonzero()[0])
+            raise LossNotFinite(first, values[first].item())
+        another = loss is not losses[-1]  # needs the graph once more
+        found.append(torch.autograd.grad(values.sum(), outputs, retain_graph=another))
+    return found
 
 
 def per_sample(tensor: torch.Tensor, batch: int) -> torch.Tensor:

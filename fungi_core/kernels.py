@@ -76,24 +76,9 @@ def _launch(d, a, bits, block: tuple[int, int, int], splits: int) -> torch.Tenso
     share = triton.cdiv(blocks, min(splits, blocks))
     out = torch.empty(triton.cdiv(blocks, share), count, rows, device=a.device)
     grid = triton.cdiv(count, tokens), triton.cdiv(rows, outputs), len(out)
-    _project[grid](
-        d.contiguous(),
-        a.contiguous(),
-        bits,
-        out,
-        count,
-        d_out,
-        d_in,
-        rows,
-        bits.stride(0),
-        blocks,
-        share,
-        TOKENS=tokens,
-        ROWS=outputs,
-        ENTRIES=entries,
-        WIDEN=not a.is_cuda,
-        num_warps=8,
-    )
+    sizes = count, d_out, d_in, rows, bits.stride(0), blocks, share
+    tensors, widen = (d.contiguous(), a.contiguous(), bits, out), not a.is_cuda
+    _project[grid](*tensors, *sizes, *block, widen, num_warps=8)
     return out.sum(0)
 
 

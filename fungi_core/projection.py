@@ -114,10 +114,8 @@ class TensorSketch:
         rng = generator("tensor-sketch", *keys)
         self.rows = rows
         self.buckets = [torch.from_numpy(rng.integers(0, rows, size)) for size in (d_out, d_in)]
-        self.signs = [
-            _signs(1, size, "tensor-sketch", side, *keys)[0]
-            for side, size in enumerate((d_out, d_in))
-        ]
+        sides = enumerate((d_out, d_in))
+        self.signs = [_signs(1, size, "tensor-sketch", side, *keys)[0] for side, size in sides]
 
     def apply(self, factors: Factors, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Project factors (B, n, .) to (B, rows) float32, always by float32 sums."""

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from .backbones import Backbone
 from .devices import default_modes, fixed_teams
-from .gradients import Factors, loss_gradients, tap
+from .gradients import Factors, tapped_factors
 from .objectives import Heads, SimCLR
 from .rows import draw_parts
 from .search import nearest
@@ -66,17 +66,16 @@ def _factors(
     ``negatives``: number and tokens (P + T, D) of one image -> latents (M, dim), called in order.
     Tokens go to the head as they are, not normalised (Table 17).
     """
-    objective = loss.objective()
-    with tap(backbone.model, [backbone.layer]) as (one,), torch.no_grad():
-        tokens = backbone.model.forward_features(batch)
-    with torch.enable_grad():
-        tokens = tokens.float()
-        losses = [
-            objective.loss(image[None], heads, negatives(i, image.detach()))  # -> (1,)
-            for i, image in enumerate(tokens)
-        ]
-        (gradient,) = loss_gradients(torch.cat(losses), [one.output])
-    return tokens.detach(), Factors(one.activations.float(), gradient.float(), one.bias)
+    objective, model = loss.objective(), backbone.model
+
+    def of_images(tokens: torch.Tensor) -> torch.Tensor:  # (B, 1, P + T, D) -> (B,)
+        seen = [negatives(i, image.detach()) for i, (image,) in enumerate(tokens)]
+        losses = [objective.loss(x, heads, n) for x, n in zip(tokens, seen, strict=True)]
+        return torch.cat(losses)
+
+    views, layers = batch[:, None], [backbone.layer]
+    tokens, (made,) = tapped_factors(model, model.forward_features, views, [of_images], layers)
+    return tokens[:, 0], made
 
 
 def _drop_half(retrieved: torch.Tensor, loss: Loss, rng: np.random.Generator) -> torch.Tensor:

@@ -180,10 +180,8 @@ class ImageInputs(Inputs):
 
     def finish(self, batch: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Normalise pixels on their device: (B, V, s, s, 3) uint8 -> (B, V, 3, s, s)."""
-        mean, std = (
-            torch.tensor(x, device=batch.device, dtype=torch.float32)[:, None, None]
-            for x in (self.mean, self.std)
-        )
+        scale = torch.tensor([self.mean, self.std], device=batch.device, dtype=torch.float32)
+        mean, std = scale[..., None, None]  # (3, 1, 1) each
         images = batch.permute(0, 1, 4, 2, 3).float().div(255)
         return ((images - mean) / std).to(dtype)
 
