@@ -157,9 +157,7 @@ def gradient_rows(
         try:
             embeddings, factors = objective.factors(backbone, batch, heads, negatives, layers)
         except LossNotFinite as error:
-            i = start + error.sample
-            named = isinstance(items[i], (str, Path))
-            name = str(items[i]) if named else _name(items, i, backbone.inputs.kind)
+            name = _name(items, start + error.sample, backbone.inputs.kind)
             raise LossNotFinite(error.sample, error.value, name) from error
         projected = [
             part.projection.apply(factors[i], backbone.dtype).cpu().numpy()
@@ -169,8 +167,10 @@ def gradient_rows(
 
 
 def _name(items: Sequence, i: int, kind: str) -> str:
-    """Return how messages name item i: as its data set does, else by its number there."""
+    """Return how messages name item i: as its data set does, else by its path, or its number."""
     if isinstance(items, Subset):
         return _name(items.dataset, items.indices[i], kind)
-    named = hasattr(items, "where") and not isinstance(items, torch.Tensor)
-    return items.where(i) if named else f"{kind} {i}"
+    if hasattr(items, "where") and not isinstance(items, torch.Tensor):
+        return items.where(i)
+    known = isinstance(items, (list, tuple)) and isinstance(items[i], (str, Path))
+    return str(items[i]) if known else f"{kind} {i}"
