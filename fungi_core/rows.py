@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from .backbones import Backbone
 from .devices import default_modes, fixed_teams, steps_in_default_modes
@@ -160,10 +161,11 @@ def gradient_rows(
     items: Sequence,
     seed: int,
 ) -> Iterator[tuple[int, np.ndarray | None, list[np.ndarray]]]:
-    """Yield (start, embeddings (B, D) or None, projected gradients (B, d) with each of ``parts``).
+    """Yield (start, what is seen (B, D) or None, projected gradients (B, d) of each of ``parts``).
 
-    All parts share the views and the forward pass: they may differ in layer or in negatives. The
-    embedding comes along with objectives that see the whole item. Eq. 1, before normalisation.
+    All parts share the views and the forward pass: they may differ in layer or in negatives. What
+    is seen is the embedding of the whole item, or the `mean_view` of an objective with several
+    views. Eq. 1, before normalisation.
     """
     layers = list(dict.fromkeys(part.layer for part in parts))
     pairs = list({id(part.negatives): part for part in parts}.values())
@@ -173,7 +175,6 @@ def gradient_rows(
         + layers.index(part.layer)
         for part in parts
     ]
-    whole = isinstance(objective.views, Whole)
     for start, batch in view_batches(backbone, objective.views, objective.name, items, seed):
         for offset, few in _in_pieces(batch, layers, backbone.device):
             with _naming(items, start + offset):
@@ -182,7 +183,21 @@ def gradient_rows(
                 part.projection.apply(factors[i], backbone.dtype).cpu().numpy()
                 for part, i in zip(parts, place, strict=True)
             ]
-            yield start + offset, embeddings[:, 0].cpu().numpy() if whole else None, projected
+            yield start + offset, _seen(objective, embeddings), projected
+
+
+def _seen(objective: Objective, embeddings: torch.Tensor) -> np.ndarray | None:
+    if isinstance(objective.views, Whole):
+        return embeddings[:, 0].cpu().numpy()
+    return mean_view(embeddings).cpu().numpy() if objective.embeds_views else None
+
+
+def mean_view(embeddings: torch.Tensor) -> torch.Tensor:
+    """Return the mean of the L2-normalised embeddings of all views, (B, V, D) -> (B, D).
+
+    It is what an objective's views tell without any gradient: the control of notebook 23.
+    """
+    return F.normalize(embeddings, dim=-1).mean(1)
 
 
 def _in_pieces(batch, layers: Sequence[str], device: str) -> Iterator[tuple[int, torch.Tensor]]:
