@@ -9,7 +9,7 @@ A data set is any object with ``name``, ``split``, ``fingerprint`` (a hash of it
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +40,14 @@ EXTRACTION = 2  # raise when the same settings would give other features than be
 class Features:
     """Hold a data set and its raw blocks: {"embedding": (N, D), "kl": (N, d), ...} float32.
 
-    With ``projection="exact"`` a gradient's block is its `Factors`. ``keys``: the store's entries.
+    With ``projection="exact"`` a gradient's block is its `Factors`. ``keys`` name the store's
+    entries. ``views``: `rows.mean_view` of each objective with several, {"dino": (N, D), ...}.
     """
 
     data: Any
     blocks: dict[str, np.ndarray | Factors]
     keys: tuple[str, ...]
+    views: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def labels(self) -> np.ndarray:
@@ -54,8 +56,9 @@ class Features:
 
     def take(self, index: np.ndarray) -> "Features":
         """Return some of the rows, in the order given."""
-        blocks = {name: block[index] for name, block in self.blocks.items()}
-        return replace(self, data=self.data.take(index), blocks=blocks)
+        pick = lambda blocks: {name: block[index] for name, block in blocks.items()}
+        parts = dict(blocks=pick(self.blocks), views=pick(self.views))
+        return replace(self, data=self.data.take(index), **parts)
 
 
 def extract(
@@ -77,12 +80,14 @@ def extract(
     """
     options = dict(train=train, seed=seed, layer=layer, projection=projection, root=root)
     entries = fill(data, backbone, objectives, **options)
-    blocks = {name: entry.read() for name, entry in entries.items()}
+    read = {name: entry.read() for name, entry in entries.items()}
+    blocks = {name: read[name] for name in ("embedding", *(one.name for one in objectives))}
+    views = {one.name: read[key] for one in objectives if (key := f"{one.name}_views") in read}
     if projection == "exact":
         linear = linear_layer(backbone.model, layer or backbone.layer)
         for objective in objectives:
             blocks[objective.name] = factors_of(blocks[objective.name], linear)
-    return Features(data, blocks, tuple(entry.key for entry in entries.values()))
+    return Features(data, blocks, tuple(entry.key for entry in entries.values()), views)
 
 
 def fill(
@@ -100,7 +105,8 @@ def fill(
     """Extract what the store lacks, or one ``shard`` (i of n, from 1) of its rows: entries by name.
 
     The embedding comes along with an objective that sees the whole item at the backbone's own
-    layer; another layer takes the general path, whose bf16 embedding rounds differently.
+    layer, the mean of the views' embeddings with one that sees several; another layer takes the
+    general path, whose bf16 embeddings round differently.
     """
     train, layer = data if train is None else train, layer or backbone.layer
     names = [objective.name for objective in objectives]
@@ -121,8 +127,11 @@ def fill(
         meta = describe(data, backbone, objective, train, seed, layer, projection)
         entries[objective.name] = store.open_entry(meta, len(data), width, root)
         targets = [Target(entries[objective.name], every)]
-        if isinstance(objective.views, Whole) and layer == backbone.layer:
-            targets.append(Target(embedding, every, source=None))
+        if objective.embeds_views and layer == backbone.layer:
+            meta = describe_seen(data, backbone, objective, seed)
+            seen = store.open_entry(meta, len(data), backbone.width, root)
+            entries[meta["feature"]] = seen
+            targets.append(Target(seen, every, source=None))
         sources = [(layer, train)]
         fill_gradients(targets, data, backbone, objective, sources, seed, projection, root, part)
     label = f"{data.name} {data.split} {backbone.name} embedding"
@@ -223,6 +232,19 @@ def describe(
         "projection": projection,
         "negatives": train.fingerprint if objective.negatives else None,
     }
+
+
+def describe_seen(data, backbone: Backbone, objective: Objective, seed: int) -> dict:
+    """Return `describe` of what comes along with an objective's gradients.
+
+    It is the embedding of the whole item, or the mean over the views, which no head, layer,
+    projection or negative changes.
+    """
+    meta = describe(data, backbone)
+    if isinstance(objective.views, Whole):
+        return meta
+    views = [type(objective.views).__name__, asdict(objective)["views"]]
+    return meta | {"feature": f"{objective.name}_views", "views": views, "seed": seed}
 
 
 def shard_rows(n: int, i: int, count: int) -> tuple[int, int]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.utils.data import Subset
 
 from .backbones import Backbone
@@ -140,20 +141,21 @@ def embedding_rows(
 def gradient_rows(
     backbone: Backbone, objective: Objective, parts: Sequence[Parts], items: Sequence, seed: int
 ) -> Iterator[tuple[int, np.ndarray | None, list[np.ndarray]]]:
-    """Yield (start, embeddings (B, D) or None, projected gradients (B, d) with each of ``parts``).
+    """Yield (start, what is seen (B, D) or None, projected gradients (B, d) of each of ``parts``).
 
-    All parts share the views and the forward pass: they may differ in layer or in negatives. The
-    embedding comes along with objectives that see the whole item. Eq. 1, before normalisation.
+    All parts share the views and the forward pass: they may differ in layer or in negatives. What
+    is seen is the embedding of the whole item, or the `mean_view` of an objective with several
+    views. Eq. 1, before normalisation.
     """
     layers = list(dict.fromkeys(part.layer for part in parts))
     pairs = list({id(part.negatives): part for part in parts}.values())
     heads, negatives = [part.heads for part in pairs], [part.negatives for part in pairs]
     order = [(id(pair.negatives), layer) for pair in pairs for layer in layers]
     place = [order.index((id(part.negatives), part.layer)) for part in parts]
-    views, whole = objective.views, isinstance(objective.views, Whole)
     # Few items at a time where the activations of many layers are held.
     most = 256 if len(layers) == 1 else 2 if backbone.device == "cpu" else 8
-    for start, batch in view_batches(backbone, views, objective.name, items, seed, most):
+    views, key = objective.views, objective.name
+    for start, batch in view_batches(backbone, views, key, items, seed, most):
         try:
             embeddings, factors = objective.factors(backbone, batch, heads, negatives, layers)
         except LossNotFinite as error:
@@ -163,7 +165,21 @@ def gradient_rows(
             part.projection.apply(factors[i], backbone.dtype).cpu().numpy()
             for part, i in zip(parts, place, strict=True)
         ]
-        yield start, embeddings[:, 0].cpu().numpy() if whole else None, projected
+        yield start, _seen(objective, embeddings), projected
+
+
+def _seen(objective: Objective, embeddings: torch.Tensor) -> np.ndarray | None:
+    if isinstance(objective.views, Whole):
+        return embeddings[:, 0].cpu().numpy()
+    return mean_view(embeddings).cpu().numpy() if objective.embeds_views else None
+
+
+def mean_view(embeddings: torch.Tensor) -> torch.Tensor:
+    """Return the mean of the L2-normalised embeddings of all views, (B, V, D) -> (B, D).
+
+    It is what an objective's views tell without any gradient: the control of notebook 23.
+    """
+    return F.normalize(embeddings, dim=-1).mean(1)
 
 
 def _name(items: Sequence, i: int, kind: str) -> str:

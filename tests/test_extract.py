@@ -82,16 +82,15 @@ def test_rows_are_those_of_the_transformer():
         8,
     ) and train.labels.tolist() == train.data.labels.tolist()
     assert list(train.blocks) == ["embedding", "kl", "dino", "simclr"]
+    assert list(train.views) == ["dino", "simclr"]
     assert all(
         block.shape == (12, 64) and block.dtype == np.float32 for block in train.blocks.values()
     )
     one = Fungi(small(), SMALL, pca=None, seed=3).fit(train.data)
     for rows in (train, test):
-        expected = one.extract(rows.data)
-        for name, block in rows.blocks.items():
-            np.testing.assert_allclose(
-                block, expected[name], rtol=0, atol=1e-5 * np.abs(block).max()
-            )
+        for name, expected in one.extract(rows.data).items():
+            limit = 1e-5 * np.abs(expected).max()
+            np.testing.assert_allclose(rows.blocks[name], expected, rtol=0, atol=limit)
     some = train.take(np.array([3, 1]))
     assert some.labels.tolist() == train.labels[[3, 1]].tolist()
     np.testing.assert_array_equal(some.blocks["dino"], train.blocks["dino"][[3, 1]])
@@ -227,38 +226,39 @@ def test_items_that_are_no_rows_of_an_entry_are_not_lacking():
 
 def keys(*args, **settings):
     """{(split, feature): key} of a call."""
-    return {
-        (rows.data.split, name): key
-        for rows in digits(*args, **settings)
-        for name, key in zip(rows.blocks, rows.keys, strict=True)
-    }
+    found = digits(*args, **settings)
+    feature = {entry["key"]: entry["meta"]["feature"] for entry in stored()}
+    return {(rows.data.split, feature[key]): key for rows in found for key in rows.keys}
 
 
 def changed(a, b):
-    return {place for place in a if a[place] != b[place]}
+    return {place for place in a if a[place] != b.get(place)}
 
 
-EVERY = {
-    (split, name) for split in ("train", "test") for name in ("embedding", "kl", "dino", "simclr")
-}
-GRADIENTS = {place for place in EVERY if place[1] != "embedding"}
+def of(*names):
+    return {(split, name) for split in ("train", "test") for name in names}
+
+
+GRADIENTS, VIEWS = of("kl", "dino", "simclr"), of("dino_views", "simclr_views")
+EVERY = of("embedding") | GRADIENTS | VIEWS
 
 
 def test_keys_hold_all_that_changes_a_feature():
     base = keys()
-    assert len(set(base.values())) == 8
-    assert changed(base, keys(seed=1)) == GRADIENTS
-    assert changed(base, keys(layer="blocks.4.attn.proj")) == GRADIENTS
+    assert len(set(base.values())) == 12
+    assert changed(base, keys(seed=1)) == GRADIENTS | VIEWS
+    assert changed(base, keys(layer="blocks.4.attn.proj")) == GRADIENTS | VIEWS  # without views
     assert changed(base, keys(backbone=small(dtype="bfloat16"))) == EVERY
-    of = lambda name: {place for place in EVERY if place[1] == name}
     others = (
-        replace(SMALL[0], temperature=1),
-        replace(SMALL[1], views=Crops(local_count=2, local_scale=(0.1, 0.2))),
-        replace(SMALL[2], denominator="published"),
-        replace(SMALL[2], views=Patches(stride=2, native=True)),
+        (replace(SMALL[0], temperature=1), of("kl")),
+        (replace(SMALL[1], student_temperature=0.2), of("dino")),
+        (replace(SMALL[1], views=Crops(local_scale=(0.1, 0.2))), of("dino", "dino_views")),
+        (replace(SMALL[2], denominator="published"), of("simclr")),
+        (replace(SMALL[2], views=Patches(stride=2, native=True)), of("simclr", "simclr_views")),
     )
-    for i, other in zip((0, 1, 2, 2), others, strict=True):
-        assert changed(base, keys((*SMALL[:i], other, *SMALL[i + 1 :]))) == of(other.name)
+    for other, expected in others:
+        objectives = [other if one.name == other.name else one for one in SMALL]
+        assert changed(base, keys(objectives)) == expected
     other_weights = small()
     other_weights.model.norm.bias.data[0] += 1e-3
     assert changed(base, keys(backbone=other_weights)) == EVERY
@@ -274,7 +274,7 @@ def test_objectives_without_a_head_and_full_augmentation_have_stores_of_their_ow
     # 9 views each; without a head they are embeddings
     assert sorted(entry["width"] for entry in stored_latents()) == [9 * 16, 9 * 64]
     coloured = keys([SMALL[0], replace(SMALL[1], views=FullAugmentation(local_count=2)), SMALL[2]])
-    assert changed(base, coloured) == {("train", "dino"), ("test", "dino")}
+    assert changed(base, coloured) == of("dino", "dino_views")
 
 
 def test_a_smaller_training_set_touches_the_test_rows_through_the_negatives_alone():
@@ -288,9 +288,7 @@ def test_keys_hold_nothing_that_does_not_change_a_feature(monkeypatch):
     base = digits()
     again = keys(tuple(reversed(SMALL)))  # the order of objectives
     assert {again[place] for place in EVERY} == {key for rows in base for key in rows.keys}
-    assert set(keys(["kl"])) == {
-        (split, name) for split in ("train", "test") for name in ("embedding", "kl")
-    }
+    assert set(keys(["kl"])) == of("embedding", "kl")
     key_of_kl = digits(ONE)[0].keys
     monkeypatch.setenv("FUNGI_STORE", str(paths.store_dir()) + "-small-batches")
     monkeypatch.setattr(ImageInputs, "at_once", lambda *_: 4)

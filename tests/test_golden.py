@@ -5,9 +5,13 @@ import os
 import golden
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
 
 EXPECTED = load_file(golden.FILE)
+# On another kind of processor exponentials round otherwise, and the KL gradient is the small
+# difference of nearly equal probabilities: 2e-4 between AVX-512 and AVX2.
+LIMIT = 1e-5 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 1e-3
 WITHOUT_DATA = "whisper-tiny.en"  # its weights lie in FUNGI_DATA
 GROUPS = {
     "image": golden.images,
@@ -32,4 +36,4 @@ def test_features_are_those_of_the_golden_file(group):
         made |= {gradient: made[gradient][:-1]} if gradient in made else {}
     for name, block in expected.items():
         off = np.linalg.norm(found[name] - block, axis=1) / np.linalg.norm(block, axis=1)
-        assert off.max() <= 1e-5, (name, off)
+        assert off.max() <= LIMIT, (name, off)

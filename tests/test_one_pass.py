@@ -12,7 +12,7 @@ from small import LAYERS, SMALL, Pictures, pictures, small
 from fungi_core import rows, store
 from fungi_core.extract import describe, extract, fill_gradients
 from fungi_core.filling import Target, write
-from fungi_core.rows import draw_negatives, draw_parts, gradient_rows
+from fungi_core.rows import draw_negatives, draw_parts, gradient_rows, view_batches
 from fungi_core.store import SHARD
 
 
@@ -72,8 +72,16 @@ def test_embeddings_come_along_whatever_the_parts():
     done = list(gradient_rows(backbone, SMALL[0], parts, images, 0))
     alone = [e for _, e, _ in rows.embedding_rows(backbone, images)]
     close(np.concatenate([e for _, e, _ in done]), np.concatenate(alone), 1e-5)
-    crops = gradient_rows(backbone, SMALL[1], [draw_parts(backbone, SMALL[1], 0)], images, 0)
-    assert all(embedding is None for _, embedding, _ in crops)
+
+
+def test_the_mean_view_is_that_of_the_embeddings_of_all_views():
+    backbone, images, objective = small(), pictures(5), SMALL[1]
+    done = gradient_rows(backbone, objective, [draw_parts(backbone, objective, 0)], images, 0)
+    (batch,) = (batch for _, batch in view_batches(backbone, objective.views, "dino", images, 0))
+    with torch.inference_mode():
+        each = [[backbone.embed(view[None])[0].numpy() for view in views] for views in batch]
+    unit = np.stack(each) / np.linalg.norm(each, axis=-1, keepdims=True)  # (B, V, D)
+    close(np.concatenate([seen for _, seen, _ in done]), unit.mean(1), 1e-5)
 
 
 # --- where rows go

@@ -27,6 +27,7 @@ from fungi_core.backbones import Backbone
 from fungi_core.extract import (
     Features,
     describe,
+    describe_seen,
     extract,
     fill,
     fill_gradients,
@@ -99,7 +100,7 @@ def of_items(
         part.negatives = stored_negatives(encoder, objective, part.heads, train.data, seed, root)
         for _, embeddings, (gradients,) in gradient_rows(encoder, objective, [part], items, seed):
             out.setdefault(objective.name, []).append(gradients)
-            if embeddings is not None:
+            if isinstance(objective.views, Whole):
                 out.setdefault("embedding", []).append(embeddings)
     return Features(items, {name: np.concatenate(blocks) for name, blocks in out.items()}, ())
 
@@ -172,8 +173,8 @@ def fill_folds(encoder: Backbone, objective, folds: Sequence[tuple], seed: int) 
             meta = describe(data, encoder, objective, train, seed, encoder.layer, "rademacher")
             entry = store.open_entry(meta, len(data), encoder.width, root)
             targets.append(Target(entry, rows, source))
-            if isinstance(objective.views, Whole):
-                meta = describe(data, encoder)
+            if objective.embeds_views:
+                meta = describe_seen(data, encoder, objective, seed)
                 entry = store.open_entry(meta, len(data), encoder.width, root)
                 targets.append(Target(entry, rows, None))
     sources = [(encoder.layer, train) for train, _ in folds]
