@@ -41,7 +41,8 @@ class Features:
     """Hold a data set and its raw blocks: {"embedding": (N, D), "kl": (N, d), ...} float32.
 
     With ``projection="exact"`` a gradient's block is its `Factors`. ``keys`` name the store's
-    entries. ``views``: `rows.mean_view` of each objective with several, {"dino": (N, D), ...}.
+    entries. ``views``: the mean of the L2-normalised embeddings of an objective's views, for
+    each with several, {"dino": (N, D), ...}.
     """
 
     data: Any

@@ -144,8 +144,8 @@ def gradient_rows(
     """Yield (start, what is seen (B, D) or None, projected gradients (B, d) of each of ``parts``).
 
     All parts share the views and the forward pass: they may differ in layer or in negatives. What
-    is seen is the embedding of the whole item, or the `mean_view` of an objective with several
-    views. Eq. 1, before normalisation.
+    is seen is the embedding of the whole item, or the mean over several views, see `_seen`.
+    Eq. 1, before normalisation.
     """
     layers = list(dict.fromkeys(part.layer for part in parts))
     pairs = list({id(part.negatives): part for part in parts}.values())
@@ -169,17 +169,15 @@ def gradient_rows(
 
 
 def _seen(objective: Objective, embeddings: torch.Tensor) -> np.ndarray | None:
-    if isinstance(objective.views, Whole):
-        return embeddings[:, 0].cpu().numpy()
-    return mean_view(embeddings).cpu().numpy() if objective.embeds_views else None
+    """Return what the views show without any gradient, (B, V, D) -> (B, D).
 
-
-def mean_view(embeddings: torch.Tensor) -> torch.Tensor:
-    """Return the mean of the L2-normalised embeddings of all views, (B, V, D) -> (B, D).
-
-    It is what an objective's views tell without any gradient: the control of notebook 23.
+    It is the embedding of the whole item, else the mean of the L2-normalised embeddings of all
+    views; None where the loss reads tokens.
     """
-    return F.normalize(embeddings, dim=-1).mean(1)
+    if not objective.embeds_views:
+        return None
+    whole = isinstance(objective.views, Whole)
+    return (embeddings[:, 0] if whole else F.normalize(embeddings, dim=-1).mean(1)).cpu().numpy()
 
 
 def _name(items: Sequence, i: int, kind: str) -> str:
