@@ -396,7 +396,6 @@ def leftovers(source: str) -> list[str]:
     return found
 
 
-@pytest.mark.xfail(strict=False, reason="tests/test_plan.py makes its plans in the checkout")
 def test_no_test_depends_on_what_the_checkout_was_used_for():
     found = {path.name: leftovers(path.read_text()) for path in ROOT.glob("tests/**/*.py")}
     assert {name: functions for name, functions in found.items() if functions} == {}
