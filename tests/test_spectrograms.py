@@ -118,6 +118,33 @@ def ssast(tmp_path_factory):
     return checkpoints.load_into(small_ssast(), file, spectrograms.ssast_weights).eval()
 
 
+def in_transformers_names(file: dict, own: set[str]) -> dict[str, torch.Tensor]:
+    """Return the published blocks under the names of transformers' AST, which its releases change.
+
+    ``own``: the names of its layers.
+    """
+    names = {"embeddings.patch_embeddings.projection": "patch_embed.proj", "layernorm": "norm"}
+    state = {}
+    for i in range(DEPTH):
+        block = f"blocks.{i}."
+        layer = {key for key in own if key.startswith((f"encoder.layer.{i}.", f"layers.{i}."))}
+        find = lambda *ends, layer=layer: next(key for key in layer if key.endswith(ends))
+        attention = [find("query", "q_proj"), find("key", "k_proj"), find("value", "v_proj")]
+        for kind in ("weight", "bias"):
+            parts = file[f"{block}attn.qkv.{kind}"].chunk(3)
+            state |= {f"{name}.{kind}": part for name, part in zip(attention, parts)}
+        out = find("attention.output.dense", "o_proj")
+        names[out] = f"{block}attn.proj"
+        names[find("layernorm_before")] = f"{block}norm1"
+        names[find("layernorm_after")] = f"{block}norm2"
+        names[find("intermediate.dense", "fc1")] = f"{block}mlp.fc1"
+        layer.remove(out)  # its name may end like the next one's
+        names[find("output.dense", "fc2")] = f"{block}mlp.fc2"
+    for name, old in names.items():
+        state |= {f"{name}.{kind}": file[f"{old}.{kind}"] for kind in ("weight", "bias")}
+    return state
+
+
 @pytest.mark.parametrize(("frames", "across"), [(512, 50), (128, 12)])
 def test_ssast_is_transformers_ast(ssast, frames, across):
     """The published layout, by hand into transformers' AST: positions cut in time, stretched in
@@ -133,47 +160,12 @@ def test_ssast_is_transformers_ast(ssast, frames, across):
     positions = file["pos_embed"][:, 2:].transpose(1, 2).reshape(1, WIDTH, 8, 64)
     first = 32 - across // 2
     positions = F.interpolate(positions[..., first : first + across], (12, across), mode="bilinear")
-    state = {
-        "embeddings.cls_token": file["cls_token"],
-        "embeddings.distillation_token": file["dist_token"],
-    }
-    state["embeddings.position_embeddings"] = torch.cat(
-        [file["pos_embed"][:, :2], positions.reshape(1, WIDTH, -1).transpose(1, 2)], 1
-    )
-    names = {"embeddings.patch_embeddings.projection": "patch_embed.proj", "layernorm": "norm"}
-    own = {key.rpartition(".")[0] for key in theirs.state_dict()}
-    for i in range(DEPTH):
-        layer, block = f"encoder.layer.{i}.", f"blocks.{i}."
-        layer = layer if any(key.startswith(layer) for key in own) else f"layers.{i}."
-        find = lambda end, layer=layer: next(
-            key for key in own if key.startswith(layer) and key.endswith(end)
-        )
-        attention = [
-            find(end) for end in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj"))
-        ]
-        for kind in ("weight", "bias"):
-            parts = file[f"{block}attn.qkv.{kind}"].chunk(3)
-            state |= {f"{name}.{kind}": part for name, part in zip(attention, parts)}
-        out = [
-            key
-            for key in own
-            if key.startswith(layer) and key.endswith(("attention.output.dense", "o_proj"))
-        ]
-        names[out[0]] = f"{block}attn.proj"
-        names |= {
-            find("layernorm_before"): f"{block}norm1",
-            find("layernorm_after"): f"{block}norm2",
-        }
-        names[find(("intermediate.dense", "fc1"))] = f"{block}mlp.fc1"
-        last = [
-            key
-            for key in own
-            if key.startswith(layer) and key.endswith(("output.dense", "fc2")) and key != out[0]
-        ]
-        names[last[0]] = f"{block}mlp.fc2"
-    for name, old in names.items():
-        state |= {f"{name}.{kind}": file[f"{old}.{kind}"] for kind in ("weight", "bias")}
-    theirs.load_state_dict(state)
+    positions = positions.reshape(1, WIDTH, -1).transpose(1, 2)  # (1, 12 * across, D)
+    state = in_transformers_names(file, {key.rpartition(".")[0] for key in theirs.state_dict()})
+    state["embeddings.cls_token"] = file["cls_token"]
+    state["embeddings.distillation_token"] = file["dist_token"]
+    both = torch.cat([file["pos_embed"][:, :2], positions], 1)
+    theirs.load_state_dict(state | {"embeddings.position_embeddings": both})
     x = noise(2, frames, 128)
     with torch.no_grad():
         want = theirs(x).pooler_output
