@@ -11,8 +11,7 @@ Packed files (see `packed.parquet`) have the columns audio, label and filename.
 """
 
 import csv
-from collections.abc import Sequence
-from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -104,26 +103,12 @@ KINDS = (
 EACH = 60  # clips of a class in a split
 
 
-@dataclass(frozen=True)
-class Synthesised(Sequence):
-    """Clips made when they are asked for, `EACH` of every kind, one kind after the other."""
-
-    split: str
-
-    def __len__(self) -> int:
-        return EACH * len(KINDS)
-
-    def __getitem__(self, i: int) -> np.ndarray:
-        kind = KINDS[i // EACH]
-        return synthesise(kind, generator("synthesised sound", kind, self.split, i % EACH))
-
-
 def synthesised(root: Path, train: bool) -> Split:
     """Return synthetic sounds of 1 s, of eight kinds."""
-    split = "train" if train else "test"
-    labels = np.repeat(np.arange(len(KINDS)), EACH)
-    names = [f"{KINDS[label]} {split} {i % EACH}" for i, label in enumerate(labels)]
-    return Split(Synthesised(split), labels, names, list(KINDS))
+    split, drawn = "train" if train else "test", list(product(KINDS, range(EACH)))
+    draw = lambda kind, i: synthesise(kind, generator("synthesised sound", kind, split, i))
+    labels, names = np.repeat(np.arange(len(KINDS)), EACH), [f"{k} {split} {i}" for k, i in drawn]
+    return Split([draw(*one) for one in drawn], labels, names, list(KINDS))
 
 
 def synthesise(kind: str, rng: np.random.Generator) -> np.ndarray:
