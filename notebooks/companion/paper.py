@@ -19,7 +19,7 @@ import sys
 
 import pandas as pd
 
-from companion.paths import figures_dir, paper_dir
+from companion.paths import PAPER, figures_dir
 
 MEASURED = ["id", "value", "low", "high", "on"]
 NUMBERS = ["table", "value", "delta", "spread", "paper_delta"]  # columns that are no text
@@ -32,7 +32,7 @@ def load(table: int) -> pd.DataFrame:
     Raises ValueError for a table that is not stored; the message lists those that are.
     """
     name = f"table{table:02d}.csv"
-    stored = sorted(file.name for file in paper_dir().glob("table[0-9][0-9].csv"))
+    stored = sorted(file.name for file in PAPER.glob("table[0-9][0-9].csv"))
     if name not in stored:
         numbers = ", ".join(str(int(file[5:7])) for file in stored)
         raise ValueError(f"no table {table} of the paper is stored; there are {numbers}")
@@ -60,7 +60,7 @@ def items() -> pd.DataFrame:
 
 def _read(name: str) -> pd.DataFrame:
     """Read a file of ``data/paper``: an empty text stays "", a missing number becomes NaN."""
-    frame = pd.read_csv(paper_dir() / name, encoding="utf-8", dtype=str, keep_default_na=False)
+    frame = pd.read_csv(PAPER / name, encoding="utf-8", dtype=str, keep_default_na=False)
     for column in frame.columns.intersection(NUMBERS):
         frame[column] = pd.to_numeric(frame[column])
     return frame

@@ -6,6 +6,9 @@ import os
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+BACKBONES = ROOT / "data" / "backbones"  # the committed mini checkpoints
+TEXTS = ROOT / "data" / "texts"  # the committed sentences of the mini profile
+PAPER = ROOT / "data" / "paper"  # the published numbers, one CSV per table
 
 
 def _from_env(variable: str, default: Path) -> Path:
@@ -40,18 +43,3 @@ def store_dir() -> Path:
 def figures_dir() -> Path:
     """Return the folder of what a run writes (``FUNGI_FIGURES``, default ``figures``)."""
     return _from_env("FUNGI_FIGURES", ROOT / "figures")
-
-
-def backbones_dir() -> Path:
-    """Return the folder of the committed mini checkpoints."""
-    return ROOT / "data" / "backbones"
-
-
-def texts_dir() -> Path:
-    """Return the folder of the committed sentences of the mini profile."""
-    return ROOT / "data" / "texts"
-
-
-def paper_dir() -> Path:
-    """Return the folder of the published numbers, one CSV per table."""
-    return ROOT / "data" / "paper"

@@ -20,7 +20,6 @@ from companion.data import clips, corpora, folders, landmarks, official, packed,
 from companion.data.images import Images, Split, balanced
 from companion.paths import ROOT, downloads_dir
 
-SPLITS = ("train", "test")
 ITEMS = {"image": "images", "text": "texts", "audio": "clips"}
 MODULES = {m.__name__.rpartition(".")[2]: m for m in (clips, corpora, landmarks, official, samples)}
 
@@ -80,9 +79,7 @@ def load(name: str, split: str, limit: int | None = None, seed: int = 0) -> Imag
     in data-set order. Raises ValueError for an unknown name or split, or a name that is taken, and
     `DatasetUnavailable` for files that are not here.
     """
-    if split not in SPLITS:
-        choice = " or ".join(map(repr, SPLITS))
-        raise ValueError(f"unknown split {split!r} of {name!r}: choose {choice}")
+    check_split(name, split)
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be a positive number of rows, not {limit}")
     entry, train = find(name), split == "train"
@@ -109,6 +106,12 @@ def load(name: str, split: str, limit: int | None = None, seed: int = 0) -> Imag
         return images
     rows = balanced(images.labels, limit, seed)
     return images.take(rows, f"{limit} of {n} rows, class-balanced, seed {seed}")
+
+
+def check_split(name: str, split: str) -> None:
+    """Raise ValueError for a split that is neither "train" nor "test"."""
+    if split not in ("train", "test"):
+        raise ValueError(f"unknown split {split!r} of {name!r}: choose 'train' or 'test'")
 
 
 def _read(entry: Entry, train: bool) -> Split:

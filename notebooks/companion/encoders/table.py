@@ -127,7 +127,7 @@ def load(name: str, *, layer: str | None = None, device="auto", dtype="auto") ->
 
 def local_file(name: str) -> Path | None:
     """Return a name's checkpoint in ``data/backbones`` or ``FUNGI_DATA/checkpoints``, if any."""
-    for folder in (paths.backbones_dir(), checkpoints_dir()):
+    for folder in (paths.BACKBONES, checkpoints_dir()):
         if (file := folder / f"{name}.safetensors").is_file():
             return file
     return None
