@@ -107,8 +107,8 @@ def published(grid=(8, 64), width=WIDTH, depth=DEPTH):
     return out
 
 
-def small_ssast(**options):
-    return spectrograms.ssast(WIDTH, DEPTH, heads=4, **options)
+def small_ssast():
+    return spectrograms.ssast(WIDTH, DEPTH, heads=4)
 
 
 @pytest.fixture(scope="module")
@@ -207,14 +207,14 @@ def loss_of(objective, width):
     return lambda embeddings: objective.loss(embeddings, heads, negatives)
 
 
-@pytest.mark.parametrize("kind", ["whisper", "ssast class token", "ssast both tokens"])
+@pytest.mark.parametrize("kind", ["whisper", "ssast"])
 @pytest.mark.parametrize("objective", [KL(dim=24), SimCLR(dim=24)], ids=lambda o: o.name)
 def test_gradients_are_autograd(kind, objective):
     """Each clip alone, its loss differentiated by the weight and bias of the target layer."""
     if kind == "whisper":
         model, x = whisper_pair()[1], noise(3, 2, 60, 80)
     else:
-        model, x = small_ssast(both=kind.endswith("both tokens")).eval(), noise(3, 2, 64, 128)
+        model, x = small_ssast().eval(), noise(3, 2, 64, 128)
         model.load_state_dict(spectrograms.ssast_weights(published()))
     embed = lambda v: model.forward_head(model.forward_features(v), pre_logits=True)
     loss = loss_of(objective, WIDTH)
@@ -233,25 +233,15 @@ def test_gradients_are_autograd(kind, objective):
 
 
 def test_one_token_of_two():
-    """The published code keeps the class token's row of the gradient: it is the same, the others
-    are zero.
-    """
+    """The published code keeps the class token's row of the gradient; no other token has one."""
     x, loss = noise(2, 1, 64, 128), loss_of(KL(dim=24), WIDTH)
-    rows = {}
-    for both in (False, True):
-        model = small_ssast(both=both).eval().requires_grad_(False)
-        model.load_state_dict(spectrograms.ssast_weights(published()))
-        embed = lambda v, model=model: model.forward_head(
-            model.forward_features(v), pre_logits=True
-        )
-        embeddings, (factors,) = gradients.tapped_factors(
-            model, embed, x, [loss], ["blocks.1.attn.proj"]
-        )
-        rows[both] = factors.output_gradients, embeddings
-    torch.testing.assert_close(rows[False][1], rows[True][1])
-    torch.testing.assert_close(rows[False][0][:, 0], rows[True][0][:, 0])
-    assert (rows[False][0][:, 1:] == 0).all() and rows[True][0][:, 1].abs().sum() > 0
-    assert (rows[True][0][:, 2:] == 0).all()
+    model = small_ssast().eval().requires_grad_(False)
+    model.load_state_dict(spectrograms.ssast_weights(published()))
+    embed = lambda v: model.forward_head(model.forward_features(v), pre_logits=True)
+    layers = ["blocks.1.attn.proj"]
+    _, (factors,) = gradients.tapped_factors(model, embed, x, [loss], layers)
+    assert (factors.output_gradients[:, 1:] == 0).all()
+    assert factors.output_gradients[:, 0].abs().sum() > 0
 
 
 def test_clips_do_not_touch_each_other(ssast):
@@ -288,7 +278,7 @@ def test_ssast_by_name_from_its_file(tmp_path, monkeypatch):
     monkeypatch.setattr(spectrograms, "ssast", lambda: model)
     name = "ssast-base-patch-400"
     assert table.how_to_get(name).startswith("into checkpoints: https://")
-    with pytest.raises(FileNotFoundError, match="ssast-base-patch-400 is not on this machine"):
+    with pytest.raises(FileNotFoundError, match="ssast-base-patch-400 needs its weights"):
         table.load(name)
     (tmp_path / "checkpoints").mkdir()
     torch.save(published(), tmp_path / "checkpoints" / "SSAST-Base-Patch-400.pth")

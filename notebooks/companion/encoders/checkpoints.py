@@ -21,10 +21,8 @@ _TORCHVISION = (  # torchvision's VisionTransformer -> timm's, in this order
     (r"\.ln_([12])\.", r".norm\1."),
     (r"\.self_attention\.in_proj_", ".attn.qkv."),
     (r"\.self_attention\.out_proj\.", ".attn.proj."),
-    (
-        r"\.mlp\.(?:0|linear_1)\.",
-        ".mlp.fc1.",
-    ),  # 0 and 3 in the module, linear_1 and linear_2 in the published files
+    # 0 and 3 in the module, linear_1 and linear_2 in the published files
+    (r"\.mlp\.(?:0|linear_1)\.", ".mlp.fc1."),
     (r"\.mlp\.(?:3|linear_2)\.", ".mlp.fc2."),
 )
 
@@ -44,12 +42,8 @@ def moco(checkpoint: dict) -> Weights:
     """The base encoder of a MoCo v3 training checkpoint without its projection head; it is timm's
     ViT already.
     """
-    prefix = "module.base_encoder."
-    state = {
-        key.removeprefix(prefix): x
-        for key, x in checkpoint["state_dict"].items()
-        if key.startswith(prefix)
-    }
+    prefix, state = "module.base_encoder.", checkpoint["state_dict"].items()
+    state = {key.removeprefix(prefix): x for key, x in state if key.startswith(prefix)}
     return {key: value for key, value in state.items() if not key.startswith("head.")}
 
 

@@ -18,11 +18,6 @@ from torch import nn
 from companion.encoders import checkpoints
 from fungi_core.resampling import bicubic_matrix
 
-# The hub's name, and the encoder alone as a packed file.
-WHISPER = "openai/whisper-tiny.en", "whisper_tiny_en_encoder.fp16.safetensors"
-# Where the paper's code gets it.
-SSAST = "https://www.dropbox.com/s/ewrzpco95n9jdz6/SSAST-Base-Patch-400.pth?dl=1"
-
 
 class WhisperStem(nn.Module):
     """Two convolutions over time, the second halving it, and whisper's fixed positions: (N, T, 80)
@@ -38,9 +33,8 @@ class WhisperStem(nn.Module):
         self.positions = nn.Parameter(torch.zeros(length, width))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = F.gelu(self.conv2(F.gelu(self.conv1(x.transpose(1, 2))))).transpose(
-            1, 2
-        )  # (N, T / 2, D)
+        x = F.gelu(self.conv1(x.transpose(1, 2)))
+        x = F.gelu(self.conv2(x)).transpose(1, 2)  # (N, T / 2, D)
         if x.shape[1] > len(self.positions):
             most, found = len(self.positions) / 50, x.shape[1] / 50
             raise ValueError(f"whisper hears at most {most:g} s of a clip, not {found:g}")
@@ -64,11 +58,8 @@ class PatchStem(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         patches = self.proj(x.transpose(1, 2)[:, None])  # (N, D, f, t)
-        return (
-            (patches + resized_positions(self.positions, *patches.shape[2:]))
-            .flatten(2)
-            .transpose(1, 2)
-        )
+        patches = patches + resized_positions(self.positions, *patches.shape[2:])
+        return patches.flatten(2).transpose(1, 2)
 
 
 def resized_positions(positions: torch.Tensor, bands: int, frames: int) -> torch.Tensor:
@@ -107,15 +98,12 @@ class TwoTokens(VisionTransformer):
     """DeiT's two prefix tokens, read out as their mean: the paper's code takes SSAST's embedding
     so.
 
-    ``both=False``: gradients flow to the class token alone, as in that code, which keeps its row
-    only ("yields more predictive gradients"); True is the gradient of eq. 1. The embedding is the
-    same.
+    Gradients flow to the class token alone, as in that code, which keeps its row only ("yields more
+    predictive gradients").
     """
 
-    both: bool = False
-
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        return (x[:, 0] + (x[:, 1] if self.both else x[:, 1].detach())) / 2
+        return (x[:, 0] + x[:, 1].detach()) / 2
 
 
 def whisper(
@@ -139,7 +127,7 @@ def whisper(
     return model
 
 
-def ssast(width: int = 768, depth: int = 12, heads: int = 12, both: bool = False) -> TwoTokens:
+def ssast(width: int = 768, depth: int = 12, heads: int = 12) -> TwoTokens:
     """The patch-based SSAST (defaults: base, as in the paper) for 128 mel bands."""
     model = TwoTokens(
         embed_dim=width,
@@ -151,7 +139,6 @@ def ssast(width: int = 768, depth: int = 12, heads: int = 12, both: bool = False
         norm_layer=partial(nn.LayerNorm, eps=1e-6),
     )
     model.patch_embed = PatchStem(width)
-    model.both = both
     return model
 
 
@@ -180,17 +167,13 @@ def whisper_weights(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             part = {x: state.get(f"{theirs}self_attn.{x}_proj.{kind}") for x in "qkv"}
             part["k"] = torch.zeros_like(part["q"]) if part["k"] is None else part["k"]
             out[f"{ours}attn.qkv.{kind}"] = torch.cat([part["q"], part["k"], part["v"]])
-            out |= {
-                f"{ours}{new}.{kind}": state[f"{theirs}{old}.{kind}"] for old, new in names.items()
-            }
-    stem = {"embed_positions.weight": "patch_embed.positions"}
-    stem |= {
-        f"conv{i}.{kind}": f"patch_embed.conv{i}.{kind}"
-        for i in (1, 2)
-        for kind in ("weight", "bias")
-    }
-    stem |= {f"layer_norm.{kind}": f"norm.{kind}" for kind in ("weight", "bias")}
-    return out | {new: state[old] for old, new in stem.items()}
+            for old, new in names.items():
+                out[f"{ours}{new}.{kind}"] = state[f"{theirs}{old}.{kind}"]
+    for kind in ("weight", "bias"):
+        out[f"norm.{kind}"] = state[f"layer_norm.{kind}"]
+        for conv in ("conv1", "conv2"):
+            out[f"patch_embed.{conv}.{kind}"] = state[f"{conv}.{kind}"]
+    return out | {"patch_embed.positions": state["embed_positions.weight"]}
 
 
 def ssast_weights(checkpoint: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -203,14 +186,10 @@ def ssast_weights(checkpoint: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
     patch = state["patch_embed.proj.weight"].shape[2:]
     grid = [int(checkpoint[f"module.p_input_{axis}dim"]) // side for axis, side in zip("ft", patch)]
     positions = state.pop("pos_embed")  # (1, 2 + f t, D)
-    out = {
-        key: x
-        for key, x in state.items()
-        if not key.startswith(("head", "cls_token", "dist_token"))
-    }
-    out["patch_embed.proj.weight"] = state["patch_embed.proj.weight"].sum(
-        1, keepdim=True
-    )  # one channel, as published
+    replaced = ("head", "cls_token", "dist_token")
+    out = {key: x for key, x in state.items() if not key.startswith(replaced)}
+    # One channel, as published.
+    out["patch_embed.proj.weight"] = state["patch_embed.proj.weight"].sum(1, keepdim=True)
     out["cls_token"] = state["cls_token"] + positions[:, :1]
     out["reg_token"] = state["dist_token"] + positions[:, 1:2]
     out["patch_embed.positions"] = (
@@ -223,10 +202,8 @@ def load(kind: str, file: Path | None) -> VisionTransformer:
     """Return the "whisper" or "ssast" encoder with the weights of ``file``; None: seeded random
     ones.
     """
+    make, convert = {"whisper": (whisper, whisper_weights), "ssast": (ssast, ssast_weights)}[kind]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = {"whisper": whisper, "ssast": ssast}[kind]()
-    if file is None:
-        return model
-    convert = {"whisper": whisper_weights, "ssast": ssast_weights}[kind]
-    return checkpoints.load_into(model, file, convert)
+        model = make()
+    return model if file is None else checkpoints.load_into(model, file, convert)
