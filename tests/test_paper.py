@@ -320,7 +320,9 @@ def test_the_retrieval_claim_is_the_mean_over_all_backbones_but_dinov2():
 
 
 def test_an_unknown_table_lists_those_that_are_stored():
-    with pytest.raises(ValueError, match=r"no table 17.*1, 2, 3.*16, 19, 22"):
+    with pytest.raises(
+        ValueError, match=r"unknown table 'table17'.*table01, table02, .*table16, table19, table22"
+    ):
         paper.load(17)
 
 

@@ -363,7 +363,7 @@ def test_the_plan_of_every_profile_holds_every_notebook(profile, snakemake):
 @pytest.mark.batch
 def test_an_unknown_profile_lists_what_exists(snakemake):
     done = snakemake("--config", "profile=huge")
-    expected = "unknown profile 'huge'; there are: lite, mini, paper"
+    expected = "unknown profile 'huge'; there are lite, mini, paper"
     assert done.returncode and expected in done.stdout + done.stderr
 
 

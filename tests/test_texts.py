@@ -292,7 +292,7 @@ def test_an_image_objective_or_item_is_refused_in_one_line(encoder):
     for objective in (DINO(), SimCLR()):
         with pytest.raises(ValueError, match="views of image data; .*-tiny reads text data"):
             next(view_batches(encoder, objective.views, objective.name, ["a"], 0))
-    with pytest.raises(ValueError, match="unknown objective 'dino' for text data; there are kl, "):
+    with pytest.raises(ValueError, match="unknown text objective 'dino'; there are kl, "):
         named("dino", encoder)
     with pytest.raises(ValueError, match="text 1 is a int; a text backbone takes str"):
         features(encoder, KL(), ["a", 7], parts(encoder, KL()))

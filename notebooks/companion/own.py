@@ -20,6 +20,7 @@ from companion.data import datasets, folders
 from companion.data.images import Images, balanced
 from companion.encoders import table
 from companion.evaluate.knn import vote
+from companion.messages import one_line
 from fungi_core.extract import Features
 from fungi_core.features import apply_pca, fit_pca
 from fungi_core.filling import progress
@@ -163,7 +164,7 @@ def decode(source: Path | bytes) -> np.ndarray | str:
     except UnidentifiedImageError:
         return "no image, or of a kind that Pillow does not read (HEIC, for one)"
     except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, ...
-        return " ".join(str(error).split()) or type(error).__name__
+        return one_line(error)
 
 
 def reduced(source: Path | bytes, short: int = SHORT) -> Image.Image:

@@ -19,6 +19,7 @@ import sys
 
 import pandas as pd
 
+from companion.messages import require
 from companion.paths import PAPER, figures_dir
 
 MEASURED = ["id", "value", "low", "high", "on"]
@@ -31,12 +32,9 @@ def load(table: int) -> pd.DataFrame:
 
     Raises ValueError for a table that is not stored; the message lists those that are.
     """
-    name = f"table{table:02d}.csv"
-    stored = sorted(file.name for file in PAPER.glob("table[0-9][0-9].csv"))
-    if name not in stored:
-        numbers = ", ".join(str(int(file[5:7])) for file in stored)
-        raise ValueError(f"no table {table} of the paper is stored; there are {numbers}")
-    return _read(name)
+    stored = sorted(file.stem for file in PAPER.glob("table[0-9][0-9].csv"))
+    require("table", f"table{table:02d}", stored)
+    return _read(f"table{table:02d}.csv")
 
 
 def claims() -> pd.DataFrame:

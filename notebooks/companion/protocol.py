@@ -27,6 +27,7 @@ from companion.evaluate.knn import (
     per_class_accuracy,
 )
 from companion.figures.style import LETTERS
+from companion.messages import require
 from fungi_core import projection
 from fungi_core.extract import Features
 from fungi_core.features import apply_pca, fit_pca, join, normalize
@@ -117,8 +118,8 @@ def missing(encoders: Sequence[str], sets: Sequence[str]) -> pd.DataFrame:
     Raises ValueError for unknown names.
     """
     known = {row["name"]: row for row in datasets.table()}
-    if unknown := [name for name in sets if name not in known]:
-        raise ValueError(f"unknown data set {unknown[0]!r}; there are {', '.join(known)}")
+    for name in sets:
+        require("data set", name, known)
     wanted = [known[name] for name in dict.fromkeys(sets) if not known[name]["available"]]
     lines = [(x["name"], x["gb"], x["licence"], x["get"]) for x in wanted]
     for name in dict.fromkeys(encoders):
@@ -305,11 +306,8 @@ def names_of(letters: str) -> list[str]:
     Raises ValueError for an unknown letter.
     """
     by_letter = {letter: name for name, letter in LETTERS.items()}
-    unknown = [letter for letter in letters.split("+") if letter not in by_letter]
-    if unknown:
-        raise ValueError(
-            f"unknown feature letters {unknown}; there are {', '.join(by_letter)} joined by '+'"
-        )
+    for letter in letters.split("+"):
+        require("feature letter", letter, by_letter)
     return [by_letter[letter] for letter in letters.split("+")]
 
 

@@ -19,6 +19,7 @@ from companion.data import datasets, packed
 from companion.data.composed import TEXTURES, VOID, compose
 from companion.data.datasets import DatasetUnavailable
 from companion.data.images import content, picture
+from companion.messages import one_line, require
 from companion.paths import downloads_dir
 from fungi_core.seeds import generator
 
@@ -70,8 +71,7 @@ class Scenes:
         try:
             image, mask = picture(self.images[i]), pixels(self.masks[i])
         except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, ...
-            reason = " ".join(str(error).split())
-            raise ValueError(f"{where} cannot be read as an image: {reason}") from error
+            raise ValueError(f"{where} cannot be read as an image: {one_line(error)}") from error
         size = image.size[::-1]
         if mask.shape != size:
             raise ValueError(
@@ -207,7 +207,7 @@ def load(name: str, split: str, limit: int | None = None, seed: int = 0) -> Scen
     ``limit``: that many images drawn by ``seed``; None, 0 or more than there are is all. Raises
     ValueError for an unknown name or split, `DatasetUnavailable` for files that are not here.
     """
-    datasets.check_split(name, split)
+    require("split", split, datasets.SPLITS)
     if reason := unavailable(name):
         raise DatasetUnavailable(reason)
     entry = find(name)
@@ -232,7 +232,6 @@ def find(name: str) -> Entry:
     """Return the entry of a name; raises ValueError, with what there is, for an unknown one."""
     if name in SETS:
         return SETS[name]
-    if packed.holds(downloads_dir() / f"{name}.npz", ARRAYS):
-        return Entry(name, name, path=f"{name}.npz")
-    known = ", ".join(SETS)
-    raise ValueError(f"unknown segmentation set {name!r}; there are {known}, and packed files")
+    if not packed.holds(downloads_dir() / f"{name}.npz", ARRAYS):
+        require("segmentation set", name, SETS)
+    return Entry(name, name, path=f"{name}.npz")

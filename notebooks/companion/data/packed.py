@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from companion.data.images import Split
+from companion.messages import one_line
 
 ARRAYS = ("data", "offsets", "labels", "split", "names", "classes")  # of a classification set
 
@@ -112,8 +113,8 @@ def parquet(path: Path, *columns: str) -> tuple[dict[str, np.ndarray], list[str]
     try:
         table = pyarrow.parquet.read_table(path, columns=list(columns))
     except pyarrow.ArrowException as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path} has not the columns {', '.join(columns)}: {reason}") from error
+        wanted = f"{path} has not the columns {', '.join(columns)}"
+        raise ValueError(f"{wanted}: {one_line(error)}") from error
     classes = json.loads((table.schema.metadata or {}).get(b"class_names", b"[]"))
     found = {name: table[name].to_numpy() for name in columns}
     _check_labels(path, found["label"], classes)

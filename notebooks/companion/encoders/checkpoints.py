@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from companion.messages import one_line
+
 Weights = dict[str, torch.Tensor]
 
 _TORCHVISION = (  # torchvision's VisionTransformer -> timm's, in this order
@@ -62,10 +64,8 @@ def load_into(model: torch.nn.Module, file: Path, convert) -> torch.nn.Module:
     except OSError:
         raise
     except Exception as error:  # torch.load and load_state_dict raise many kinds, on many lines
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(
-            f"{file} does not hold the weights it should: {type(error).__name__}: {reason}"
-        ) from error
+        reason = f"{type(error).__name__}: {one_line(error)[:300]}"
+        raise ValueError(f"{file} does not hold the weights it should: {reason}") from error
     return model
 
 
