@@ -208,7 +208,7 @@ def test_the_packaged_numbers(monkeypatch):
     """Kept from the data's own README: whisper's embeddings, kNN on the spoken digits (k = 20:
     0.980).
     """
-    if not (paths.data_dir() and (paths.data_dir() / "audio_fsdd.parquet").is_file()):
+    if not (paths.downloads_dir() / "audio_fsdd.parquet").is_file():
         pytest.skip("needs audio_fsdd.parquet and whisper's encoder in FUNGI_DATA")
     encoder = load("whisper-tiny.en", device="cpu", dtype="float32")
     train, test = features.features("fsdd", encoder, ())
