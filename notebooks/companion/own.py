@@ -7,6 +7,7 @@ import zipfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -75,9 +76,8 @@ def album(
         images, skipped = datasets.load("photos", "test", limit=PACKAGED), []
     if len(images) < 3:
         failed = ", ".join(name for name, _ in skipped[:10]) or "none"
-        raise ValueError(
-            f"{len(images)} readable images; neighbours need 3 (not readable: {failed})"
-        )
+        found = f"{len(images)} readable images"
+        raise ValueError(f"{found}; neighbours need 3 (not readable: {failed})")
     if 0 < n < len(images):
         note = f"{n} of {len(images)} images, seed {seed}"
         images = images.take(balanced(images.labels, n, seed), note)
@@ -115,17 +115,12 @@ def unpacked(
                 members, failed = [], {name: "a zip that is cut off or damaged"}
             skipped += failed.items()
         for inner, each in members:
-            path, count = PurePosixPath(inner), 1
-            while (unique := str(numbered(path, count))) in out:
-                count += 1
+            path = PurePosixPath(inner)
+            numbered = (path.with_stem(f"{path.stem} ({i})") for i in count(2))
+            unique = next(str(name) for name in chain([path], numbered) if str(name) not in out)
             if folders.counts(inner):
                 out[unique] = each
     return list(out.items()), skipped
-
-
-def numbered(path: PurePosixPath, count: int) -> PurePosixPath:
-    """Return a path, numbered from its second occurrence on."""
-    return path if count == 1 else path.with_stem(f"{path.stem} ({count})")
 
 
 def read(

@@ -95,9 +95,8 @@ class Scenes:
     def draw(self, count: int, seed: int = 0) -> "Scenes":
         """Return ``count`` images drawn by the seed, in data-set order; the note says so."""
         if not 1 <= count <= len(self):
-            raise ValueError(
-                f"{self.name} {self.split} has {len(self)} images, {count} were asked for"
-            )
+            here = f"{self.name} {self.split} has {len(self)} images"
+            raise ValueError(f"{here}, {count} were asked for")
         order = generator("scenes", self.name, self.split, seed).permutation(len(self))
         columns = self.names, self.images, self.masks
         names, images, masks = ([items[i] for i in np.sort(order[:count])] for items in columns)
@@ -121,19 +120,15 @@ def npz(path: Path, train: bool) -> Pairs:
     images) in place of ``labels``; a void class, if it has a name, is the last of ``classes``.
     Raises ValueError, naming the file, for anything else.
     """
-    if not packed.holds(path, ARRAYS):
-        raise ValueError(
-            f"{path}: no packed segmentation set, it must be an .npz with {', '.join(ARRAYS)}"
-        )
+    packed.require(path, ARRAYS, "segmentation")
     with np.load(path, allow_pickle=False) as arrays:
         data, offsets, mask_data, mask_offsets, split, names, classes = map(arrays.get, ARRAYS)
     rows = np.flatnonzero(split == (0 if train else 1))
     cut = lambda blob, at: [blob[at[i] : at[i + 1]].tobytes() for i in rows]
     known = [name for name in classes.tolist() if name not in ("void", "unlabelled")]
     if known != classes.tolist()[: len(known)]:
-        raise ValueError(
-            f"{path}: the void class must be the last one, the classes are {', '.join(classes)}"
-        )
+        order = f"the classes are {', '.join(classes)}"
+        raise ValueError(f"{path}: the void class must be the last one, {order}")
     return Pairs(cut(data, offsets), cut(mask_data, mask_offsets), names[rows].tolist(), known)
 
 
