@@ -162,17 +162,17 @@ def decode(source: Path | bytes) -> np.ndarray | str:
         return one_line(error)
 
 
-def reduced(source: Path | bytes, short: int = SHORT) -> Image.Image:
-    """Read an image file as RGB, turned upright, its shorter side at most ``short`` pixels.
+def reduced(source: Path | bytes) -> Image.Image:
+    """Read an image file as RGB, turned upright, its shorter side at most `SHORT` pixels.
 
-    A large JPEG is decoded at a half, a quarter or an eighth already, never below ``short``:
+    A large JPEG is decoded at a half, a quarter or an eighth already, never below that:
     several times faster.
     """
     with Image.open(source if isinstance(source, Path) else io.BytesIO(source)) as opened:
-        opened.draft(None, (short, short))
+        opened.draft(None, (SHORT, SHORT))
         opened.load()
         image = to_image(opened)
-    factor = short / min(image.size)
+    factor = SHORT / min(image.size)
     if factor >= 1:
         return image
     size = tuple(max(1, round(factor * side)) for side in image.size)

@@ -169,9 +169,8 @@ def over_folds(
 def metric(test: Features, shots: int | None = None) -> tuple[str, np.ndarray | None]:
     """Return what the setting is called, and labels where the metric is the mean per class."""
     if test.data.metric == "mAP":
-        raise ValueError(
-            f"{test.data.name} has no classes, only a ground truth for retrieval: see 10_retrieval"
-        )
+        what = "has no classes, only a ground truth for retrieval: see 10_retrieval"
+        raise ValueError(f"{test.data.name} {what}")
     labels = test.labels if test.data.metric == "mean-per-class" else None
     return f"{shots}-shot" if shots else "full", labels
 

@@ -30,7 +30,7 @@ _TORCHVISION = (  # torchvision's VisionTransformer -> timm's, in this order
 
 
 def torchvision(state: Weights) -> Weights:
-    """Keys of torchvision's ViT in timm's names; its classifier is left out."""
+    """Rename the weights of torchvision's ViT to timm's, without its classifier."""
     out = {}
     for key, value in state.items():
         for pattern, name in _TORCHVISION:
@@ -41,19 +41,16 @@ def torchvision(state: Weights) -> Weights:
 
 
 def moco(checkpoint: dict) -> Weights:
-    """The base encoder of a MoCo v3 training checkpoint without its projection head; it is timm's
-    ViT already.
-    """
+    """Return the base encoder of a MoCo v3 training checkpoint, timm's ViT, without its head."""
     prefix, state = "module.base_encoder.", checkpoint["state_dict"].items()
     state = {key.removeprefix(prefix): x for key, x in state if key.startswith(prefix)}
     return {key: value for key, value in state.items() if not key.startswith("head.")}
 
 
 def load_into(model: torch.nn.Module, file: Path, convert) -> torch.nn.Module:
-    """``model`` with the weights of ``file``, ``convert``-ed to its names; every tensor must find
-    its place.
+    """Load the weights of ``file``, ``convert``-ed to its names, into a model; return the model.
 
-    ValueError, in one line, for a file that is something else.
+    Raises ValueError, in one line, for a file whose tensors do not all find their place.
     """
     try:
         safe = file.suffix == ".safetensors"

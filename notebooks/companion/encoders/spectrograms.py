@@ -20,17 +20,16 @@ from fungi_core.resampling import bicubic_matrix
 
 
 class WhisperStem(nn.Module):
-    """Two convolutions over time, the second halving it, and whisper's fixed positions: (N, T, 80)
-    -> (N, T / 2, D).
+    """Convolve over time twice and add whisper's positions: (N, T, 80) -> (N, T / 2, D).
 
     Clips run at their own length, T up to 3000 (30 s); whisper itself pads all to that.
     """
 
-    def __init__(self, width: int, bands: int = 80, length: int = 1500):
+    def __init__(self, width: int):
         super().__init__()
-        self.conv1 = nn.Conv1d(bands, width, 3, padding=1)
+        self.conv1 = nn.Conv1d(80, width, 3, padding=1)
         self.conv2 = nn.Conv1d(width, width, 3, stride=2, padding=1)
-        self.positions = nn.Parameter(torch.zeros(length, width))
+        self.positions = nn.Parameter(torch.zeros(1500, width))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = F.gelu(self.conv1(x.transpose(1, 2)))
@@ -42,19 +41,16 @@ class WhisperStem(nn.Module):
 
 
 class PatchStem(nn.Module):
-    """SSAST's overlapping patches, 16 x 16 every 10 bands and frames, with the positions of its
-    pretraining brought to their number: (N, T, F) -> (N, f t, D); 12 x 50 patches of ESC-50's 128
-    bands x 512 frames.
+    """Cut SSAST's overlapping patches, 16 x 16 every 10 bands and frames: (N, T, F) -> (N, f t, D).
 
-    ``grid``: patches of the pretraining, (bands, frames) = (8, 64) of 128 x 1024 without overlap.
+    The positions of its pretraining are brought to their number: 12 x 50 for ESC-50's 128 bands x
+    512 frames, instead of the 8 x 64 of 128 x 1024 without overlap.
     """
 
-    def __init__(
-        self, width: int, patch: int = 16, stride: int = 10, grid: tuple[int, int] = (8, 64)
-    ):
+    def __init__(self, width: int):
         super().__init__()
-        self.proj = nn.Conv2d(1, width, patch, stride)
-        self.positions = nn.Parameter(torch.zeros(1, width, *grid))
+        self.proj = nn.Conv2d(1, width, 16, 10)
+        self.positions = nn.Parameter(torch.zeros(1, width, 8, 64))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         patches = self.proj(x.transpose(1, 2)[:, None])  # (N, D, f, t)
@@ -63,8 +59,9 @@ class PatchStem(nn.Module):
 
 
 def resized_positions(positions: torch.Tensor, bands: int, frames: int) -> torch.Tensor:
-    """(1, D, f, t) -> (1, D, bands, frames) as SSAST does it: fewer are cut from the middle, more
-    interpolated (bilinear), frames before bands.
+    """Resize positions as SSAST does, (1, D, f, t) -> (1, D, bands, frames).
+
+    Fewer are cut from the middle, more are interpolated (bilinear), frames before bands.
     """
     for axis, wanted in ((3, frames), (2, bands)):
         have = positions.shape[axis]
@@ -77,9 +74,10 @@ def resized_positions(positions: torch.Tensor, bands: int, frames: int) -> torch
 
 
 class ImageStem(nn.Module):
-    """A filter bank as a grey picture, low bands at the bottom, in front of an image network's
-    patch embedding: (N, T, F) -> (N, patches, D). Resized to the network's square (bicubic), the
-    same in all three channels.
+    """Show a filter bank to an image network as a grey picture: (N, T, F) -> (N, patches, D).
+
+    Low bands are at the bottom; the picture is resized to the network's square (bicubic), the same
+    in all three channels.
     """
 
     def __init__(self, patch_embed: nn.Module):
@@ -95,8 +93,7 @@ class ImageStem(nn.Module):
 
 
 class TwoTokens(VisionTransformer):
-    """DeiT's two prefix tokens, read out as their mean: the paper's code takes SSAST's embedding
-    so.
+    """Read out the mean of DeiT's two prefix tokens, as the paper's code takes SSAST's embedding.
 
     Gradients flow to the class token alone, as in that code, which keeps its row only ("yields more
     predictive gradients").
@@ -106,12 +103,8 @@ class TwoTokens(VisionTransformer):
         return (x[:, 0] + x[:, 1].detach()) / 2
 
 
-def whisper(
-    width: int = 384, depth: int = 4, bands: int = 80, length: int = 1500
-) -> VisionTransformer:
-    """Whisper's encoder without its decoder (defaults: tiny), read out as the mean over the clip's
-    tokens.
-    """
+def whisper(width: int = 384, depth: int = 4) -> VisionTransformer:
+    """Return Whisper's encoder (defaults: tiny), read out as the mean over the clip's tokens."""
     model = VisionTransformer(
         embed_dim=width,
         depth=depth,
@@ -123,12 +116,12 @@ def whisper(
         fc_norm=False,
         norm_layer=partial(nn.LayerNorm, eps=1e-5),
     )
-    model.patch_embed = WhisperStem(width, bands, length)
+    model.patch_embed = WhisperStem(width)
     return model
 
 
 def ssast(width: int = 768, depth: int = 12, heads: int = 12) -> TwoTokens:
-    """The patch-based SSAST (defaults: base, as in the paper) for 128 mel bands."""
+    """Return the patch-based SSAST (defaults: base, as in the paper) for 128 mel bands."""
     model = TwoTokens(
         embed_dim=width,
         depth=depth,
@@ -143,14 +136,15 @@ def ssast(width: int = 768, depth: int = 12, heads: int = 12) -> TwoTokens:
 
 
 def on_spectrograms(model: VisionTransformer) -> VisionTransformer:
-    """An image network that is shown filter banks (changed in place)."""
+    """Return an image network that is shown filter banks (changed in place)."""
     model.patch_embed = ImageStem(model.patch_embed)
     return model
 
 
 def whisper_weights(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Keys of transformers' ``WhisperEncoder``, or of the whole model around it, in timm's names;
-    queries, keys and values are one layer there, and keys have a bias of zero.
+    """Rename the weights of transformers' ``WhisperEncoder``, or of the model around it, to timm's.
+
+    Queries, keys and values are one layer there, and keys have a bias of zero.
     """
     state = {key.removeprefix("model.encoder."): x.float() for key, x in state.items()}
     names = {
@@ -177,9 +171,10 @@ def whisper_weights(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def ssast_weights(checkpoint: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Keys of the published SSAST pretraining file (its model inside ``DataParallel``) in ours; the
-    layers of the pretext tasks and DeiT's unused heads are left out. Positions of the two prefix
-    tokens are added to the tokens.
+    """Rename the weights of SSAST's pretraining file (its model inside ``DataParallel``) to ours.
+
+    The layers of the pretext tasks and DeiT's unused heads are left out. Positions of the two
+    prefix tokens are added to the tokens.
     """
     prefix = "module.v."
     state = {key.removeprefix(prefix): x for key, x in checkpoint.items() if key.startswith(prefix)}
@@ -199,9 +194,7 @@ def ssast_weights(checkpoint: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
 
 
 def load(kind: str, file: Path | None) -> VisionTransformer:
-    """Return the "whisper" or "ssast" encoder with the weights of ``file``; None: seeded random
-    ones.
-    """
+    """Return the "whisper" or "ssast" encoder with the weights of ``file``; None: seeded random."""
     make, convert = {"whisper": (whisper, whisper_weights), "ssast": (ssast, ssast_weights)}[kind]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
