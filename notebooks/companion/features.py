@@ -14,7 +14,6 @@ checksum.
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 
@@ -28,7 +27,6 @@ from fungi_core.backbones import Backbone
 from fungi_core.extract import (
     Features,
     describe,
-    describe_seen,
     extract,
     fill,
     fill_gradients,
@@ -134,59 +132,6 @@ def layer_features(
         for layer, entry in entries.items():
             found[layer].append(Features(data, {objective.name: entry.read()}, (entry.key,)))
     return {layer: tuple(pair) for layer, pair in found.items()}
-
-
-def fold_features(
-    folds: Sequence[str],
-    encoder: Backbone,
-    names: Names = ALL,
-    *,
-    n_train: int | None = None,
-    n_test: int | None = None,
-    seed: int = 0,
-) -> list[tuple[Features, Features]]:
-    """Return `features` of data sets that are the folds of one: the same rows, split otherwise.
-
-    A clip's views and forward pass are shared by all folds, which differ in the negatives of their
-    losses alone: a third of the time for five.
-    """
-    data = [splits(name, n_train, n_test) for name in folds]
-    for objective in (named(name, encoder) for name in names):
-        fill_folds(encoder, objective, data, seed)
-    sizes = dict(n_train=n_train, n_test=n_test, seed=seed)
-    return [features(name, encoder, names, **sizes) for name in folds]
-
-
-def fill_folds(encoder: Backbone, objective, folds: Sequence[tuple], seed: int) -> None:
-    """Fill the entries of one objective for every fold, from one pass over all items."""
-    items, root = joined(*folds[0]), paths.store_dir()
-    places = {item: i for i, item in enumerate(items.items)}
-    targets = []
-    for source, (train, test) in enumerate(folds):
-        for data in (train, test):
-            rows = np.full(len(items), -1)
-            rows[[places[data.items[row]] for row in data.rows]] = np.arange(len(data))
-            meta = describe(data, encoder, objective, train, seed, encoder.layer, "rademacher")
-            entry = store.open_entry(meta, len(data), encoder.width, root)
-            targets.append(Target(entry, rows, source))
-            if objective.embeds_views:
-                meta = describe_seen(data, encoder, objective, seed)
-                entry = store.open_entry(meta, len(data), encoder.width, root)
-                targets.append(Target(entry, rows, None))
-    sources = [(encoder.layer, train) for train, _ in folds]
-    fill_gradients(targets, items, encoder, objective, sources, seed, root=root)
-
-
-def joined(train: Images, test: Images) -> Images:
-    """Return both splits of a fold as one, whose items are told apart by their files or bytes."""
-    return replace(
-        train,
-        split="folds",
-        labels=np.concatenate([train.labels, test.labels]),
-        names=[*train.names, *test.names],
-        items=[part.items[row] for part in (train, test) for row in part.rows],
-        rows=np.arange(len(train) + len(test)),
-    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -8,7 +8,6 @@ gains as paired differences on the same images.
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import groupby
 
 import numpy as np
 import pandas as pd
@@ -65,12 +64,9 @@ def collect(
     runs = []
     for backbone in encoders:
         encoder = table.load(backbone)
-        for _, folds in groupby(sets, datasets.whole_name):
-            if len(folds := list(folds)) > 1:  # a set that is no fold is alone in its group
-                found = extraction.fold_features(folds, encoder, names, **sizes, **options)
-            else:
-                found = [extraction.features(folds[0], encoder, names, **sizes, **options)]
-            runs += [(backbone, name, *rows) for name, rows in zip(folds, found, strict=True)]
+        for name in sets:
+            rows = extraction.features(name, encoder, names, **sizes, **options)
+            runs.append((backbone, name, *rows))
     return runs
 
 
