@@ -19,7 +19,6 @@ import numpy as np
 
 from companion import devices, paths
 from companion.data import datasets
-from companion.data.images import Images
 from companion.encoders.objectives import named
 from companion.encoders.table import load
 from fungi_core import store
@@ -73,12 +72,6 @@ def splits(dataset: str, n_train: int | None, n_test: int | None) -> tuple:
     """Return the train and test split of a named data set, class-balanced subsets of them."""
     sizes = (("train", n_train), ("test", n_test))
     return tuple(datasets.load(dataset, split, limit=n or None) for split, n in sizes)
-
-
-def of_images(data: Images, encoder: Backbone, names: Names, *, seed: int = 0) -> Features:
-    """Return features of images that are in no table; negatives are drawn from them themselves."""
-    wanted = [named(name, encoder) for name in names]
-    return extract(data, encoder, wanted, seed=seed, root=paths.store_dir())
 
 
 def of_items(

@@ -15,14 +15,14 @@ import pandas as pd
 from PIL import Image, UnidentifiedImageError
 from threadpoolctl import threadpool_limits
 
-from companion import features as extraction
-from companion import protocol
+from companion import paths, protocol
 from companion.data import datasets, folders
 from companion.data.images import Images, balanced
 from companion.encoders import table
+from companion.encoders.objectives import named
 from companion.evaluate.knn import vote
 from companion.messages import one_line
-from fungi_core.extract import Features
+from fungi_core.extract import Features, extract
 from fungi_core.features import apply_pca, fit_pca
 from fungi_core.filling import progress
 from fungi_core.views import to_image
@@ -81,7 +81,8 @@ def album(
     if 0 < n < len(images):
         note = f"{n} of {len(images)} images, seed {seed}"
         images = images.take(balanced(images.labels, n, seed), note)
-    rows = extraction.of_images(images, encoder, names, seed=seed)
+    wanted = [named(name, encoder) for name in names]
+    rows = extract(images, encoder, wanted, seed=seed, root=paths.store_dir())
     return Album(rows, skipped, backbone)
 
 
