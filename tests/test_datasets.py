@@ -355,7 +355,7 @@ def test_unknown_names_list_what_exists(root):
         ValueError, match="did you mean 'cifar10'.*digits, mnist5k, photos.*imagenet100"
     ):
         load("cifar_10", "train")
-    with pytest.raises(ValueError, match="'train' or 'test'"):
+    with pytest.raises(ValueError, match="unknown split 'val'; there are train, test"):
         load("digits", "val")
     with pytest.raises(ValueError, match="limit must be a positive number of rows, not 0"):
         load("digits", "train", limit=0)
