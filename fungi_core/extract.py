@@ -129,7 +129,7 @@ def fill(
         entries[objective.name] = store.open_entry(meta, len(data), width, root)
         targets = [Target(entries[objective.name], every)]
         if objective.embeds_views and layer == backbone.layer:
-            meta = describe_seen(data, backbone, objective, seed)
+            meta = _describe_seen(data, backbone, objective, seed)
             seen = store.open_entry(meta, len(data), backbone.width, root)
             entries[meta["feature"]] = seen
             targets.append(Target(seen, every, source=None))
@@ -235,7 +235,7 @@ def describe(
     }
 
 
-def describe_seen(data, backbone: Backbone, objective: Objective, seed: int) -> dict:
+def _describe_seen(data, backbone: Backbone, objective: Objective, seed: int) -> dict:
     """Return `describe` of what comes along with an objective's gradients.
 
     It is the embedding of the whole item, or the mean over the views, which no head, layer,

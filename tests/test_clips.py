@@ -3,7 +3,6 @@
 import io
 import json
 from collections import Counter
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,8 +11,7 @@ from companion import features, paths
 from companion.data import clips, datasets
 from companion.encoders.table import load
 from companion.evaluate.knn import knn_predict
-from fungi_core import KL, gradients
-from fungi_core.audio import SIMCLR, Noise
+from fungi_core.audio import Noise
 from fungi_core.features import normalize
 
 soundfile = pytest.importorskip("soundfile")
@@ -208,45 +206,9 @@ def test_the_packaged_numbers(monkeypatch):
     """Kept from the data's own README: whisper's embeddings, kNN on the spoken digits (k = 20:
     0.980).
     """
-    if not (paths.data_dir() and (paths.data_dir() / "audio_fsdd.parquet").is_file()):
+    if not (paths.downloads_dir() / "audio_fsdd.parquet").is_file():
         pytest.skip("needs audio_fsdd.parquet and whisper's encoder in FUNGI_DATA")
     encoder = load("whisper-tiny.en", device="cpu", dtype="float32")
     train, test = features.features("fsdd", encoder, ())
     a, b = (normalize(rows.blocks["embedding"]) for rows in (train, test))
     assert abs((knn_predict(a, train.labels, b, k=20) == test.labels).mean() - 0.980) < 0.005
-
-
-def test_folds_share_their_forward_passes(root, monkeypatch):
-    """Every row of every fold is that of the fold alone, and a clip passes the encoder once an
-    objective.
-    """
-    rows = [
-        {"audio": encoded(i), "label": i % 2, "filename": f"{i}.wav", "fold": i % 5 + 1}
-        | {"split4": 1, "in_esc10": True, "in_esc50_fold4": False}
-        for i in range(10)
-    ]
-    parquet(root / "audio_esc.parquet", rows, ["dog", "rooster"])
-    names = [f"esc10_fold{i}" for i in (1, 2, 3)]
-    asked = KL(dim=16), replace(SIMCLR, views=Noise(2), negatives=4, dim=16)
-    encoder = load("random:whisper-tiny.en", device="cpu", dtype="float32")
-    monkeypatch.setenv("FUNGI_STORE", str(root / "alone"))
-    alone = [features.features(name, encoder, asked) for name in names]
-    seen, tapped = [], gradients.tapped_factors
-    count = lambda model, embed, batch, *rest: (
-        seen.append(len(batch)) or tapped(model, embed, batch, *rest)
-    )
-    monkeypatch.setattr("fungi_core.backbones.tapped_factors", count)
-    monkeypatch.setenv("FUNGI_STORE", str(root / "shared"))
-    shared = features.fold_features(names, encoder, asked)
-    assert sum(seen) == 2 * 10
-    for fold, same in zip(alone, shared, strict=True):
-        for a, b in zip(fold, same, strict=True):
-            assert a.keys == b.keys
-            for block in ("embedding", "kl", "simclr"):
-                np.testing.assert_allclose(
-                    a.blocks[block], b.blocks[block], atol=1e-4 * np.abs(b.blocks[block]).max()
-                )
-    first, second = (np.abs(pair[0].blocks["simclr"]).sum() for pair in shared[:2])
-    assert first != second  # negatives of their own
-    features.fold_features(names, encoder, asked)
-    assert sum(seen) == 2 * 10

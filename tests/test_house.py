@@ -351,8 +351,6 @@ RULES = [
 NOT_YET = {
     core_is_thin: "the core is being made small",
     companion_is_small: "the companion is being made small",
-    only_tables_are_laid_out_by_hand: "code laid out by hand is being formatted",
-    functions_are_short: "long functions are being divided",
 }
 
 

@@ -12,9 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from companion import features, own
+from companion import own, paths
 from companion.data import images
 from fungi_core import DINO, KL, Fungi, SimCLR, load, views
+from fungi_core.extract import extract
 from fungi_core.seeds import generator
 
 SMALL = KL(dim=32)
@@ -135,14 +136,14 @@ def test_features_of_a_folder_are_each_images_own(zoo, encoder, monkeypatch, tmp
     """Alone, from its file, an image gives the same row, so no index has moved."""
     monkeypatch.setenv("FUNGI_STORE", str(tmp_path))
     found, _ = own.from_folder(zoo)
-    rows = features.of_images(found, encoder, [SMALL])
+    rows = extract(found, encoder, [SMALL], root=paths.store_dir())
     assert rows.blocks["kl"].shape == (len(found), 64)
     for i in (0, 4, len(found) - 1):
         image = [zoo / found.names[i]]
         alone = Fungi(encoder, [SMALL], pca=None).fit(image).extract(image)
         for name, block in rows.blocks.items():
             np.testing.assert_allclose(block[i], alone[name][0], rtol=0, atol=1e-5)
-    again = features.of_images(own.from_folder(zoo)[0], encoder, [SMALL])
+    again = extract(own.from_folder(zoo)[0], encoder, [SMALL], root=paths.store_dir())
     assert again.keys == rows.keys
 
 
@@ -258,12 +259,12 @@ def test_a_loss_that_is_nan_names_the_file(zoo, encoder, monkeypatch, tmp_path, 
 
     monkeypatch.setattr(KL, "loss", broken)
     with pytest.raises(FloatingPointError) as error:
-        features.of_images(found, encoder, [SMALL])
+        extract(found, encoder, [SMALL], root=paths.store_dir())
     assert str(error.value) == f"the loss of {found.where(place)} is nan; nothing was written"
-    paths = [zoo / name for name in found.names]
+    files = [zoo / name for name in found.names]
     fungi = Fungi(encoder, [SMALL], pca=None)
-    with pytest.raises(FloatingPointError, match=f"the loss of {paths[place]} is nan"):
-        fungi.fit(paths)
+    with pytest.raises(FloatingPointError, match=f"the loss of {files[place]} is nan"):
+        fungi.fit(files)
     with pytest.raises(FloatingPointError, match=f"the loss of image {place} is nan"):
         fungi.fit([picture(i) for i in range(9)])
     with pytest.raises(FloatingPointError, match=f"the loss of image {place} is nan"):

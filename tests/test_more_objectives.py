@@ -186,7 +186,9 @@ def test_names_are_the_papers_settings_for_what_the_backbone_reads(kind, names):
     for name in names:
         found = named(name, reads)
         assert found.name == name and found.views.of in (kind, "any")
-    with pytest.raises(ValueError, match=f"'byol' for {kind} data; there are {', '.join(names)}$"):
+    with pytest.raises(
+        ValueError, match=f"unknown {kind} objective 'byol'; there are {', '.join(names)}$"
+    ):
         named("byol", reads)
     changed = named("simclr", reads, negatives=3)
     assert (changed.negatives, changed.views) == (3, papers[kind].views)

@@ -263,16 +263,25 @@ def test_lint(slug):
     assert faults(run.NOTEBOOKS / f"{slug}.ipynb") == []
 
 
-NOT_YET = pytest.mark.xfail(strict=False, reason="the notebooks move to Page")
+NOT_YET = {
+    "00_start_here": "it has no headline number to check",
+    "06_text": "it is longer than 80 lines of code",
+    "11_audio": "it is longer than 80 lines of code",
+    "18_discrepancies": "it is longer than 80 lines of code",
+    "19_scoreboard": "it has no headline number to check",
+}
 
 
-@NOT_YET
-@pytest.mark.parametrize("slug", run.notebooks())
+def marked(slug: str):
+    marks = [pytest.mark.xfail(strict=True, reason=NOT_YET[slug])] if slug in NOT_YET else []
+    return pytest.param(slug, marks=marks)
+
+
+@pytest.mark.parametrize("slug", [marked(slug) for slug in run.notebooks()])
 def test_the_page_does_the_repeated_work(slug):
     assert page_faults(run.NOTEBOOKS / f"{slug}.ipynb") == []
 
 
-@NOT_YET
 def test_the_median_notebook_is_short():
     books = (nbformat.read(path, as_version=4) for path in run.NOTEBOOKS.glob("*.ipynb"))
     assert median(map(code_lines, books)) <= MEDIAN_LINES

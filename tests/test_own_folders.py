@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from companion import features, own, paths, stored
+from companion import own, paths, stored
 from companion.data import datasets, images
 from fungi_core import KL, load
-from fungi_core.extract import describe
+from fungi_core.extract import describe, extract
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def test_the_metadata_lists_what_was_skipped(plain, encoder):
     assert "skipped" not in describe(own.from_folder(plain)[0], encoder)
     (plain / "broken.png").write_bytes(b"no image")
     found, _ = own.from_folder(plain)
-    features.of_images(found, encoder, [KL(dim=32)])
+    extract(found, encoder, [KL(dim=32)], root=paths.store_dir())
     entries = stored.entries(paths.store_dir())
     assert len(entries) == 2
     for entry in entries:
@@ -47,7 +47,7 @@ def test_a_file_that_breaks_after_it_was_listed_is_named_and_nothing_is_written(
     found = datasets.load("copy", "train")
     (plain / "1.png").write_bytes(b"gone")
     with pytest.raises(ValueError, match=r"copy train\[1\] \(.*1.png\) cannot be read as an image"):
-        features.of_images(found, encoder, [KL(dim=32)])
+        extract(found, encoder, [KL(dim=32)], root=paths.store_dir())
     assert stored.entries(paths.store_dir()) == []
 
 

@@ -76,7 +76,7 @@ def test_a_parameter_without_a_value_is_one_line(names):
     del names["n_test"]
     with pytest.raises(ValueError, match="15_pca: no value of the parameter 'n_test'"):
         Page(SLUG, names)
-    with pytest.raises(ValueError, match="unknown notebook '99_none'; there are: 15_pca"):
+    with pytest.raises(ValueError, match="unknown notebook '99_none'; there are 15_pca"):
         Page("99_none", names)
 
 

@@ -77,11 +77,20 @@ def test_the_command_prints_a_profile_or_one_line(capsys):
 # --- what Snakemake makes of it
 
 
-def snakemake(*arguments: str, cwd=paths.ROOT, **env: str) -> str:
-    command = [sys.executable, "-m", "snakemake", "--dry-run", "--forceall", "--nolock", *arguments]
-    done = subprocess.run(command, cwd=cwd, env=os.environ | env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
+@pytest.fixture
+def snakemake(fresh_checkout):
+    """Return a function that prints the plan of some targets, as in a fresh clone."""
+    options = "-m snakemake --dry-run --forceall --nolock".split()
+
+    def printed(*arguments: str, **env: str) -> str:
+        command = [sys.executable, *options, *arguments]
+        done = subprocess.run(
+            command, cwd=fresh_checkout, env=os.environ | env, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    return printed
 
 
 def counts(text: str) -> dict[str, int]:
@@ -93,7 +102,7 @@ def counts(text: str) -> dict[str, int]:
 
 
 @pytest.mark.batch
-def test_shards_of_any_profile_by_config():
+def test_shards_of_any_profile_by_config(snakemake):
     """Six splits of up to 500 rows: two shards each."""
     target = "runs/mini/15_pca.ipynb"
     text = snakemake("--cores", "2", "--config", "profile=mini", "rows_a_job=256", "--", target)
@@ -101,7 +110,7 @@ def test_shards_of_any_profile_by_config():
 
 
 @pytest.mark.batch
-def test_the_papers_profile_asks_for_gpus_and_is_in_shards(tmp_path):
+def test_the_papers_profile_asks_for_gpus_and_is_in_shards(snakemake, tmp_path):
     """With CIFAR 10 and DeiT "here": 10,000 and 50,000 rows, three features of each, of which
     shards of 30,000 rows are asked for.
     """
@@ -123,7 +132,7 @@ def test_the_papers_profile_asks_for_gpus_and_is_in_shards(tmp_path):
 
 
 @pytest.mark.batch
-def test_mini_asks_for_no_gpu():
+def test_mini_asks_for_no_gpu(snakemake):
     text = snakemake("--cores", "2", "--config", "profile=mini", "--", "runs/mini/15_pca.ipynb")
     assert counts(text) == {"features": 6, "notebook": 1} and "gpu=1" not in text
 
@@ -162,7 +171,7 @@ def test_a_batch_runs_in_a_plain_copy_whose_path_has_a_space(tmp_path):
 @pytest.mark.skipif(
     not find_spec("snakemake_executor_plugin_slurm"), reason="needs the extra cluster"
 )
-def test_the_slurm_profile_is_accepted_and_is_no_profile_of_ours():
+def test_the_slurm_profile_is_accepted_and_is_no_profile_of_ours(snakemake):
     text = snakemake("--workflow-profile", "notebooks/profiles/slurm", "--config", "profile=mini")
     assert counts(text)["notebook"] == len(run.notebooks())
     assert "slurm" not in run.profiles()

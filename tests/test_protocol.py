@@ -296,9 +296,9 @@ def test_missing_lists_what_is_absent_and_unknown_names_raise(monkeypatch, tmp_p
         "Unknown",
         f"torchvision.datasets.Flowers102('{tmp_path}', download=True)",
     ]
-    assert lacking.loc["vit_base_patch16_224.dino"].tolist() == [
-        "0.34 GB", "Apache 2.0", "hf download timm/vit_base_patch16_224.dino",
-    ]  # fmt: skip
+    size, licence, get = lacking.loc["vit_base_patch16_224.dino"]
+    assert (size, licence) == ("0.34 GB", "Apache 2.0")
+    assert get == "hf download timm/vit_base_patch16_224.dino"
     assert lacking.loc["vit_b_16.moco_v3", "how to get it"].startswith(
         "into checkpoints: https://dl.fbaipublicfiles"
     )

@@ -155,14 +155,6 @@ def board(monkeypatch):
     return paper.scoreboard("lite")
 
 
-@pytest.mark.xfail(strict=False, reason="the page of claims is to be made")
-def test_the_page_of_claims_is_the_scoreboard(board):
-    """To mend: ``python -m companion.paper`` writes it."""
-    table = paper.as_markdown(board)
-    page = (ROOT / "figures" / "lite" / "README.md").read_text(encoding="utf-8")
-    assert table in page and len(table.splitlines()) > 30
-
-
 def test_the_verdict_counts_what_the_scoreboard_counts(board):
     said = re.search(
         r"Of (\d+) claims of the paper (\d+) agree, (\d+) disagree and (\d+) are undecided",

@@ -143,7 +143,7 @@ def test_labels_as_ground_truth():
     assert np.array_equal(*(retrieval.scores(ranking, truth, name) for name in ("easy", "medium")))
     with pytest.raises(ValueError, match="unknown protocol 'm'; there are easy, medium, hard"):
         retrieval.scores(ranking, truth, "m")
-    with pytest.raises(ValueError, match="3 rankings, 1 ground truths"):
+    with pytest.raises(ValueError, match="shorter than argument 1"):
         retrieval.scores(ranking, truth[:1])
 
 

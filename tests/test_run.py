@@ -96,7 +96,7 @@ def test_fits(value, annotation, expected):
 
 
 def test_an_unknown_annotation_is_an_error():
-    with pytest.raises(ValueError, match="unknown parameter type 'tensor'; accepted are: int"):
+    with pytest.raises(ValueError, match="unknown parameter type 'tensor'; there are int"):
         run.fits(1, "tensor")
 
 

@@ -181,12 +181,7 @@ DECLARED = {  # files -> what they may import: packages declared, our own packag
 }
 
 
-NOT_YET = pytest.mark.xfail(strict=False, reason="the core is being made to stand alone")
-
-
-@pytest.mark.parametrize(
-    "pattern", [pytest.param("fungi_core/*.py", marks=NOT_YET), *list(DECLARED)[1:]]
-)
+@pytest.mark.parametrize("pattern", DECLARED)
 def test_every_import_is_declared_in_its_distribution(pattern):
     declared, own = DECLARED[pattern]
     paths = [p for p in sorted(ROOT.glob(pattern)) if ".ipynb_checkpoints" not in p.parts]
@@ -296,7 +291,6 @@ def test_an_environment_has_its_packages_and_no_others(tmp_path):
 
 
 @pytest.mark.slow
-@NOT_YET
 def test_the_core_alone_runs_on_its_requirements(wheel, tmp_path):
     """From its wheel, with nothing importable but its seven requirements and what they bring."""
     site = environment(tmp_path / "site", SEVEN)
@@ -369,7 +363,7 @@ def test_the_plan_of_every_profile_holds_every_notebook(profile, snakemake):
 @pytest.mark.batch
 def test_an_unknown_profile_lists_what_exists(snakemake):
     done = snakemake("--config", "profile=huge")
-    expected = "unknown profile 'huge'; there are: lite, mini, paper"
+    expected = "unknown profile 'huge'; there are lite, mini, paper"
     assert done.returncode and expected in done.stdout + done.stderr
 
 
@@ -396,21 +390,20 @@ def leftovers(source: str) -> list[str]:
     return found
 
 
-@pytest.mark.xfail(strict=False, reason="tests/test_plan.py makes its plans in the checkout")
 def test_no_test_depends_on_what_the_checkout_was_used_for():
     found = {path.name: leftovers(path.read_text()) for path in ROOT.glob("tests/**/*.py")}
     assert {name: functions for name, functions in found.items() if functions} == {}
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "subprocess.run(['snakemake'], cwd=paths.ROOT)",
-        "run([python, '-m', 'snakemake'], cwd=ROOT, text=True)",
-        "(ROOT / 'runs' / 'mini').glob('*')",
-        "paths.ROOT / 'data' / 'store'",
-    ],
-)
+PLANTED = [
+    "subprocess.run(['snakemake'], cwd=paths.ROOT)",
+    "run([python, '-m', 'snakemake'], cwd=ROOT, text=True)",
+    "(ROOT / 'runs' / 'mini').glob('*')",
+    "paths.ROOT / 'data' / 'store'",
+]
+
+
+@pytest.mark.parametrize("line", PLANTED)
 def test_the_search_for_leftovers_finds_what_it_looks_for(line):
     assert leftovers(f"def f():\n    {line}\n") == ["f"]
     assert leftovers("def f(tmp_path):\n    run(['snakemake'], cwd=tmp_path / 'runs')\n") == []

@@ -38,15 +38,17 @@ def made(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("FUNGI_FIGURES", str(tmp_path / "figures"))
     books = tmp_path / "notebooks"
     books.mkdir()
-    text = ("# 02 · Formulas\nSee `15_pca` and [the other](15_pca.ipynb): $\\frac{a}{b}$ and\n"
-            "$$\\sum_{i=1}^N x_i < \\mathcal{L}$$")  # fmt: skip
+    text = (
+        "# 02 · Formulas\nSee `15_pca` and [the other](15_pca.ipynb): $\\frac{a}{b}$ and\n"
+        "$$\\sum_{i=1}^N x_i < \\mathcal{L}$$"
+    )
     read = "**How to read it.** Higher is *better*.\nNot this line."
     table = new_output(
         "display_data", data={"text/html": "<table><tr><td>1</td></tr></table>", "text/plain": "1"}
     )
     noise = new_output("stream", name="stderr", text="a warning with a path")
-    first = notebook(new_markdown_cell(text), picture(), new_markdown_cell(read),
-                     new_code_cell("table", outputs=[table, noise], execution_count=2))  # fmt: skip
+    shown = new_code_cell("table", outputs=[table, noise], execution_count=2)
+    first = notebook(new_markdown_cell(text), picture(), new_markdown_cell(read), shown)
     nbformat.write(first, books / "02_complementarity.ipynb")
     nbformat.write(notebook(new_markdown_cell("# 15 · PCA"), picture()), books / "15_pca.ipynb")
     fig, [[ax]] = figures.figure(width=2, height=2)

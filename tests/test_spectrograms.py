@@ -107,8 +107,8 @@ def published(grid=(8, 64), width=WIDTH, depth=DEPTH):
     return out
 
 
-def small_ssast(**options):
-    return spectrograms.ssast(WIDTH, DEPTH, heads=4, **options)
+def small_ssast():
+    return spectrograms.ssast(WIDTH, DEPTH, heads=4)
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +116,33 @@ def ssast(tmp_path_factory):
     file = tmp_path_factory.mktemp("ssast") / "SSAST-Base-Patch-400.pth"
     torch.save(published(), file)
     return checkpoints.load_into(small_ssast(), file, spectrograms.ssast_weights).eval()
+
+
+def in_transformers_names(file: dict, own: set[str]) -> dict[str, torch.Tensor]:
+    """Return the published blocks under the names of transformers' AST, which its releases change.
+
+    ``own``: the names of its layers.
+    """
+    names = {"embeddings.patch_embeddings.projection": "patch_embed.proj", "layernorm": "norm"}
+    state = {}
+    for i in range(DEPTH):
+        block = f"blocks.{i}."
+        layer = {key for key in own if key.startswith((f"encoder.layer.{i}.", f"layers.{i}."))}
+        find = lambda *ends, layer=layer: next(key for key in layer if key.endswith(ends))
+        attention = [find("query", "q_proj"), find("key", "k_proj"), find("value", "v_proj")]
+        for kind in ("weight", "bias"):
+            parts = file[f"{block}attn.qkv.{kind}"].chunk(3)
+            state |= {f"{name}.{kind}": part for name, part in zip(attention, parts)}
+        out = find("attention.output.dense", "o_proj")
+        names[out] = f"{block}attn.proj"
+        names[find("layernorm_before")] = f"{block}norm1"
+        names[find("layernorm_after")] = f"{block}norm2"
+        names[find("intermediate.dense", "fc1")] = f"{block}mlp.fc1"
+        layer.remove(out)  # its name may end like the next one's
+        names[find("output.dense", "fc2")] = f"{block}mlp.fc2"
+    for name, old in names.items():
+        state |= {f"{name}.{kind}": file[f"{old}.{kind}"] for kind in ("weight", "bias")}
+    return state
 
 
 @pytest.mark.parametrize(("frames", "across"), [(512, 50), (128, 12)])
@@ -133,47 +160,12 @@ def test_ssast_is_transformers_ast(ssast, frames, across):
     positions = file["pos_embed"][:, 2:].transpose(1, 2).reshape(1, WIDTH, 8, 64)
     first = 32 - across // 2
     positions = F.interpolate(positions[..., first : first + across], (12, across), mode="bilinear")
-    state = {
-        "embeddings.cls_token": file["cls_token"],
-        "embeddings.distillation_token": file["dist_token"],
-    }
-    state["embeddings.position_embeddings"] = torch.cat(
-        [file["pos_embed"][:, :2], positions.reshape(1, WIDTH, -1).transpose(1, 2)], 1
-    )
-    names = {"embeddings.patch_embeddings.projection": "patch_embed.proj", "layernorm": "norm"}
-    own = {key.rpartition(".")[0] for key in theirs.state_dict()}
-    for i in range(DEPTH):
-        layer, block = f"encoder.layer.{i}.", f"blocks.{i}."
-        layer = layer if any(key.startswith(layer) for key in own) else f"layers.{i}."
-        find = lambda end, layer=layer: next(
-            key for key in own if key.startswith(layer) and key.endswith(end)
-        )
-        attention = [
-            find(end) for end in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj"))
-        ]
-        for kind in ("weight", "bias"):
-            parts = file[f"{block}attn.qkv.{kind}"].chunk(3)
-            state |= {f"{name}.{kind}": part for name, part in zip(attention, parts)}
-        out = [
-            key
-            for key in own
-            if key.startswith(layer) and key.endswith(("attention.output.dense", "o_proj"))
-        ]
-        names[out[0]] = f"{block}attn.proj"
-        names |= {
-            find("layernorm_before"): f"{block}norm1",
-            find("layernorm_after"): f"{block}norm2",
-        }
-        names[find(("intermediate.dense", "fc1"))] = f"{block}mlp.fc1"
-        last = [
-            key
-            for key in own
-            if key.startswith(layer) and key.endswith(("output.dense", "fc2")) and key != out[0]
-        ]
-        names[last[0]] = f"{block}mlp.fc2"
-    for name, old in names.items():
-        state |= {f"{name}.{kind}": file[f"{old}.{kind}"] for kind in ("weight", "bias")}
-    theirs.load_state_dict(state)
+    positions = positions.reshape(1, WIDTH, -1).transpose(1, 2)  # (1, 12 * across, D)
+    state = in_transformers_names(file, {key.rpartition(".")[0] for key in theirs.state_dict()})
+    state["embeddings.cls_token"] = file["cls_token"]
+    state["embeddings.distillation_token"] = file["dist_token"]
+    both = torch.cat([file["pos_embed"][:, :2], positions], 1)
+    theirs.load_state_dict(state | {"embeddings.position_embeddings": both})
     x = noise(2, frames, 128)
     with torch.no_grad():
         want = theirs(x).pooler_output
@@ -215,14 +207,14 @@ def loss_of(objective, width):
     return lambda embeddings: objective.loss(embeddings, heads, negatives)
 
 
-@pytest.mark.parametrize("kind", ["whisper", "ssast class token", "ssast both tokens"])
+@pytest.mark.parametrize("kind", ["whisper", "ssast"])
 @pytest.mark.parametrize("objective", [KL(dim=24), SimCLR(dim=24)], ids=lambda o: o.name)
 def test_gradients_are_autograd(kind, objective):
     """Each clip alone, its loss differentiated by the weight and bias of the target layer."""
     if kind == "whisper":
         model, x = whisper_pair()[1], noise(3, 2, 60, 80)
     else:
-        model, x = small_ssast(both=kind.endswith("both tokens")).eval(), noise(3, 2, 64, 128)
+        model, x = small_ssast().eval(), noise(3, 2, 64, 128)
         model.load_state_dict(spectrograms.ssast_weights(published()))
     embed = lambda v: model.forward_head(model.forward_features(v), pre_logits=True)
     loss = loss_of(objective, WIDTH)
@@ -241,25 +233,15 @@ def test_gradients_are_autograd(kind, objective):
 
 
 def test_one_token_of_two():
-    """The published code keeps the class token's row of the gradient: it is the same, the others
-    are zero.
-    """
+    """The published code keeps the class token's row of the gradient; no other token has one."""
     x, loss = noise(2, 1, 64, 128), loss_of(KL(dim=24), WIDTH)
-    rows = {}
-    for both in (False, True):
-        model = small_ssast(both=both).eval().requires_grad_(False)
-        model.load_state_dict(spectrograms.ssast_weights(published()))
-        embed = lambda v, model=model: model.forward_head(
-            model.forward_features(v), pre_logits=True
-        )
-        embeddings, (factors,) = gradients.tapped_factors(
-            model, embed, x, [loss], ["blocks.1.attn.proj"]
-        )
-        rows[both] = factors.output_gradients, embeddings
-    torch.testing.assert_close(rows[False][1], rows[True][1])
-    torch.testing.assert_close(rows[False][0][:, 0], rows[True][0][:, 0])
-    assert (rows[False][0][:, 1:] == 0).all() and rows[True][0][:, 1].abs().sum() > 0
-    assert (rows[True][0][:, 2:] == 0).all()
+    model = small_ssast().eval().requires_grad_(False)
+    model.load_state_dict(spectrograms.ssast_weights(published()))
+    embed = lambda v: model.forward_head(model.forward_features(v), pre_logits=True)
+    layers = ["blocks.1.attn.proj"]
+    _, (factors,) = gradients.tapped_factors(model, embed, x, [loss], layers)
+    assert (factors.output_gradients[:, 1:] == 0).all()
+    assert factors.output_gradients[:, 0].abs().sum() > 0
 
 
 def test_clips_do_not_touch_each_other(ssast):
@@ -296,7 +278,7 @@ def test_ssast_by_name_from_its_file(tmp_path, monkeypatch):
     monkeypatch.setattr(spectrograms, "ssast", lambda: model)
     name = "ssast-base-patch-400"
     assert table.how_to_get(name).startswith("into checkpoints: https://")
-    with pytest.raises(FileNotFoundError, match="ssast-base-patch-400 is not on this machine"):
+    with pytest.raises(FileNotFoundError, match="ssast-base-patch-400 needs its weights"):
         table.load(name)
     (tmp_path / "checkpoints").mkdir()
     torch.save(published(), tmp_path / "checkpoints" / "SSAST-Base-Patch-400.pth")

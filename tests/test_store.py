@@ -89,8 +89,7 @@ def computed(log: Path) -> np.ndarray:
     return times
 
 
-# --- key ------------------------------------------------------------------------------------------
-# ---------------
+# --- key
 
 
 def test_key_is_canonical():
@@ -111,7 +110,6 @@ def test_key_names_the_field_json_cannot_hold(value):
 
 
 # --- write, read, resume
-# -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n", [1, SHARD - 1, SHARD, SHARD + 1, 3 * SHARD, 3 * SHARD + 40])
@@ -193,8 +191,7 @@ def test_entries(tmp_path):
     assert found[full.key]["bytes"] == sum(map(len, contents(full.path).values()))
 
 
-# --- refusals -------------------------------------------------------------------------------------
-# ---------------
+# --- refusals
 
 
 @pytest.mark.parametrize(
@@ -254,7 +251,6 @@ def test_writing_needs_the_lock_and_locking_twice_is_refused(tmp_path):
 
 
 # --- damaged shards
-# ----------------------------------------------------------------------------------------------
 
 
 def truncate(file: Path, rows: store.Entry, tmp: Path) -> None:
@@ -383,7 +379,6 @@ def test_check_names_what_repair_removes_and_extraction_makes_anew(tmp_path, cap
 
 
 # --- ranges of one key
-# -------------------------------------------------------------------------------------------
 
 
 def test_ranges_are_written_beside_each_other_and_by_two_processes(tmp_path):
@@ -448,7 +443,6 @@ def test_rows_outside_the_locked_range_are_refused(tmp_path):
 
 
 # --- kills and races
-# ---------------------------------------------------------------------------------------------
 
 
 def check_after_kill(rows: store.Entry, undisturbed: dict[str, bytes]) -> None:
@@ -574,8 +568,7 @@ def test_readers_beside_a_writer(tmp_path):
     assert worker.wait(60) == 0 and max(refused) > 0
 
 
-# --- disks ----------------------------------------------------------------------------------------
-# ---------------
+# --- disks
 
 
 @pytest.mark.parametrize("function", ["fsync", "replace"])
@@ -644,19 +637,16 @@ print("passed")
     assert done.stdout == "passed\n", done.stderr
 
 
-def test_full_and_read_only_tmpfs(tmp_path):
-    """A real small disk, in a mount namespace of its own: full, then freed, then read-only."""
-    (tmp_path / "disk").mkdir()
-    script = f"""
+SMALL_DISK = """
 import errno, os, subprocess, sys
 from pathlib import Path
 import numpy as np
 from companion.stored import entries
 from fungi_core.store import SHARD, open_entry
-disk = Path({str(tmp_path / "disk")!r})
+disk = Path(sys.argv[1])
 values = np.sin(np.arange(2000 * 64)).reshape(2000, 64).astype(np.float32)   # eight shards of 64 kB
 (disk / "filler").write_bytes(bytes(250_000))
-rows = open_entry({{}}, 2000, 64, disk)
+rows = open_entry({}, 2000, 64, disk)
 try:
     with rows.lock():
         rows.write(0, values)
@@ -670,9 +660,9 @@ assert rows.drop_corrupt() == []
 with rows.lock():
     rows.write(start, values[start:])
 subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
-again = open_entry({{}}, 2000, 64, disk)
+again = open_entry({}, 2000, 64, disk)
 assert again.complete and np.array_equal(again.read(), values) and entries(disk)[0]["done"] == 2000
-other = open_entry({{"seed": 1}}, 2000, 64, disk)
+other = open_entry({"seed": 1}, 2000, 64, disk)
 try:
     with other.lock():
         sys.exit("locked on a read-only disk")
@@ -680,18 +670,15 @@ except OSError as err:
     assert err.errno == errno.EROFS and str(disk) in str(err), err
 print("passed")
 """
-    mounted = f'mount -t tmpfs -o size=600k tmpfs {tmp_path / "disk"} || exit 77; exec "$0" -c "$1"'
-    command = [
-        "unshare",
-        "--user",
-        "--map-root-user",
-        "--mount",
-        "sh",
-        "-c",
-        mounted,
-        sys.executable,
-        script,
-    ]
+
+
+def test_full_and_read_only_tmpfs(tmp_path):
+    """A real small disk, in a mount namespace of its own: full, then freed, then read-only."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = 'mount -t tmpfs -o size=600k tmpfs "$2" || exit 77; exec "$0" -c "$1" "$2"'
+    command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mounted]
+    command += [sys.executable, SMALL_DISK, str(disk)]
     if not shutil.which("unshare"):
         pytest.skip("needs unshare (util-linux)")
     done = subprocess.run(command, cwd=paths.ROOT, capture_output=True, text=True, timeout=120)
@@ -723,8 +710,7 @@ def test_read_only_store_can_be_read(tmp_path, monkeypatch):
         pass
 
 
-# --- scale ----------------------------------------------------------------------------------------
-# ---------------
+# --- scale
 
 
 def test_a_million_rows_open_in_under_a_second(tmp_path):

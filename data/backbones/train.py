@@ -73,10 +73,8 @@ def augment(images, generator, min_scale, jitter):
     uniform = lambda low, high, *shape: (
         low + (high - low) * torch.rand(batch, *shape, generator=generator)
     )
-    area, aspect = (
-        uniform(min_scale, 1.0),
-        torch.exp(uniform(-0.288, 0.288)),
-    )  # aspect ratio in [3/4, 4/3]
+    area = uniform(min_scale, 1.0)
+    aspect = torch.exp(uniform(-0.288, 0.288))  # in [3/4, 4/3]
     width, height = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
     flip = torch.where(uniform(0, 1) < 0.5, -1.0, 1.0)
     theta = torch.zeros(batch, 2, 3)
@@ -91,9 +89,8 @@ def augment(images, generator, min_scale, jitter):
     out = gray + (out - gray) * saturation
     mean = out.mean((1, 2, 3), keepdim=True)
     out = mean + (out - mean) * uniform(1 - jitter, 1 + jitter, 1, 1, 1)  # contrast
-    return (
-        out + uniform(-jitter, jitter, 1, 1, 1) + uniform(-jitter, jitter, 3, 1, 1) / 2
-    )  # brightness, channel gain
+    brightness, gain = uniform(-jitter, jitter, 1, 1, 1), uniform(-jitter, jitter, 3, 1, 1) / 2
+    return out + brightness + gain
 
 
 def cutout(images, generator, size=24):
@@ -115,9 +112,8 @@ def simclr_loss(forward, model, images, labels, generator, temperature=0.2):
     z = F.normalize(forward(views).float(), dim=1)
     similarity = (z @ z.T / temperature).fill_diagonal_(-1e9)
     half = len(images)
-    return F.cross_entropy(
-        similarity, torch.arange(2 * half).roll(half)
-    )  # the positive of i is i +- half
+    positive = torch.arange(2 * half).roll(half)  # the other crop of the same image
+    return F.cross_entropy(similarity, positive)
 
 
 @torch.no_grad()
@@ -148,113 +144,103 @@ def top1(model, test):
     return 100 * (head.argmax(1) == test[1]).float().mean().item()
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("name", choices=RECIPES)
-    parser.add_argument("--epochs", type=float, help="default: the recipe's")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=HERE)
-    parser.add_argument(
-        "--compile", action="store_true", help="torch.compile the trunk (needs a C++ compiler)"
-    )
-    args = parser.parse_args()
-    recipe = dict(RECIPES[args.name])
-    if args.epochs:
-        recipe["epochs"] = args.epochs
-    supervised = ".sup_" in args.name
-    timm.layers.set_fused_attn(False)
-    torch.manual_seed(
-        args.seed
-    )  # only the initial weights and the patch dropout use the global generator
-    generator = torch.Generator().manual_seed(args.seed)
-    train, test = load_images(Path(os.environ["FUNGI_DATA"]))
-
-    architecture = MINI[args.name.split(".")[0]]
+def build(name, recipe):
+    """Return the trunk and the network that is trained: the trunk itself or with a projector."""
+    supervised, architecture = ".sup_" in name, MINI[name.split(".")[0]]
     model = VisionTransformer(
         **architecture, num_classes=100 if supervised else 0, patch_drop_rate=recipe["patch_drop"]
     )
-    width = architecture["embed_dim"]
-    projector = torch.nn.Sequential(
-        torch.nn.Linear(width, 512), torch.nn.GELU(), torch.nn.Linear(512, 128)
-    )
-    network = model if supervised else torch.nn.Sequential(model, projector)
-    forward = torch.compile(network) if args.compile else network
-    blocks = [
-        p for p in model.blocks.parameters() if p.ndim == 2
-    ]  # hidden matrices: Muon; everything else: AdamW
+    if supervised:
+        return model, model
+    hidden, out = torch.nn.Linear(architecture["embed_dim"], 512), torch.nn.Linear(512, 128)
+    return model, torch.nn.Sequential(model, torch.nn.Sequential(hidden, torch.nn.GELU(), out))
+
+
+def optimise(model, network, recipe, steps):
+    """Return pairs of optimiser and schedule: Muon for the blocks' matrices, AdamW for the rest."""
+    rate = recipe["lr"]
+    blocks = [p for p in model.blocks.parameters() if p.ndim == 2]
     others = [p for p in network.parameters() if not any(p is q for q in blocks)]
+    options = dict(weight_decay=recipe["weight_decay"], adjust_lr_fn="match_rms_adamw")
     optimizers = [
-        torch.optim.AdamW(others, lr=recipe["lr"], weight_decay=0.0, betas=(0.9, 0.98), fused=True)
+        torch.optim.AdamW(others, lr=rate, weight_decay=0.0, betas=(0.9, 0.98), fused=True),
+        torch.optim.Muon(blocks, lr=rate, **options),
     ]
-    muon = dict(
-        lr=recipe["lr"], weight_decay=recipe["weight_decay"], adjust_lr_fn="match_rms_adamw"
-    )
-    optimizers.append(torch.optim.Muon(blocks, **muon))
+    one_cycle = torch.optim.lr_scheduler.OneCycleLR
+    return [
+        (each, one_cycle(each, rate, steps, pct_start=0.15, cycle_momentum=False))
+        for each in optimizers
+    ]
+
+
+def fit(name, recipe, train, test, seed, compiled):
+    """Train one backbone; return the trunk and its curve, a row for each epoch."""
+    torch.manual_seed(seed)  # only weights and patch dropout use the global generator
+    generator = torch.Generator().manual_seed(seed)
+    model, network = build(name, recipe)
+    forward = torch.compile(network) if compiled else network
     per_epoch = len(train[0]) // recipe["batch"]
     steps = int(recipe["epochs"] * per_epoch)
-    schedules = [
-        torch.optim.lr_scheduler.OneCycleLR(
-            o, recipe["lr"], steps, pct_start=0.15, cycle_momentum=False
-        )
-        for o in optimizers
-    ]
-    loss_of = supervised_loss if supervised else simclr_loss
-
+    schedules = optimise(model, network, recipe, steps)
+    loss_of = supervised_loss if ".sup_" in name else simclr_loss
     start, curve, running = time.time(), [], 0.0
     for step in range(steps):
         if step % per_epoch == 0:
             order = torch.randperm(len(train[0]), generator=generator)
         if step == int(recipe["full_from"] * steps):
             model.patch_drop.prob = 0.0
-            forward = torch.compile(network) if args.compile else network
+            forward = torch.compile(network) if compiled else network
         index = order[(step % per_epoch) * recipe["batch"] :][: recipe["batch"]]
         with torch.autocast("cpu", torch.bfloat16):
             loss = loss_of(forward, model, train[0][index], train[1][index], generator)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        for optimizer, schedule in zip(optimizers, schedules):
+        for optimizer, schedule in schedules:
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
         running += (loss.item() - running) / (step % per_epoch + 1)
-        if (step + 1) % per_epoch == 0 or step + 1 == steps:
-            epoch = (step + 1) / per_epoch
-            row = dict(
-                epoch=round(epoch, 2),
-                loss=round(running, 4),
-                minutes=round((time.time() - start) / 60, 1),
-            )
-            if supervised:
-                row["val_top1"] = round(top1(model, test), 2)
-            if epoch % 5 == 0 or step + 1 == steps:
-                row["val_knn20"] = round(knn_accuracy(model, train, test), 2)
-            curve.append(row)
+        last = step + 1 == steps
+        if last or (step + 1) % per_epoch == 0:
+            epoch, minutes = (step + 1) / per_epoch, (time.time() - start) / 60
+            row = {
+                "epoch": round(epoch, 2),
+                "loss": round(running, 4),
+                "minutes": round(minutes, 1),
+            }
+            curve.append(row | scores(name, model, train, test, last or epoch % 5 == 0))
             running = 0.0
-            print(json.dumps(row), flush=True)
+            print(json.dumps(curve[-1]), flush=True)
+    return model, curve
 
+
+def scores(name, model, train, test, neighbours):
+    """Return the accuracies that are due after an epoch; kNN takes a while."""
+    found = {"val_top1": round(top1(model, test), 2)} if ".sup_" in name else {}
+    if neighbours:
+        found["val_knn20"] = round(knn_accuracy(model, train, test), 2)
+    return found
+
+
+def save(out, name, recipe, seed, model, curve):
+    """Write the checkpoint, which describes itself, and its card."""
+    architecture = MINI[name.split(".")[0]]
+    inputs = {"size": 64, "mean": [MEAN] * 3, "std": [STD] * 3, "crop": 1.0, "mode": "center"}
+    metadata = {
+        "name": name,
+        "seed": str(seed),
+        "architecture": "vit_tiny_patch16_224",
+        "arguments": json.dumps(architecture),
+        "input": json.dumps(inputs | {"interpolation": "bicubic"}),
+        "licence": "trained on ImageNet images: non-commercial research",
+    }
     state = {k: v.detach().half().contiguous() for k, v in model.state_dict().items()}
-    save_file(
-        state,
-        args.out / f"{args.name}.safetensors",
-        metadata={
-            "name": args.name,
-            "seed": str(args.seed),
-            "architecture": "vit_tiny_patch16_224",
-            "arguments": json.dumps(architecture),
-            "input": json.dumps(
-                {"size": 64, "mean": [MEAN] * 3, "std": [STD] * 3, "crop": 1.0, "mode": "center"}
-                | {"interpolation": "bicubic"}
-            ),
-            "licence": "trained on ImageNet images: non-commercial research",
-        },
-    )
+    save_file(state, out / f"{name}.safetensors", metadata=metadata)
     card = dict(
-        name=args.name,
+        name=name,
         architecture=architecture,
         recipe=recipe,
-        seed=args.seed,
+        seed=seed,
         curve=curve,
         minutes=curve[-1]["minutes"],
         parameters=sum(p.numel() for p in model.parameters()),
@@ -264,7 +250,25 @@ def main():
         "(tiny_imagenet_100a.npz)",
         terms="trained on ImageNet images: non-commercial research use",
     )
-    (args.out / f"{args.name}.json").write_text(json.dumps(card, indent=1) + "\n")
+    (out / f"{name}.json").write_text(json.dumps(card, indent=1) + "\n")
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("name", choices=RECIPES)
+    add("--epochs", type=float, help="default: the recipe's")
+    add("--seed", type=int, default=0)
+    add("--out", type=Path, default=HERE)
+    add("--compile", action="store_true", help="torch.compile the trunk (needs a C++ compiler)")
+    args = parser.parse_args()
+    recipe = RECIPES[args.name] | ({"epochs": args.epochs} if args.epochs else {})
+    timm.layers.set_fused_attn(False)
+    train, test = load_images(Path(os.environ["FUNGI_DATA"]))
+    model, curve = fit(args.name, recipe, train, test, args.seed, args.compile)
+    save(args.out, args.name, recipe, args.seed, model, curve)
 
 
 if __name__ == "__main__":

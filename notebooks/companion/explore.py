@@ -13,6 +13,8 @@ from IPython import get_ipython
 from IPython.display import HTML, Audio, display
 from traitlets import Any, HasTraits
 
+from companion.messages import one_line
+
 
 def live() -> bool:
     """Tell whether a person is in front of the notebook: JupyterLab sets the variable, papermill
@@ -92,7 +94,7 @@ def _attempt(show: Callable, *values, **named) -> None:
     try:
         result = show(*values, **named)
     except Exception as error:
-        print(f"{type(error).__name__}: {' '.join(str(error).split())}")
+        print(f"{type(error).__name__}: {one_line(error)}")
     else:
         if result is not None:
             display(result)

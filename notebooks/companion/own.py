@@ -7,6 +7,7 @@ import zipfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -14,13 +15,14 @@ import pandas as pd
 from PIL import Image, UnidentifiedImageError
 from threadpoolctl import threadpool_limits
 
-from companion import features as extraction
-from companion import protocol
+from companion import paths, protocol
 from companion.data import datasets, folders
 from companion.data.images import Images, balanced
 from companion.encoders import table
+from companion.encoders.objectives import named
 from companion.evaluate.knn import vote
-from fungi_core.extract import Features
+from companion.messages import one_line
+from fungi_core.extract import Features, extract
 from fungi_core.features import apply_pca, fit_pca
 from fungi_core.filling import progress
 from fungi_core.views import to_image
@@ -74,13 +76,13 @@ def album(
         images, skipped = datasets.load("photos", "test", limit=PACKAGED), []
     if len(images) < 3:
         failed = ", ".join(name for name, _ in skipped[:10]) or "none"
-        raise ValueError(
-            f"{len(images)} readable images; neighbours need 3 (not readable: {failed})"
-        )
+        found = f"{len(images)} readable images"
+        raise ValueError(f"{found}; neighbours need 3 (not readable: {failed})")
     if 0 < n < len(images):
         note = f"{n} of {len(images)} images, seed {seed}"
         images = images.take(balanced(images.labels, n, seed), note)
-    rows = extraction.of_images(images, encoder, names, seed=seed)
+    wanted = [named(name, encoder) for name in names]
+    rows = extract(images, encoder, wanted, seed=seed, root=paths.store_dir())
     return Album(rows, skipped, backbone)
 
 
@@ -114,17 +116,12 @@ def unpacked(
                 members, failed = [], {name: "a zip that is cut off or damaged"}
             skipped += failed.items()
         for inner, each in members:
-            path, count = PurePosixPath(inner), 1
-            while (unique := str(numbered(path, count))) in out:
-                count += 1
+            path = PurePosixPath(inner)
+            numbered = (path.with_stem(f"{path.stem} ({i})") for i in count(2))
+            unique = next(str(name) for name in chain([path], numbered) if str(name) not in out)
             if folders.counts(inner):
                 out[unique] = each
     return list(out.items()), skipped
-
-
-def numbered(path: PurePosixPath, count: int) -> PurePosixPath:
-    """Return a path, numbered from its second occurrence on."""
-    return path if count == 1 else path.with_stem(f"{path.stem} ({count})")
 
 
 def read(
@@ -163,20 +160,20 @@ def decode(source: Path | bytes) -> np.ndarray | str:
     except UnidentifiedImageError:
         return "no image, or of a kind that Pillow does not read (HEIC, for one)"
     except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, ...
-        return " ".join(str(error).split()) or type(error).__name__
+        return one_line(error)
 
 
-def reduced(source: Path | bytes, short: int = SHORT) -> Image.Image:
-    """Read an image file as RGB, turned upright, its shorter side at most ``short`` pixels.
+def reduced(source: Path | bytes) -> Image.Image:
+    """Read an image file as RGB, turned upright, its shorter side at most `SHORT` pixels.
 
-    A large JPEG is decoded at a half, a quarter or an eighth already, never below ``short``:
+    A large JPEG is decoded at a half, a quarter or an eighth already, never below that:
     several times faster.
     """
     with Image.open(source if isinstance(source, Path) else io.BytesIO(source)) as opened:
-        opened.draft(None, (short, short))
+        opened.draft(None, (SHORT, SHORT))
         opened.load()
         image = to_image(opened)
-    factor = short / min(image.size)
+    factor = SHORT / min(image.size)
     if factor >= 1:
         return image
     size = tuple(max(1, round(factor * side)) for side in image.size)

@@ -18,8 +18,10 @@ import re
 import sys
 
 import pandas as pd
+from jinja2 import Template
 
-from companion.paths import figures_dir, paper_dir
+from companion.messages import require
+from companion.paths import PAPER, ROOT, figures_dir
 
 MEASURED = ["id", "value", "low", "high", "on"]
 NUMBERS = ["table", "value", "delta", "spread", "paper_delta"]  # columns that are no text
@@ -31,12 +33,9 @@ def load(table: int) -> pd.DataFrame:
 
     Raises ValueError for a table that is not stored; the message lists those that are.
     """
-    name = f"table{table:02d}.csv"
-    stored = sorted(file.name for file in paper_dir().glob("table[0-9][0-9].csv"))
-    if name not in stored:
-        numbers = ", ".join(str(int(file[5:7])) for file in stored)
-        raise ValueError(f"no table {table} of the paper is stored; there are {numbers}")
-    return _read(name)
+    stored = sorted(file.stem for file in PAPER.glob("table[0-9][0-9].csv"))
+    require("table", f"table{table:02d}", stored)
+    return _read(f"table{table:02d}.csv")
 
 
 def claims() -> pd.DataFrame:
@@ -60,7 +59,7 @@ def items() -> pd.DataFrame:
 
 def _read(name: str) -> pd.DataFrame:
     """Read a file of ``data/paper``: an empty text stays "", a missing number becomes NaN."""
-    frame = pd.read_csv(paper_dir() / name, encoding="utf-8", dtype=str, keep_default_na=False)
+    frame = pd.read_csv(PAPER / name, encoding="utf-8", dtype=str, keep_default_na=False)
     for column in frame.columns.intersection(NUMBERS):
         frame[column] = pd.to_numeric(frame[column])
     return frame
@@ -205,33 +204,15 @@ def as_markdown(profile: str) -> str:
     """Return the page figures/PROFILE/README.md: every claim with its verdict, the disagreements
     first, then the figures with links.
     """
-    order = {name: i for i, name in enumerate(VERDICTS)}
-    board = scoreboard(profile).sort_values("verdict", key=lambda v: v.map(order), kind="stable")
-    counts = board["verdict"].value_counts()
-    lines = [
-        f"# Claims and figures, profile `{profile}`",
-        "",
-        "Written by `python -m companion.paper`; not to be edited. Of "
-        f"{len(board)} claims: {', '.join(f'{name} {counts.get(name, 0)}' for name in VERDICTS)}.",
-        "",
-        "| paper | claim | theirs | ours | verdict | size |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in board.to_dict("records"):
-        cells = row["item"], row["claim"], signed(row["paper_delta"]), ours(row), row["verdict"]
-        lines.append(f"| {' | '.join([*cells, row['size'] or '–'])} |")
-    lines += ["", "## Figures", "", "| paper | figure | numbers | notebook |", "|---|---|---|---|"]
-    for figure in written(profile):
-        name, slug = figure["name"], figure["notebook"]
-        drawn = (figures_dir() / profile / f"{name}.png").is_file()
-        cells = (
-            ", ".join(figure["items"]) or "–",
-            f"[{name}]({name}.png)" if drawn else name,
-            f"[CSV]({name}.csv)",
-            f"[{slug}](../../notebooks/{slug}.ipynb)",
-        )
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    board, figures = scoreboard(profile), written(profile)
+    board = board.sort_values("verdict", key=lambda v: v.map(VERDICTS.index), kind="stable")
+    counts = {name: int((board["verdict"] == name).sum()) for name in VERDICTS}
+    for figure in figures:
+        figure["drawn"] = (figures_dir() / profile / f"{figure['name']}.png").is_file()
+    template = (ROOT / "data" / "site" / "claims.md").read_text(encoding="utf-8")
+    page = Template(template, trim_blocks=True, keep_trailing_newline=True)
+    given = dict(profile=profile, claims=board.to_dict("records"), counts=counts, figures=figures)
+    return page.render(signed=signed, ours=ours, **given)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,9 @@ import os
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+BACKBONES = ROOT / "data" / "backbones"  # the committed mini checkpoints
+TEXTS = ROOT / "data" / "texts"  # the committed sentences of the mini profile
+PAPER = ROOT / "data" / "paper"  # the published numbers, one CSV per table
 
 
 def _from_env(variable: str, default: Path) -> Path:
@@ -13,23 +16,16 @@ def _from_env(variable: str, default: Path) -> Path:
     return Path(value).expanduser().resolve() if value else default
 
 
-def data_dir() -> Path | None:
-    """Return the folder of the data sets (``FUNGI_DATA``), None where the variable is not set.
+def downloads_dir() -> Path:
+    """Return where data sets are looked for: ``FUNGI_DATA``, else ``data/downloads``.
 
-    Raises FileNotFoundError where it names no folder.
+    Raises FileNotFoundError where the variable names no folder.
     """
-    value = os.environ.get("FUNGI_DATA", "").strip()
-    if not value:
-        return None
-    folder = Path(value).expanduser().resolve()
-    if not folder.is_dir():
+    default = ROOT / "data" / "downloads"
+    folder = _from_env("FUNGI_DATA", default)
+    if folder != default and not folder.is_dir():
         raise FileNotFoundError(f"FUNGI_DATA is {folder}, no folder; name one that exists, or none")
     return folder
-
-
-def downloads_dir() -> Path:
-    """Return where data sets are looked for: ``FUNGI_DATA``, else ``data/downloads``."""
-    return data_dir() or ROOT / "data" / "downloads"
 
 
 def store_dir() -> Path:
@@ -40,18 +36,3 @@ def store_dir() -> Path:
 def figures_dir() -> Path:
     """Return the folder of what a run writes (``FUNGI_FIGURES``, default ``figures``)."""
     return _from_env("FUNGI_FIGURES", ROOT / "figures")
-
-
-def backbones_dir() -> Path:
-    """Return the folder of the committed mini checkpoints."""
-    return ROOT / "data" / "backbones"
-
-
-def texts_dir() -> Path:
-    """Return the folder of the committed sentences of the mini profile."""
-    return ROOT / "data" / "texts"
-
-
-def paper_dir() -> Path:
-    """Return the folder of the published numbers, one CSV per table."""
-    return ROOT / "data" / "paper"

@@ -8,7 +8,6 @@ gains as paired differences on the same images.
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import groupby
 
 import numpy as np
 import pandas as pd
@@ -27,6 +26,7 @@ from companion.evaluate.knn import (
     per_class_accuracy,
 )
 from companion.figures.style import LETTERS
+from companion.messages import require
 from fungi_core import projection
 from fungi_core.extract import Features
 from fungi_core.features import apply_pca, fit_pca, join, normalize
@@ -64,12 +64,9 @@ def collect(
     runs = []
     for backbone in encoders:
         encoder = table.load(backbone)
-        for _, folds in groupby(sets, datasets.whole_name):
-            if len(folds := list(folds)) > 1:  # a set that is no fold is alone in its group
-                found = extraction.fold_features(folds, encoder, names, **sizes, **options)
-            else:
-                found = [extraction.features(folds[0], encoder, names, **sizes, **options)]
-            runs += [(backbone, name, *rows) for name, rows in zip(folds, found, strict=True)]
+        for name in sets:
+            rows = extraction.features(name, encoder, names, **sizes, **options)
+            runs.append((backbone, name, *rows))
     return runs
 
 
@@ -117,8 +114,8 @@ def missing(encoders: Sequence[str], sets: Sequence[str]) -> pd.DataFrame:
     Raises ValueError for unknown names.
     """
     known = {row["name"]: row for row in datasets.table()}
-    if unknown := [name for name in sets if name not in known]:
-        raise ValueError(f"unknown data set {unknown[0]!r}; there are {', '.join(known)}")
+    for name in sets:
+        require("data set", name, known)
     wanted = [known[name] for name in dict.fromkeys(sets) if not known[name]["available"]]
     lines = [(x["name"], x["gb"], x["licence"], x["get"]) for x in wanted]
     for name in dict.fromkeys(encoders):
@@ -168,9 +165,8 @@ def over_folds(
 def metric(test: Features, shots: int | None = None) -> tuple[str, np.ndarray | None]:
     """Return what the setting is called, and labels where the metric is the mean per class."""
     if test.data.metric == "mAP":
-        raise ValueError(
-            f"{test.data.name} has no classes, only a ground truth for retrieval: see 10_retrieval"
-        )
+        what = "has no classes, only a ground truth for retrieval: see 10_retrieval"
+        raise ValueError(f"{test.data.name} {what}")
     labels = test.labels if test.data.metric == "mean-per-class" else None
     return f"{shots}-shot" if shots else "full", labels
 
@@ -305,11 +301,8 @@ def names_of(letters: str) -> list[str]:
     Raises ValueError for an unknown letter.
     """
     by_letter = {letter: name for name, letter in LETTERS.items()}
-    unknown = [letter for letter in letters.split("+") if letter not in by_letter]
-    if unknown:
-        raise ValueError(
-            f"unknown feature letters {unknown}; there are {', '.join(by_letter)} joined by '+'"
-        )
+    for letter in letters.split("+"):
+        require("feature letter", letter, by_letter)
     return [by_letter[letter] for letter in letters.split("+")]
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 import yaml
 
 from companion import devices
+from companion.messages import one_line, require
 from companion.paths import ROOT
 
 NOTEBOOKS = ROOT / "notebooks"
@@ -48,12 +49,6 @@ def notebooks() -> list[str]:
 def profiles() -> list[str]:
     """Return the names of all profiles."""
     return sorted(p.stem for p in (NOTEBOOKS / "profiles").glob("*.yaml"))
-
-
-def require(kind: str, name: str, known: list[str]) -> None:
-    """Raise a ValueError that lists what exists where ``name`` is not among the ``known``."""
-    if name not in known:
-        raise ValueError(f"unknown {kind} '{name}'; there are: {', '.join(known) or 'none'}")
 
 
 def declared(slug: str) -> dict[str, dict]:
@@ -82,8 +77,7 @@ def fits(value: object, annotation: str) -> bool:
     """Tell whether a value has an annotated type: int, float (which takes an int), str, bool or
     list.
     """
-    if annotation not in TYPES:
-        raise ValueError(f"unknown parameter type '{annotation}'; accepted are: {', '.join(TYPES)}")
+    require("parameter type", annotation, TYPES)
     return type(value) in TYPES[annotation]
 
 
@@ -218,7 +212,7 @@ def main(argv: list[str] | None = None) -> int:
         out = execute(args.notebook, args.profile, overrides, args.out)
     except (ValueError, RuntimeError, yaml.YAMLError) as e:
         red, plain = ("\033[31m", "\033[0m") if sys.stderr.isatty() else ("", "")
-        print(f"{red}{' '.join(str(e).split())}{plain}", file=sys.stderr)
+        print(f"{red}{one_line(e)}{plain}", file=sys.stderr)
         return 1 if isinstance(e, RuntimeError) else 2
     print(f"{args.notebook} ({args.profile}): {time.perf_counter() - start:.0f} s, {out}")
     return 0

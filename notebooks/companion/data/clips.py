@@ -11,8 +11,7 @@ Packed files (see `packed.parquet`) have the columns audio, label and filename.
 """
 
 import csv
-from collections.abc import Sequence
-from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -59,24 +58,18 @@ def speech_commands(root: Path, train: bool) -> Split:
     return Split([base / name for name in names], labels, names, words)
 
 
-def packed_esc10(root: Path, train: bool, fold: str) -> Split:
-    """Return ESC-10, whole, from audio_esc.parquet: 10 classes, 5 official folds of 80 clips."""
-    return _packed_esc(root, "in_esc10", "fold", int(fold), train)
+def packed_esc(root: Path, train: bool, part: str) -> Split:
+    """Return a part of audio_esc.parquet; ``part`` is "member/column/fold", which fold is the test.
 
-
-def packed_esc50_fold4(root: Path, train: bool, part: str) -> Split:
-    """Return ESC-50's fourth fold alone, from audio_esc.parquet: 50 classes of 8 clips in 4 parts.
-
-    The parts are the file's own; clips cut from one recording share a part. Its numbers cannot be
+    Members: "in_esc10", ESC-10, whole: 10 classes, 5 official folds of 80 clips ("fold"); and
+    "in_esc50_fold4", ESC-50's fourth fold alone: 50 classes of 8 clips in 4 parts ("split4"). These
+    parts are the file's own, clips cut from one recording share one, and their numbers cannot be
     compared with ESC-50's published protocol.
     """
-    return _packed_esc(root, "in_esc50_fold4", "split4", int(part), train)
-
-
-def _packed_esc(root: Path, member: str, column: str, fold: int, train: bool) -> Split:
+    member, column, fold = part.split("/")
     names = ("audio", "label", "filename", member, column)
     columns, classes = packed.parquet(root / "audio_esc.parquet", *names)
-    rows = np.flatnonzero(columns[member] & ((columns[column] != fold) == train))
+    rows = np.flatnonzero(columns[member] & ((columns[column] != int(fold)) == train))
     present = np.unique(columns["label"][columns[member]])  # ESC-10's ten of the fifty
     labels = np.searchsorted(present, columns["label"][rows]).astype(np.int64)
     files = columns["filename"][rows].tolist()
@@ -91,10 +84,8 @@ def fsdd(root: Path, train: bool) -> Split:
     names = ("audio", "label", "filename", "split")
     columns, classes = packed.parquet(root / "audio_fsdd.parquet", *names)
     rows = np.flatnonzero(columns["split"] == ("train" if train else "test"))
-    labels = columns["label"][rows].astype(np.int64)
-    return Split(
-        columns["audio"][rows].tolist(), labels, columns["filename"][rows].tolist(), classes
-    )
+    labels, files = columns["label"][rows].astype(np.int64), columns["filename"][rows].tolist()
+    return Split(columns["audio"][rows].tolist(), labels, files, classes)
 
 
 KINDS = (
@@ -104,26 +95,12 @@ KINDS = (
 EACH = 60  # clips of a class in a split
 
 
-@dataclass(frozen=True)
-class Synthesised(Sequence):
-    """Clips made when they are asked for, `EACH` of every kind, one kind after the other."""
-
-    split: str
-
-    def __len__(self) -> int:
-        return EACH * len(KINDS)
-
-    def __getitem__(self, i: int) -> np.ndarray:
-        kind = KINDS[i // EACH]
-        return synthesise(kind, generator("synthesised sound", kind, self.split, i % EACH))
-
-
 def synthesised(root: Path, train: bool) -> Split:
     """Return synthetic sounds of 1 s, of eight kinds."""
-    split = "train" if train else "test"
-    labels = np.repeat(np.arange(len(KINDS)), EACH)
-    names = [f"{KINDS[label]} {split} {i % EACH}" for i, label in enumerate(labels)]
-    return Split(Synthesised(split), labels, names, list(KINDS))
+    split, drawn = "train" if train else "test", list(product(KINDS, range(EACH)))
+    draw = lambda kind, i: synthesise(kind, generator("synthesised sound", kind, split, i))
+    labels, names = np.repeat(np.arange(len(KINDS)), EACH), [f"{k} {split} {i}" for k, i in drawn]
+    return Split([draw(*one) for one in drawn], labels, names, list(KINDS))
 
 
 def synthesise(kind: str, rng: np.random.Generator) -> np.ndarray:

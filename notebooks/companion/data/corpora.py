@@ -15,7 +15,7 @@ def pydocs(root: Path, train: bool) -> Split:
 
     They lie in ``data/texts``: 1,940 sentences of 7 chapters.
     """
-    with (paths.texts_dir() / "pydocs.csv").open(encoding="utf-8", newline="") as file:
+    with (paths.TEXTS / "pydocs.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     classes = sorted({row["chapter"] for row in rows})
     part = "train" if train else "test"

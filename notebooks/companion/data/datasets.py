@@ -8,7 +8,6 @@ the official archive, and the folder where that is not here.
 """
 
 import csv
-import difflib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import numpy as np
 
 from companion.data import clips, corpora, folders, landmarks, official, packed, samples
 from companion.data.images import Images, Split, balanced
+from companion.messages import one_line, require
 from companion.paths import ROOT, downloads_dir
 
 SPLITS = ("train", "test")
@@ -80,9 +80,7 @@ def load(name: str, split: str, limit: int | None = None, seed: int = 0) -> Imag
     in data-set order. Raises ValueError for an unknown name or split, or a name that is taken, and
     `DatasetUnavailable` for files that are not here.
     """
-    if split not in SPLITS:
-        choice = " or ".join(map(repr, SPLITS))
-        raise ValueError(f"unknown split {split!r} of {name!r}: choose {choice}")
+    require("split", split, SPLITS)
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be a positive number of rows, not {limit}")
     entry, train = find(name), split == "train"
@@ -123,8 +121,8 @@ def _read(entry: Entry, train: bool) -> Split:
             return entry.source(downloads_dir(), train)
         return folders.split(stored, train) if stored.is_dir() else packed.npz(stored, train)
     except (OSError, RuntimeError) as error:  # a list or a folder is missing, a checksum is wrong
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DatasetUnavailable(describe(entry, f"could not be read ({reason})")) from error
+        reason = f"could not be read ({one_line(error)})"
+        raise DatasetUnavailable(describe(entry, reason)) from error
 
 
 def _stored(entry: Entry) -> Path | None:
@@ -199,10 +197,8 @@ def find(name: str) -> Entry:
     entry = Entry(name, name)
     if _stored(entry) is not None:
         return entry
-    known = [*DATASETS, *_further_names()]
-    near = difflib.get_close_matches(str(name), known, 1)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
-    raise ValueError(f"unknown data set {name!r}{hint}; there are {', '.join(known)}")
+    require("data set", name, [*DATASETS, *_further_names()])
+    return entry
 
 
 def whole_name(name: str) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from companion.data.images import Split
+from companion.messages import one_line
 
 LEFTOVERS = ("__macosx", "thumbs.db", "desktop.ini")  # what operating systems leave behind
 UNDECODED = ("BUFR", "GRIB", "HDF5", "MPEG", "WMF")  # formats that Pillow knows but cannot decode
@@ -124,7 +125,7 @@ def unzipped(content: bytes) -> tuple[list[tuple[str, bytes]], dict[str, str]]:
             try:
                 found.append((name, archive.read(info)))
             except Exception as error:  # a wrong checksum, a password, an unknown compression, ...
-                skipped[name] = " ".join(str(error).split()) or type(error).__name__
+                skipped[name] = one_line(error)
     return found, skipped
 
 

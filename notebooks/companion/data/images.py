@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from companion.messages import one_line
 from fungi_core import views
 
 MANY_FILES = 50_000  # above it the fingerprint takes file sizes for contents
@@ -60,8 +61,8 @@ class Images:
             return self._decoded(item)
         except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, ...
             kind = "an image" if self.modality == "image" else self.modality
-            reason = " ".join(str(error).split())
-            raise ValueError(f"{self.where(i)} cannot be read as {kind}: {reason}") from error
+            message = f"{self.where(i)} cannot be read as {kind}: {one_line(error)}"
+            raise ValueError(message) from error
 
     def _decoded(self, item) -> Image.Image | str | np.ndarray:
         if self.modality == "text":

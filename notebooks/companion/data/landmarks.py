@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from companion.data.images import Split
+from companion.messages import one_line
 
 
 def images(root: Path, train: bool, name: str) -> Split:
@@ -55,9 +56,8 @@ def ground_truth(file: Path) -> dict:
         rows_of = lambda query, kind: np.asarray(query[kind], np.int64).reshape(-1)
         truth = [{kind: rows_of(query, kind) for kind in kinds} for query in content["gnd"]]
     except Exception as error:  # a broken pickle raises nearly anything
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        message = f"{file} is no ground truth of the revisited benchmarks: {reason}"
-        raise ValueError(message) from error
+        about = f"{file} is no ground truth of the revisited benchmarks"
+        raise ValueError(f"{about}: {type(error).__name__}: {one_line(error)}") from error
     rows = np.concatenate([rows for q in truth for rows in q.values()] or [np.empty(0, np.int64)])
     images, queries = len(names["imlist"]), len(names["qimlist"])
     if len(truth) != queries or ((rows < 0) | (rows >= images)).any():

@@ -15,10 +15,11 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from companion.data import packed
+from companion.data import datasets, packed
 from companion.data.composed import TEXTURES, VOID, compose
-from companion.data.datasets import SPLITS, DatasetUnavailable
+from companion.data.datasets import DatasetUnavailable
 from companion.data.images import content, picture
+from companion.messages import one_line, require
 from companion.paths import downloads_dir
 from fungi_core.seeds import generator
 
@@ -70,8 +71,7 @@ class Scenes:
         try:
             image, mask = picture(self.images[i]), pixels(self.masks[i])
         except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, ...
-            reason = " ".join(str(error).split())
-            raise ValueError(f"{where} cannot be read as an image: {reason}") from error
+            raise ValueError(f"{where} cannot be read as an image: {one_line(error)}") from error
         size = image.size[::-1]
         if mask.shape != size:
             raise ValueError(
@@ -95,9 +95,8 @@ class Scenes:
     def draw(self, count: int, seed: int = 0) -> "Scenes":
         """Return ``count`` images drawn by the seed, in data-set order; the note says so."""
         if not 1 <= count <= len(self):
-            raise ValueError(
-                f"{self.name} {self.split} has {len(self)} images, {count} were asked for"
-            )
+            here = f"{self.name} {self.split} has {len(self)} images"
+            raise ValueError(f"{here}, {count} were asked for")
         order = generator("scenes", self.name, self.split, seed).permutation(len(self))
         columns = self.names, self.images, self.masks
         names, images, masks = ([items[i] for i in np.sort(order[:count])] for items in columns)
@@ -121,19 +120,15 @@ def npz(path: Path, train: bool) -> Pairs:
     images) in place of ``labels``; a void class, if it has a name, is the last of ``classes``.
     Raises ValueError, naming the file, for anything else.
     """
-    if not packed.holds(path, ARRAYS):
-        raise ValueError(
-            f"{path}: no packed segmentation set, it must be an .npz with {', '.join(ARRAYS)}"
-        )
+    packed.require(path, ARRAYS, "segmentation")
     with np.load(path, allow_pickle=False) as arrays:
         data, offsets, mask_data, mask_offsets, split, names, classes = map(arrays.get, ARRAYS)
     rows = np.flatnonzero(split == (0 if train else 1))
     cut = lambda blob, at: [blob[at[i] : at[i + 1]].tobytes() for i in rows]
     known = [name for name in classes.tolist() if name not in ("void", "unlabelled")]
     if known != classes.tolist()[: len(known)]:
-        raise ValueError(
-            f"{path}: the void class must be the last one, the classes are {', '.join(classes)}"
-        )
+        order = f"the classes are {', '.join(classes)}"
+        raise ValueError(f"{path}: the void class must be the last one, {order}")
     return Pairs(cut(data, offsets), cut(mask_data, mask_offsets), names[rows].tolist(), known)
 
 
@@ -174,35 +169,30 @@ def composed(folder: Path, train: bool) -> Pairs:
 
 
 @dataclass(frozen=True)
-class Entry:
-    """Describe one segmentation set: what it is, and what its ``source`` reads."""
+class Entry(datasets.Entry):
+    """Describe one segmentation set; its ``source`` reads the file or folder ``path``."""
 
-    name: str
-    title: str
-    licence: str = "not recorded in the packed file"
-    gb: float = 0  # size of the download; 0: comes with installed packages
-    source: Callable[[Path, bool], Pairs] = npz  # (path, train)
-    path: str = "{name}.npz"  # inside the data folder
-    get: str = "put {name}.npz into the folder FUNGI_DATA names"
+    source: Callable[[Path, bool], Pairs] = npz
     shift: int = 0
     background: int | None = None
-    note: str = ""
 
 
 VOC, ADE = "Custom (Research Only)", "Custom (Research Only, Non Commercial)"
+PUT = "put {name}.npz into {root}"
 SETS = {entry.name: entry for entry in (
-    Entry("composed", "textures and digits, composed", "CC0, public domain; digits CC BY-SA 3.0",
-          source=composed, note="composed by this project from packaged photographs and digits, "
-          "not a benchmark"),
-    Entry("camvid", "CamVid, 11 classes", "CC BY-NC 4.0", 0.024,
-          note="street scenes, in place of VOC and ADE20K; images re-encoded as JPEG"),
-    Entry("voc2012_part", "Pascal VOC 2012, a part", VOC, 0.03, background=0,
-          note="167 of 1,464 official training and 155 of 1,449 validation images"),
-    Entry("voc2012", "Pascal VOC 2012, trainaug and val", VOC, 2.0, voc2012, "VOCdevkit/VOC2012",
-          "unpack VOCtrainval_11-May-2012.tar there, and SegmentationClassAug with trainaug.txt",
+    Entry("composed", "textures and digits, composed", source=composed,
+          licence="CC0, public domain; digits CC BY-SA 3.0",
+          note="composed by this project from packaged photographs and digits, not a benchmark"),
+    Entry("camvid", "CamVid, 11 classes", licence="CC BY-NC 4.0", gb=0.024, path="camvid.npz",
+          get=PUT, note="street scenes, in place of VOC and ADE20K; images re-encoded as JPEG"),
+    Entry("voc2012_part", "Pascal VOC 2012, a part", licence=VOC, gb=0.03, path="voc2012_part.npz",
+          get=PUT, note="167 of 1,464 official training and 155 of 1,449 validation images",
           background=0),
-    Entry("ade20k", "ADE20K, 150 classes", ADE, 0.97, ade20k, "ADEChallengeData2016",
-          "unpack ADEChallengeData2016.zip there", shift=1),
+    Entry("voc2012", "Pascal VOC 2012, trainaug and val", licence=VOC, gb=2.0, source=voc2012,
+          path="VOCdevkit/VOC2012", background=0, get="unpack VOCtrainval_11-May-2012.tar in "
+          "{root}, and SegmentationClassAug with trainaug.txt"),
+    Entry("ade20k", "ADE20K, 150 classes", licence=ADE, gb=0.97, source=ade20k, shift=1,
+          path="ADEChallengeData2016", get="unpack ADEChallengeData2016.zip in {root}"),
 )}  # fmt: skip
 
 
@@ -212,43 +202,31 @@ def load(name: str, split: str, limit: int | None = None, seed: int = 0) -> Scen
     ``limit``: that many images drawn by ``seed``; None, 0 or more than there are is all. Raises
     ValueError for an unknown name or split, `DatasetUnavailable` for files that are not here.
     """
-    if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r} of {name!r}: choose one of {', '.join(SPLITS)}")
+    require("split", split, datasets.SPLITS)
     if reason := unavailable(name):
         raise DatasetUnavailable(reason)
     entry = find(name)
     try:
-        pairs = entry.source(place(entry), split == "train")
+        pairs = entry.source(downloads_dir() / entry.path, split == "train")
     except FileNotFoundError as error:
-        raise DatasetUnavailable(f"{name} is not whole: {error}; {entry.get}") from error
+        raise DatasetUnavailable(datasets.describe(entry, f"is not whole ({error})")) from error
     if not len(pairs.names):
-        raise DatasetUnavailable(f"{name} {split} holds no image; {entry.get}")
+        raise DatasetUnavailable(datasets.describe(entry, f"holds no {split} image"))
     values = dict(shift=entry.shift, background=entry.background)
     about = dict(note=entry.note, licence=entry.licence)
     scenes = Scenes(name, split, **pairs._asdict(), **values, **about)
     return scenes.draw(limit, seed) if limit and limit < len(scenes) else scenes
 
 
-def unavailable(name: str) -> str | None:
-    """Return why a set cannot be read here, in one line; None when it can. Unknown names raise."""
-    entry = find(name)
-    if not entry.gb or place(entry).exists():
-        return None
-    get = entry.get.format(name=name)
-    about = f"{entry.gb:g} GB, licence {entry.licence}"
-    return f"{name} ({entry.title}): {place(entry)}; {about}; {get}"
-
-
-def place(entry: Entry) -> Path:
-    """Return where the files of a set must be."""
-    return downloads_dir() / entry.path.format(name=entry.name)
+def unavailable(name: str) -> str:
+    """Return why a set cannot be read here, in one line; "" when it can. Unknown names raise."""
+    return datasets.missing(find(name))
 
 
 def find(name: str) -> Entry:
     """Return the entry of a name; raises ValueError, with what there is, for an unknown one."""
     if name in SETS:
         return SETS[name]
-    if packed.holds(place(entry := Entry(name, name)), ARRAYS):
-        return entry
-    known = ", ".join(SETS)
-    raise ValueError(f"unknown segmentation set {name!r}; there are {known}, and packed files")
+    if not packed.holds(downloads_dir() / f"{name}.npz", ARRAYS):
+        require("segmentation set", name, SETS)
+    return Entry(name, name, path=f"{name}.npz")

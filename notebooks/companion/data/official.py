@@ -4,12 +4,13 @@ torchvision's classes do the reading of lists and labels, but not of images: the
 are kept (in attributes they name with an underscore, hence the test of each on a tiny archive), so
 that bytes can be hashed, and a file that cannot be read can be named. Which split is the memory
 bank: the authors' ``train`` list; a ``val`` list (DTD, Flowers, Aircraft) is not merged into it, as
-in the published code.
+in the published code, though torchvision's own default for Aircraft is to do so.
 """
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -28,21 +29,40 @@ def _part(train: bool) -> str:
     return "train" if train else "test"
 
 
-def cifar10(root: Path, train: bool) -> Split:
-    from torchvision.datasets import CIFAR10
+def cifar(root: Path, train: bool, name: str) -> Split:
+    """Return CIFAR10 or CIFAR100."""
+    from torchvision import datasets
 
-    return _cifar(CIFAR10(root, train), train)
-
-
-def cifar100(root: Path, train: bool) -> Split:
-    from torchvision.datasets import CIFAR100
-
-    return _cifar(CIFAR100(root, train), train)
-
-
-def _cifar(data, train: bool) -> Split:
-    names = [f"{_part(train)}/{i:05d}" for i in range(len(data))]
+    data, part = getattr(datasets, name)(root, train), _part(train)
+    names = [f"{part}/{i:05d}" for i in range(len(data))]
     return Split(data.data, np.asarray(data.targets, np.int64), names, list(data.classes))
+
+
+class Layout(NamedTuple):
+    """Say how torchvision reads a set: its class, the folder that names begin at, attributes."""
+
+    reader: str
+    base: str
+    files: str = "_image_files"
+    train: str = "train"
+
+
+LAYOUTS = {
+    "dtd": Layout("DTD", "dtd/dtd/images"),  # partition 1 of the ten
+    "flowers102": Layout("Flowers102", "flowers-102"),
+    "aircraft": Layout("FGVCAircraft", "fgvc-aircraft-2013b/data"),  # 100 variants
+    "pets": Layout("OxfordIIITPet", "oxford-iiit-pet", "_images", "trainval"),  # the authors' name
+    "food101": Layout("Food101", "food-101/images"),
+}
+
+
+def listed(root: Path, train: bool, name: str) -> Split:
+    """Return one of `LAYOUTS`."""
+    from torchvision import datasets
+
+    layout = LAYOUTS[name]
+    data = getattr(datasets, layout.reader)(root, layout.train if train else "test")
+    return _listed(getattr(data, layout.files), data._labels, data.classes, root / layout.base)
 
 
 def stanford_cars(root: Path, train: bool) -> Split:
@@ -51,48 +71,6 @@ def stanford_cars(root: Path, train: bool) -> Split:
     data = StanfordCars(root, _part(train))
     paths, labels = zip(*data._samples, strict=True)
     return _listed(paths, labels, data.classes, root / "stanford_cars")
-
-
-def dtd(root: Path, train: bool) -> Split:
-    """Return partition 1 of the ten, torchvision's default."""
-    from torchvision.datasets import DTD
-
-    data = DTD(root, _part(train))
-    return _listed(data._image_files, data._labels, data.classes, root / "dtd" / "dtd" / "images")
-
-
-def flowers102(root: Path, train: bool) -> Split:
-    from torchvision.datasets import Flowers102
-
-    data = Flowers102(root, _part(train))
-    return _listed(data._image_files, data._labels, data.classes, root / "flowers-102")
-
-
-def aircraft(root: Path, train: bool) -> Split:
-    """Return the 100 variants of FGVC Aircraft.
-
-    The published code takes ``train`` (3,334 images); torchvision's own default is ``trainval``.
-    """
-    from torchvision.datasets import FGVCAircraft
-
-    data = FGVCAircraft(root, _part(train))
-    base = root / "fgvc-aircraft-2013b" / "data"
-    return _listed(data._image_files, data._labels, data.classes, base)
-
-
-def pets(root: Path, train: bool) -> Split:
-    """Return Oxford-IIIT Pets; the authors' own training list is called ``trainval``."""
-    from torchvision.datasets import OxfordIIITPet
-
-    data = OxfordIIITPet(root, "trainval" if train else "test")
-    return _listed(data._images, data._labels, data.classes, root / "oxford-iiit-pet")
-
-
-def food101(root: Path, train: bool) -> Split:
-    from torchvision.datasets import Food101
-
-    data = Food101(root, _part(train))
-    return _listed(data._image_files, data._labels, data.classes, root / "food-101" / "images")
 
 
 def eurosat(root: Path, train: bool) -> Split:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from companion.data.images import Split
+from companion.messages import one_line
 
 ARRAYS = ("data", "offsets", "labels", "split", "names", "classes")  # of a classification set
 
@@ -32,6 +33,13 @@ class Blob(Sequence):
         with self.path.open("rb") as file:
             file.seek(self.starts[i])
             return file.read(self.stops[i] - self.starts[i])
+
+
+def require(path: Path, arrays: Sequence[str], kind: str) -> None:
+    """Raise ValueError where a file is no packed set of a kind, of these arrays."""
+    if not holds(path, arrays):
+        wanted = f"it must be an .npz with {', '.join(arrays)}"
+        raise ValueError(f"{path}: no packed {kind} set, {wanted}")
 
 
 def holds(path: Path, arrays: Iterable[str]) -> bool:
@@ -58,21 +66,15 @@ def npz(path: Path, train: bool) -> Split:
 
     Raises ValueError, naming the file, for anything else.
     """
-    if not holds(path, ARRAYS):
-        raise ValueError(
-            f"{path}: no complete packed classification set, "
-            f"it must be an .npz with {', '.join(ARRAYS)}"
-        )
+    require(path, ARRAYS, "classification")
     with np.load(path, allow_pickle=False) as arrays:
         offsets, labels, split, names, classes = (arrays[key] for key in ARRAYS[1:])
     start, length = _data_place(path)
     n = len(labels)
     fits = len(offsets) == n + 1 and len(split) == len(names) == n
     if not fits or (np.diff(offsets) < 0).any() or offsets[0] != 0 or offsets[-1] != length:
-        raise ValueError(
-            f"{path}: offsets, labels, split, names do not fit each other "
-            f"or the {length} bytes of data"
-        )
+        fit = f"do not fit each other or the {length} bytes of data"
+        raise ValueError(f"{path}: offsets, labels, split, names {fit}")
     _check_labels(path, labels, classes)
     rows = np.flatnonzero(split == (0 if train else 1))
     blob = Blob(path, start + offsets[:-1][rows], start + offsets[1:][rows])
@@ -87,9 +89,8 @@ def _data_place(path: Path) -> tuple[int, int]:
     with zipfile.ZipFile(path) as archive:
         member = archive.getinfo("data.npy")
     if member.compress_type != zipfile.ZIP_STORED:
-        raise ValueError(
-            f"{path}: 'data' is compressed; pack with numpy.savez, not savez_compressed"
-        )
+        advice = "pack with numpy.savez, not savez_compressed"
+        raise ValueError(f"{path}: 'data' is compressed; {advice}")
     with path.open("rb") as file:
         # the local header of a zip member is 30 bytes, then its name and an extra field
         file.seek(member.header_offset + 26)
@@ -112,8 +113,8 @@ def parquet(path: Path, *columns: str) -> tuple[dict[str, np.ndarray], list[str]
     try:
         table = pyarrow.parquet.read_table(path, columns=list(columns))
     except pyarrow.ArrowException as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path} has not the columns {', '.join(columns)}: {reason}") from error
+        wanted = f"{path} has not the columns {', '.join(columns)}"
+        raise ValueError(f"{wanted}: {one_line(error)}") from error
     classes = json.loads((table.schema.metadata or {}).get(b"class_names", b"[]"))
     found = {name: table[name].to_numpy() for name in columns}
     _check_labels(path, found["label"], classes)
@@ -122,6 +123,5 @@ def parquet(path: Path, *columns: str) -> tuple[dict[str, np.ndarray], list[str]
 
 def _check_labels(path: Path, labels: np.ndarray, classes: Sequence[str]) -> None:
     if len(labels) and not (0 <= labels.min() and labels.max() < len(classes)):
-        raise ValueError(
-            f"{path}: labels must lie in 0..{len(classes) - 1}, the positions in its class names"
-        )
+        allowed = f"0..{len(classes) - 1}, the positions in its class names"
+        raise ValueError(f"{path}: labels must lie in {allowed}")

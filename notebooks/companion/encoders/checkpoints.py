@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from companion.messages import one_line
+
 Weights = dict[str, torch.Tensor]
 
 _TORCHVISION = (  # torchvision's VisionTransformer -> timm's, in this order
@@ -21,16 +23,14 @@ _TORCHVISION = (  # torchvision's VisionTransformer -> timm's, in this order
     (r"\.ln_([12])\.", r".norm\1."),
     (r"\.self_attention\.in_proj_", ".attn.qkv."),
     (r"\.self_attention\.out_proj\.", ".attn.proj."),
-    (
-        r"\.mlp\.(?:0|linear_1)\.",
-        ".mlp.fc1.",
-    ),  # 0 and 3 in the module, linear_1 and linear_2 in the published files
+    # 0 and 3 in the module, linear_1 and linear_2 in the published files
+    (r"\.mlp\.(?:0|linear_1)\.", ".mlp.fc1."),
     (r"\.mlp\.(?:3|linear_2)\.", ".mlp.fc2."),
 )
 
 
 def torchvision(state: Weights) -> Weights:
-    """Keys of torchvision's ViT in timm's names; its classifier is left out."""
+    """Rename the weights of torchvision's ViT to timm's, without its classifier."""
     out = {}
     for key, value in state.items():
         for pattern, name in _TORCHVISION:
@@ -41,23 +41,16 @@ def torchvision(state: Weights) -> Weights:
 
 
 def moco(checkpoint: dict) -> Weights:
-    """The base encoder of a MoCo v3 training checkpoint without its projection head; it is timm's
-    ViT already.
-    """
-    prefix = "module.base_encoder."
-    state = {
-        key.removeprefix(prefix): x
-        for key, x in checkpoint["state_dict"].items()
-        if key.startswith(prefix)
-    }
+    """Return the base encoder of a MoCo v3 training checkpoint, timm's ViT, without its head."""
+    prefix, state = "module.base_encoder.", checkpoint["state_dict"].items()
+    state = {key.removeprefix(prefix): x for key, x in state if key.startswith(prefix)}
     return {key: value for key, value in state.items() if not key.startswith("head.")}
 
 
 def load_into(model: torch.nn.Module, file: Path, convert) -> torch.nn.Module:
-    """``model`` with the weights of ``file``, ``convert``-ed to its names; every tensor must find
-    its place.
+    """Load the weights of ``file``, ``convert``-ed to its names, into a model; return the model.
 
-    ValueError, in one line, for a file that is something else.
+    Raises ValueError, in one line, for a file whose tensors do not all find their place.
     """
     try:
         safe = file.suffix == ".safetensors"
@@ -68,10 +61,8 @@ def load_into(model: torch.nn.Module, file: Path, convert) -> torch.nn.Module:
     except OSError:
         raise
     except Exception as error:  # torch.load and load_state_dict raise many kinds, on many lines
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(
-            f"{file} does not hold the weights it should: {type(error).__name__}: {reason}"
-        ) from error
+        reason = f"{type(error).__name__}: {one_line(error)[:300]}"
+        raise ValueError(f"{file} does not hold the weights it should: {reason}") from error
     return model
 
 

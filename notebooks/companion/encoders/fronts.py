@@ -12,10 +12,8 @@ WINDOW, HOP = 400, 160  # samples: 25 ms windows every 10 ms
 LN10 = math.log(10)
 
 # SSAST's input: (mean, standard deviation) of the data set's filter bank by its length in frames,
-# as
-# SSAST prints and the paper's code uses them: ESC-50 (5 s), SpeechCommands V2 (1 s); any other
-# length
-# takes AudioSet's.
+# as SSAST prints and the paper's code uses them: ESC-50 (5 s), SpeechCommands V2 (1 s); any other
+# length takes AudioSet's.
 SSAST_INPUT = {512: (-6.6268077, 5.358466), 128: (-6.845978, 5.5654526)}
 SSAST_OTHER = (-4.2677393, 4.5689974)
 
@@ -41,10 +39,8 @@ def whisper_bank(samples: np.ndarray) -> np.ndarray:
     from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
 
     if len(samples) <= WINDOW // 2:
-        raise ValueError(
-            f"a sound of {len(samples)} samples is too short; whisper's windows need "
-            f"{WINDOW // 2 + 1}"
-        )
+        short = f"a sound of {len(samples)} samples is too short"
+        raise ValueError(f"{short}; whisper's windows need {WINDOW // 2 + 1}")
     filters = mel_filter_bank(201, 80, 0, RATE / 2, RATE, norm="slaney", mel_scale="slaney")
     bank = spectrogram(
         samples,
@@ -70,9 +66,8 @@ def kaldi_bank(samples: np.ndarray) -> np.ndarray:
     from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
 
     if len(samples) < WINDOW:
-        raise ValueError(
-            f"a sound of {len(samples)} samples is too short; Kaldi's windows need {WINDOW}"
-        )
+        short = f"a sound of {len(samples)} samples is too short"
+        raise ValueError(f"{short}; Kaldi's windows need {WINDOW}")
     filters = mel_filter_bank(
         257, 128, 20, RATE / 2, RATE, mel_scale="kaldi", triangularize_in_mel_space=True
     )

