@@ -13,7 +13,6 @@ from sklearn.metrics import normalized_mutual_info_score
 from companion import paths
 from companion.data import datasets, landmarks
 from companion.evaluate import clustering, probe, retrieval
-from companion.evaluate.cka import cka_matrix
 from companion.evaluate.knn import bootstrap, few_shot_indices, knn_by_similarity, vote
 from companion.protocol import (
     COMBINATIONS,
@@ -309,6 +308,9 @@ def pairs(
 
     CKA is unbiased, of the test rows.
     """
+    # Here: torchmetrics takes long to import, and a notebook that cannot run should end fast.
+    from companion.evaluate.cka import cka_matrix
+
     names = [LETTERS[name] for name in test.blocks]
     cka = cka_matrix({LETTERS[name]: normalize(block) for name, block in test.blocks.items()})
     correct, rows = {x: right_or_wrong(train, test, x, k, pca) for x in names}, []
