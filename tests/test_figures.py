@@ -197,7 +197,7 @@ def test_git_state(tmp_path, monkeypatch):
 def test_a_table_is_written_and_shown_without_a_picture(tmp_path, record):
     table = pd.DataFrame(
         {
-            "data_set": ["dtd", "cifar"],
+            "gain_low": ["dtd", "cifar"],
             "ours": [50.96, 3.04],
             "paper": [np.nan, 4.8],
             "n": [400, 1000],
@@ -210,10 +210,10 @@ def test_a_table_is_written_and_shown_without_a_picture(tmp_path, record):
     lines = (tmp_path / "table_1.csv").read_text().splitlines()
     assert lines[2] == "cifar,3.04,4.8,1000,,undecided"
     said = json.loads((tmp_path / "table_1.json").read_text())
-    assert said == record | {"alt": "Table of 2 rows: data_set, ours, paper, n, claim, verdict."}
+    assert said == record | {"alt": "Table of 2 rows: gain_low, ours, paper, n, claim, verdict."}
     html = figures.show_table(table).to_html()
     soup = BeautifulSoup(html, "html.parser")
-    assert [cell.text for cell in soup.select("thead th")][:2] == ["data set", "ours"]
+    assert [cell.text for cell in soup.select("thead th")][:2] == ["gain low", "ours"]
     cells = [[cell.text for cell in row.select("td")] for row in soup.select("tbody tr")]
     assert cells[0] == ["dtd", "51.0", "–", "400", "a long claim " * 5, "agrees"]
     assert cells[1] == ["cifar", "3.0", "4.8", "1000", "–", "undecided"]
@@ -241,6 +241,14 @@ def test_words_stand_left_numbers_right_and_verdicts_have_their_colours():
     assert f"background-color: {ink}; color: black" in found["col2"]
     assert "#777777" in rules(pd.DataFrame({"paper gain": [1.0]}))["td.col0"]
     assert "background-color" not in str(rules(frame.rename(columns={"verdict": "other"})))
+
+
+def test_names_of_data_sets_stay_whole_at_the_head_of_two_rows():
+    keys = pd.MultiIndex.from_product([["vit_micro.sup"], ["cifar_10", "dtd_10"]])
+    table = pd.DataFrame([[1.0, 2.0]], index=pd.Index(["E"], name="features"), columns=keys)
+    soup = BeautifulSoup(figures.show_table(table).to_html(), "html.parser")
+    heads = [[cell.text.strip() for cell in row.select("th")] for row in soup.select("thead tr")]
+    assert heads == [["features", "vit_micro.sup"], ["", "cifar_10", "dtd_10"]]
 
 
 def test_a_named_index_becomes_columns_and_two_tables_have_two_ids():

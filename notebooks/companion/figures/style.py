@@ -117,7 +117,10 @@ def show_table(table: pd.DataFrame, decimals: int = 1) -> Styler:
     name = hashlib.sha256(table.to_csv().encode()).hexdigest()[:8]
     styled = Styler(table, uuid=name, cell_ids=False).hide(axis="index")
     styled = styled.format(precision=decimals, na_rep="–")
-    styled = styled.format_index(lambda head: str(head).replace("_", " "), axis="columns")
+    end = re.compile(
+        r"_(?=(low|high|spread|ratio)$)"
+    )  # names of data sets and backbones stay whole
+    styled = styled.format_index(lambda head: end.sub(" ", str(head)), axis="columns")
     looks = {column: _look(table[column]) for column in table}
     styled = styled.set_table_styles(looks, overwrite=False)
     verdicts = [column for column in table if column == "verdict"]
