@@ -281,7 +281,6 @@ def test_tables_and_figures_of_a_toy_case(encoder):
     query, near = segmentation.explorer(case, 2)(1, 1, 1)
     assert query["box"] == (16, 16, 16) and [len(x) for x in near.values()] == [8, 8]
     for fig in (
-        plots.miou_by_memory(table),
         plots.class_iou(classes),
         grids.mask_rows(rows, case.test.classes),
         grids.neighbours(query, near),

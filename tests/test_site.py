@@ -54,7 +54,9 @@ def made(tmp_path, monkeypatch) -> Path:
     fig, [[ax]] = figures.figure(width=2, height=2)
     ax.set(xlabel="components", ylabel="accuracy (%)")
     record = {"notebook": "15_pca", "parameters": {"profile": "lite"}}
-    figures.save_figure(fig, "table16_pca", pd.DataFrame({"x": [1]}), record)
+    figures.save_figure(
+        fig, "table16_pca", pd.DataFrame({"x": [1]}), record, tmp_path / "figures" / "lite"
+    )
     table = tmp_path / "figures" / "lite" / "table15_dino"
     table.with_suffix(".json").write_text('{"notebook": "15_pca"}')  # no picture of it
     table.with_suffix(".csv").write_text("a\n1\n")

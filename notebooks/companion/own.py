@@ -291,7 +291,7 @@ def save(album: Album, stem: Path) -> list[Path]:
     return [stem.with_suffix(".npz"), stem.with_suffix(".parquet")]
 
 
-def short(name: str, length: int = 11) -> str:
+def short(name: str, length: int = 10) -> str:
     """Return a file's name without its folder, its middle left out where it is longer."""
     name = PurePosixPath(name).name
     if len(name) > length:

@@ -5,11 +5,12 @@ claims.
 import json
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from companion import paper, protocol, run
+from companion import paper, paths, protocol, run
 from companion.features import ALL
 from companion.figures import style
 from companion.provenance import provenance
@@ -73,12 +74,17 @@ class Page:
 
     def figure(self, fig, name: str, numbers: pd.DataFrame):
         """Save a figure with its numbers and provenance; return it, so that it is shown."""
-        style.save_figure(fig, name, numbers, self.proof())
+        style.save_figure(fig, name, numbers, self.proof(), self.folder())
         return fig
 
     def table(self, table: pd.DataFrame, name: str, decimals: int = 1):
         """Save a table with its provenance; return it styled, so that it is shown."""
-        return style.save_table(table, name, self.proof(), decimals=decimals)
+        style.save_table(table, name, self.proof(), self.folder())
+        return style.show_table(table, decimals)
+
+    def folder(self) -> Path:
+        """Return where the figures and tables of the profile are kept."""
+        return paths.figures_dir() / self.parameters["profile"]
 
     def claims(self, measured: Mapping[str, tuple], runs: Sequence[tuple] | str | None = None):
         """Write what was measured for claims to the scoreboard, and return it as a table.

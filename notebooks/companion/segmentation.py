@@ -141,8 +141,8 @@ def by_memory(
 ) -> tuple[pd.DataFrame, dict[float, dict], dict[float, dict]]:
     """Return Tables 3 and 7 for one case, {share: confusions} and {share: mixed labels}.
 
-    The table is what `plots.miou_by_memory` draws: ``asked`` is the share as it was given,
-    ``paper`` the gain that the paper prints for that one of its three memory sizes.
+    In the table ``asked`` is the share as it was given, ``paper`` the gain that the paper prints
+    for that one of its three memory sizes.
     """
     frames, found, soft = [], {}, {}
     printed = [*printed_gains(case), *[np.nan] * len(shares)]

@@ -338,7 +338,7 @@ def changed(
     """Return test images of one class that ``letters`` puts right or wrong and the embedding not.
 
     At most ``most`` of either, those first whose share of right votes moved furthest; each with its
-    five nearest training images by both features. No PCA. `grids.changes` draws them.
+    five nearest training images by both features, and {features: votes} of all k. No PCA.
     """
     here = test.take(np.flatnonzero(test.labels == label))
     near = {

@@ -15,10 +15,10 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
-from PIL import Image, ImageOps
+from PIL import Image
 
 from companion.figures import style
-from companion.figures.panels import DASHED, panels
+from companion.figures.panels import DASHED, curves_of, key, lines_of, panels
 from companion.figures.style import NAMES, PAGE, SMALL, colour, figure
 
 Matrices = Mapping[str, tuple[Sequence[str], np.ndarray]]  # {title: (labels, (n, n) array)}
@@ -30,12 +30,12 @@ MASKS = (  # after Tol's muted scheme, safe for colour-blind readers
 
 def cka_heatmaps(matrices: Matrices) -> Figure:
     """Draw Fig. 2, top: the linear CKA of each pair of features; at most nine matrices."""
-    fig, axes = panels(list(matrices), 2.1, width=2.1)
-    for title, ax in axes.items():
+    fig, axes = panels(list(matrices), 2.1)
+    for title, [ax] in axes.items():
         labels, values = matrices[title]
         shade = np.where(np.tri(len(labels), dtype=bool), values, np.nan)
         _heatmap(ax, shade, shade, ".2f", labels, vmin=0, vmax=1, cmap="Blues", square=True)
-    _colour_bar(fig, list(axes.values()), "linear CKA")
+    _colour_bar(fig, "linear CKA")
     return fig
 
 
@@ -46,23 +46,21 @@ def pair_matrix(acc: Matrices, combined: Mapping[str, float]) -> Figure:
     Colour is the difference from the embedding alone. `combined` gives, for each title,
     the accuracy of all features together, drawn as the framed cell in the empty corner.
     """
-    fig, axes = panels(list(acc), 2.1, width=2.1)
+    fig, axes = panels(list(acc), 2.1)
     numbers, shade = {}, {}
     for title in axes:
         labels, values = acc[title]
         numbers[title] = np.where(np.tri(len(labels), dtype=bool), values, np.nan)
         numbers[title][0, -1] = combined[title]
-        at = list(labels).index("E")
-        shade[title] = numbers[title] - numbers[title][at, at]
-    reach = max(0.1, *(np.nanmax(np.abs(values)) for values in shade.values()))
-    look = {"vmin": -reach, "vmax": reach, "cmap": "RdBu", "square": True}
+        shade[title] = numbers[title] - values[labels.index("E"), labels.index("E")]
+    look = _around_zero(max(np.nanmax(np.abs(values)) for values in shade.values()))
     frame = {"facecolor": "none", "edgecolor": "black", "linewidth": 1.2, "clip_on": False}
-    for title, ax in axes.items():
-        labels = acc[title][0]
-        _heatmap(ax, shade[title], numbers[title], ".1f", labels, **look)
-        ax.add_patch(Rectangle((len(labels) - 1, 0), 1, 1, **frame))
-        ax.text(len(labels) - 1.12, 0.5, "all", ha="right", va="center_baseline", size=SMALL)
-    _colour_bar(fig, list(axes.values()), "points above the embedding alone")
+    for title, [ax] in axes.items():
+        last = len(acc[title][0]) - 1
+        _heatmap(ax, shade[title], numbers[title], ".1f", acc[title][0], square=True, **look)
+        ax.add_patch(Rectangle((last, 0), 1, 1, **frame))
+        ax.text(last - 0.12, 0.5, "all", ha="right", va="center_baseline", size=SMALL)
+    _colour_bar(fig, "points above the embedding alone")
     return fig
 
 
@@ -76,30 +74,23 @@ def source_layers(df: pd.DataFrame) -> Figure:
     """
     kinds, objectives = list(df["kind"].unique()), list(df["features"].unique())
     blocks = sorted(df["block"].unique())
-    inks = dict(zip(kinds, ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"), strict=False))
+    looks = lines_of(kinds, ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"))
+    base = {"color": colour("E"), "linewidth": 1, "linestyle": DASHED}
     size = {"height": 3.5 + 0.3 * len(kinds), "height_ratios": [0.3 * len(kinds) + 0.2, 2.0]}
     fig, axes = figure(2, len(objectives), sharey="row", **size)
-    reach = max(0.1, (df["value"] - df["base"]).abs().max())
-    look = {"vmin": -reach, "vmax": reach, "cmap": "RdBu"}
+    shade = _around_zero((df["value"] - df["base"]).abs().max())
     for (top, bottom), name in zip(axes.T, objectives, strict=True):
         here = df[df["features"] == name]
-        base = here["base"].iloc[0]
+        level = here["base"].iloc[0]
         values = here.pivot(index="kind", columns="block", values="value").loc[kinds, blocks]
-        _heatmap(top, values.to_numpy() - base, values.to_numpy(), ".0f", blocks, kinds, **look)
+        _heatmap(top, values.to_numpy() - level, values.to_numpy(), ".0f", blocks, kinds, **shade)
         top.set_title(f"{NAMES[name]} gradient")
-        for kind, part in here.sort_values("block").groupby("kind", sort=False):
-            line, band = {"color": inks[kind], "label": kind}, {"color": inks[kind], "alpha": 0.1}
-            bottom.fill_between(part["block"], part["low"], part["high"], linewidth=0, **band)
-            bottom.plot(part["block"], part["value"], marker="o", markersize=3, **line)
-        bottom.axhline(base, color=colour("E"), linewidth=1, linestyle=DASHED, label="embedding")
+        curves_of(bottom, here, "block", looks, by="kind")
+        bottom.axhline(level, **base)
         bottom.set(xlabel="block", xticks=blocks)
-        bottom.grid(axis="y")
     axes[1, 0].set_ylabel("accuracy (%)")
-    _colour_bar(fig, list(axes[0]), "points above\nthe embedding")
-    handles, labels = axes[1, 0].get_legend_handles_labels()
-    order = [labels.index(name) for name in (*kinds, "embedding")]
-    key = {"handles": [handles[i] for i in order], "ncols": len(order)}
-    fig.legend(loc="outside lower center", **key)
+    _colour_bar(fig, "points above\nthe embedding", axes[0])
+    key(fig, looks | {"embedding": base | {"marker": ""}})
     return fig
 
 
@@ -115,8 +106,8 @@ def gradient_panels(
     fig, axes = figure(2, 1 + len(matrices), height=3.4, height_ratios=[2, 1])
     _tile(axes[0, 0], image, "image")
     for ax, (letter, matrix) in zip(axes[0, 1:], matrices.items(), strict=True):
-        reach = np.percentile(np.abs(matrix), 99)  # a few entries are far larger than the rest
-        look = {"vmin": -reach, "vmax": reach, "cmap": "RdBu", "rasterized": True}
+        # A few entries are far larger than the rest.
+        look = _around_zero(np.percentile(np.abs(matrix), 99)) | {"rasterized": True}
         seaborn.heatmap(matrix, ax=ax, cbar=False, xticklabels=False, yticklabels=False, **look)
         ax.set(xlabel="input unit, bias last")
         ax.set_title(f"{NAMES[letter]}, rank {np.linalg.matrix_rank(matrix)}")
@@ -132,13 +123,10 @@ def gradient_panels(
 
 
 def image_grid(
-    images: Sequence,
-    titles: Sequence[str],
-    ncols: int = 8,
-    frames: Sequence[bool | None] | None = None,
+    images: Sequence, titles: Sequence[str], right: Sequence[bool | None] = (), *, ncols: int
 ) -> Figure:
-    """Draw pictures with their titles in rows of `ncols`; `frames` tells which are right. Raises
-    ValueError without a picture.
+    """Draw pictures with their titles in rows of `ncols`; `right` tells which are right or wrong.
+    Raises ValueError without a picture.
     """
     if not len(images):
         raise ValueError("nothing to show: no images")
@@ -149,25 +137,9 @@ def image_grid(
     fig, axes = figure(rows, ncols, width=wide * ncols, height=high * rows)
     for ax in axes.flat[len(images) :]:
         ax.remove()
-    frames = frames or [None] * len(images)
-    for ax, *picture in zip(axes.flat, images, titles, frames, strict=False):
+    for ax, *picture in zip(axes.flat, images, titles, right or [None] * len(images), strict=False):
         _tile(ax, *picture)
     return fig
-
-
-def pairs(images: Sequence, titles: Sequence[str]) -> Figure:
-    """Draw pictures two by two, (first, second) of each pair side by side under one title, in rows
-    of four pairs. Raises ValueError without a pair.
-    """
-    if not len(images):
-        raise ValueError("nothing to show: no pairs")
-    square = lambda image: ImageOps.pad(_rgb(image), (160, 160), color="white")
-    joined = []
-    for first, second in zip(images[::2], images[1::2], strict=True):
-        joined.append(both := Image.new("RGB", (324, 160), "white"))
-        both.paste(square(first), (0, 0))
-        both.paste(square(second), (164, 0))
-    return image_grid(joined, titles, ncols=4)
 
 
 def class_colours(classes: int) -> np.ndarray:
@@ -204,44 +176,44 @@ def mask_rows(rows: Sequence[Mapping], names: Sequence[str]) -> Figure:
     Each of `rows` has title, image (H, W, 3) uint8, masks {title: (H, W) class indices, else void};
     `names` are the classes.
     """
-    high, wide = np.asarray(rows[0]["image"]).shape[:2]
-    columns = 1 + len(rows[0]["masks"])
-    seen = sorted(
-        {int(c) for row in rows for mask in row["masks"].values() for c in np.unique(mask)}
-    )
-    shown = [c for c in seen if c < len(names)]
-    height = len(rows) * (PAGE / columns * high / wide + 0.2) + 0.25 + 0.18 * len(shown) / 6
-    fig, axes = figure(len(rows), columns, height=height)
-    for line, row in zip(axes, rows, strict=True):
-        _tile(line[0], row["image"], row["title"])
-        for ax, (title, mask) in zip(line[1:], row["masks"].items(), strict=True):
-            _tile(ax, painted(row["image"], mask, len(names)), title)
+    images, titles, seen = [], [], set()
+    for row in rows:
+        images += [
+            row["image"],
+            *(painted(row["image"], m, len(names)) for m in row["masks"].values()),
+        ]
+        titles += [row["title"], *row["masks"]]
+        seen |= {int(c) for mask in row["masks"].values() for c in np.unique(mask)}
+    fig = image_grid(images, titles, ncols=1 + len(rows[0]["masks"]))
     colours = class_colours(len(names))
-    inks = {names[c].replace("_", " "): colours[c] for c in shown}
-    if len(shown) < len(seen):
+    inks = {names[c].replace("_", " "): colours[c] for c in sorted(seen) if c < len(names)}
+    if len(inks) < len(seen):
         inks["void (not scored)"] = "#CFCFCF"
+    fig.set_figheight(fig.get_figheight() + 0.25 + 0.18 * math.ceil(len(inks) / 6))
     _class_key(fig, inks)
     return fig
 
 
-def neighbours(query: Mapping, found: Mapping[str, Sequence[Mapping]]) -> Figure:
-    """Draw a picture and, a row for each feature set, what is nearest to it.
+def neighbours(query: Mapping, found: Mapping[str, Sequence[Mapping]], **look) -> Figure:
+    """Draw a picture and, a row for each feature set, as many that are nearest to it.
 
     `query` and each neighbour have image, title and, optionally, right, and box (left, top, side):
-    a patch of the image is meant, and of a neighbour only what is around it is shown.
+    a patch of the image is meant, and of a neighbour only what is around it is shown. `look` are
+    options of matplotlib's imshow, for arrays that are no photographs.
     """
-    count = max(map(len, found.values()))
+    count = len(next(iter(found.values())))
     side = min(1.5, (PAGE - 1.9) / count)
     lines = 1 + max(one["title"].count("\n") for some in found.values() for one in some)
-    height = len(found) * (side + 0.12 + 0.14 * lines) + 0.1
-    shape = {
-        "width": 2 + count * side,
-        "height": height,
-        "width_ratios": [1.9 / side, *[1] * count],
-    }
-    fig, first, rest = _beside(found, **shape)
-    for ax, one in [(first, query), *rest]:
-        _tile(ax, one["image"], one["title"], one.get("right"))
+    size = {"width": 2 + count * side, "height": len(found) * (side + 0.12 + 0.14 * lines) + 0.1}
+    fig, axes = figure(len(found), 1 + count, width_ratios=[1.9 / side, *[1] * count], **size)
+    first = fig.add_subplot(axes[0, 0].get_gridspec()[:, 0])
+    tiles = [(first, query)]
+    for line, (name, some) in zip(axes, found.items(), strict=True):
+        line[0].remove()
+        line[1].set_ylabel(name)
+        tiles += zip(line[1:], some, strict=True)
+    for ax, one in tiles:
+        _tile(ax, one["image"], one["title"], one.get("right"), **look)
         if "box" in one:
             left, top, width = one["box"]
             for ink, line in (("white", 2.6), ("black", 1.2)):
@@ -254,51 +226,8 @@ def neighbours(query: Mapping, found: Mapping[str, Sequence[Mapping]]) -> Figure
     return fig
 
 
-def spectrograms(query: Mapping, found: Mapping[str, Sequence[Mapping]]) -> Figure:
-    """Draw a clip and, a row for each feature set, the clips nearest to it, as log-mel
-    spectrograms: time to the right, low bands below, each from its quietest to its loudest cell.
-
-    `query` and each neighbour have bank (T, F), title and, optionally, right.
-    """
-    fig, first, rest = _beside(found, height=1.45 * len(found) + 0.1)
-    look = {"origin": "lower", "aspect": "auto", "cmap": "magma"}
-    for ax, one in [(first, query), *rest]:
-        _tile(ax, one["bank"].T, one["title"], one.get("right"), **look)
-    return fig
-
-
-def changes(rows: Sequence[Mapping], title: str) -> Figure:
-    """Draw images that a feature puts right (blue) or wrong (vermillion) where the embedding did
-    not, a row for each image.
-
-    Each of `rows` has image, better (put right?), found {feature set: [(image, of the same class?),
-    ...]}, two of them, and votes {feature set: neighbours of its class among all that vote}.
-    """
-    names, count = list(rows[0]["found"]), len(next(iter(rows[0]["found"].values())))
-    gap, side = 0.3, PAGE / (2 * count + 1.9)
-    ratios = [1.3, gap, *[1] * count, gap, *[1] * count]
-    height = len(rows) * (side + 0.2) + 0.35
-    fig, axes = figure(len(rows), len(ratios), height=height, width_ratios=ratios)
-    fig.get_layout_engine().set(w_pad=0.01, wspace=0)
-    fig.suptitle(title, size=9, x=0.01, ha="left")
-    for ax in axes.flat:
-        ax.axis("off")
-    for line, row in zip(axes, rows, strict=True):
-        _tile(line[0], row["image"], "put right" if row["better"] else "put wrong", row["better"])
-        for at, name in zip((2, 2 + count + 1), names, strict=True):
-            label = f"{NAMES.get(name, name)}: {row['votes'][name]} votes for its class"
-            above = {"transform": line[at].transAxes, "va": "bottom", "size": SMALL}
-            line[at].text(0, 1.06, label, in_layout=False, **above)  # runs over the images beside
-            for ax, (image, right) in zip(line[at:], row["found"][name], strict=False):
-                _tile(ax, image, right=right)
-    return fig
-
-
 def image_map(
-    places: np.ndarray,
-    images: Sequence,
-    labels: Sequence[int] | None = None,
-    names: Sequence[str] = (),
+    places: np.ndarray, images: Sequence, labels: Sequence[int] = (), names: Sequence[str] = ()
 ) -> Figure:
     """Draw a 2-D map of images, (N, 2) places: a thumbnail wherever there is room for one, else a
     dot.
@@ -311,36 +240,29 @@ def image_map(
     spread = np.ptp(places, axis=0)
     width, height, side = PAGE - 0.6, 4.4, 0.42  # inches
     inches = (places - places.min(0)) / np.where(spread > 0, spread, 1) * [width, height]
-    colours = class_colours(max(len(names), 1))
-    inks = [style.PALE] * len(places) if labels is None else colours[np.asarray(labels)]
+    colours = class_colours(len(names))
+    inks = colours[np.asarray(labels)] if len(labels) else [style.PALE] * len(places)
     ax.scatter(*inches.T, s=14, c=inks, linewidths=0)
     taken = np.full((0, 2), np.inf)
-    for i, at in enumerate(inches):
+    for i, (at, ink) in enumerate(zip(inches, inks, strict=True)):
         if (np.abs(taken - at).max(axis=1) < side).any():
             continue
         taken = np.vstack([taken, at])
         left, low = at - side / 2
-        ax.imshow(
-            _rgb(images[i]).resize((96, 96)), extent=(left, left + side, low, low + side), zorder=2
-        )
-        frame = {"facecolor": "none", "edgecolor": inks[i], "linewidth": 1.6, "zorder": 3}
+        small = Image.fromarray(np.asarray(images[i])).convert("RGB").resize((96, 96))
+        ax.imshow(small, extent=(left, left + side, low, low + side), zorder=2)
+        frame = {"facecolor": "none", "edgecolor": ink, "linewidth": 1.6, "zorder": 3}
         ax.add_patch(Rectangle((left, low), side, side, **frame))
     ax.set(xlim=(-side / 2, width + side / 2), ylim=(-side / 2, height + side / 2), aspect="equal")
     ax.axis("off")
-    if labels is not None and len(names) <= 16:
+    if 0 < len(names) <= 16:
         _class_key(fig, dict(zip(names, colours, strict=True)))
     return fig
 
 
-def _rgb(image) -> Image.Image:
-    return Image.fromarray(np.asarray(image)).convert("RGB")
-
-
 def _tile(ax: Axes, image, title: str = "", right: bool | None = None, **look) -> None:
     """Draw a picture without ticks, with its title and the frame of right or wrong."""
-    pixels = np.asarray(image)
-    ax.axis("on")
-    ax.imshow(pixels, **({"cmap": "gray" if pixels.ndim == 2 else None} | look))
+    ax.imshow(np.asarray(image), **({"cmap": "gray"} | look))
     ax.set(xticks=[], yticks=[])
     ax.set_title(title, loc="center", size=SMALL, pad=3)
     ax.spines[:].set_visible(right is not None)
@@ -348,21 +270,10 @@ def _tile(ax: Axes, image, title: str = "", right: bool | None = None, **look) -
         ax.spines[:].set(linewidth=2.5, color=style.VERDICTS["agrees" if right else "disagrees"])
 
 
-def _beside(found: Mapping[str, Sequence[Mapping]], **shape):
-    """Return a figure with a high panel on the left and a row of panels for each feature set, the
-    high panel, and (axes, neighbour) pairs; `shape` as for `figure`.
-    """
-    fig, axes = figure(len(found), 1 + max(map(len, found.values())), **shape)
-    grid = axes[0, 0].get_gridspec()
-    for ax in axes[:, 0]:
-        ax.remove()
-    rest = []
-    for line, (name, some) in zip(axes[:, 1:], found.items(), strict=True):
-        for ax in line[len(some) :]:
-            ax.axis("off")
-        line[0].set_ylabel(name)
-        rest += zip(line, some, strict=False)
-    return fig, fig.add_subplot(grid[:, 0]), rest
+def _around_zero(reach: float) -> dict:
+    """Return the colours of differences up to `reach` on either side of zero, which is white."""
+    reach = max(0.1, reach)  # where nothing differs there is no scale
+    return {"vmin": -reach, "vmax": reach, "cmap": "RdBu"}
 
 
 def _heatmap(
@@ -377,8 +288,9 @@ def _heatmap(
     ax.tick_params(length=0, rotation=0)
 
 
-def _colour_bar(fig: Figure, axes: list[Axes], label: str) -> None:
-    """Draw the scale that heat maps share beside them."""
+def _colour_bar(fig: Figure, label: str, axes: Sequence[Axes] = ()) -> None:
+    """Draw the scale that heat maps share beside them: beside `axes`, or all."""
+    axes = list(axes if len(axes) else fig.axes)
     mesh = axes[0].collections[0]
     bar = fig.colorbar(mesh, ax=axes, shrink=0.9, aspect=18, pad=0.02, label=label)
     bar.outline.set_visible(False)

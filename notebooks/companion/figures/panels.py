@@ -1,10 +1,11 @@
 """What the panels of every figure share: their layout and titles, our marks with intervals, the
-paper's open marks, small notes, lists as an axis, and the key.
+paper's open marks, small notes, lists as an axis, curves with bands, and the key.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
@@ -27,32 +28,61 @@ PAPER = {
 
 
 def panels(
-    titles: Sequence[str], height: float, *, width: float = COLUMN, columns: int = 3
-) -> tuple[Figure, dict[str, Axes]]:
-    """Return a figure with a panel for each title, `columns` in a row, and {title: axes}.
+    titles: Sequence[str], height: float, *, each: int = 1, columns: int = 3, **shape
+) -> tuple[Figure, dict[str, np.ndarray]]:
+    """Return a figure with `each` panels side by side for each title, and {title: its panels}; the
+    title stands above the first of them.
 
-    A panel is `height` inches high and at most `width` wide. Only the first nine titles get one; a
-    line in the figure says how many are left out. Raises ValueError without a title.
+    A panel is `height` inches high. Of one panel each, `columns` titles share a row. Only nine
+    panels are drawn; a line in the figure says how many titles are left out. `shape` is as for
+    `figure`. Raises ValueError without a title.
     """
     if not len(titles):
         raise ValueError("nothing to plot: no panels")
-    drawn = list(titles)[:MOST_PANELS]
-    columns = min(columns, len(drawn))
+    drawn = list(titles)[: max(1, MOST_PANELS // each)]
+    columns = min(columns, len(drawn)) if each == 1 else 1
     rows = math.ceil(len(drawn) / columns)
-    fig, axes = figure(rows, columns, width=min(PAGE, width * columns), height=height * rows)
-    for ax in axes.flat[len(drawn) :]:
+    width = min(PAGE, COLUMN * columns * each)
+    size = {"width": width, "height": 0.4 + height * rows} | shape
+    fig, axes = figure(rows, columns * each, **size)
+    groups = axes.reshape(-1, each)
+    for ax in groups[len(drawn) :].flat:
         ax.remove()
-    for ax, title in zip(axes.flat, drawn, strict=False):
-        ax.set_title(title)
-    say_left_out(fig, len(titles) - len(drawn))
-    return fig, dict(zip(drawn, axes.flat, strict=False))
-
-
-def say_left_out(fig: Figure, count: int) -> None:
-    """Write below a figure how many of its panels or rows of panels are left to the CSV, if any."""
-    if count:
-        text = f"not drawn: {count} more, with their numbers in the CSV"
+    for title, group in zip(drawn, groups, strict=False):
+        group[0].set_title(title)
+    if more := len(titles) - len(drawn):
+        text = f"not drawn: {more} more, with their numbers in the CSV"
         fig.legend([], [], loc="outside lower right", title=text, title_fontsize=SMALL)
+    return fig, dict(zip(drawn, groups, strict=False))
+
+
+def facets(
+    df: pd.DataFrame, by: Sequence[str], height: float, *, each: int = 1, columns: int = 3, **shape
+):
+    """Return a figure with `each` panels for the values of the columns `by`, and (panels, their
+    rows of the frame) pairs; the rest is as for `panels`.
+
+    The rows have low, high and paper, NaN where the frame has none. Raises ValueError for a frame
+    without rows.
+    """
+    titles = titles_of(df, by, "\n" if each == 1 < columns else ", ")
+    df = df.assign(**{name: np.nan for name in ("low", "high", "paper") if name not in df})
+    fig, axes = panels(list(titles.unique()), height, each=each, columns=columns, **shape)
+    return fig, [(group, df[titles == title]) for title, group in axes.items()]
+
+
+def titles_of(df: pd.DataFrame, columns: Sequence[str], between: str = "\n") -> pd.Series:
+    """Return a title for each row: its values in the columns, `between` one another; columns that
+    the frame lacks are left out. A long name of a backbone goes on in a new line after its dot.
+    """
+    wrap = lambda name: name if len(name) < 28 else name.replace(".", ".\n", 1)
+    have = [df[column].astype(str).map(wrap) for column in columns if column in df]
+    return have[0].str.cat(have[1:], sep=between) if have else pd.Series("", df.index)
+
+
+def head(ax: Axes, text: str) -> None:
+    """Write a head above a panel, below its title if it has one."""
+    ax.set_title(f"{ax.get_title(loc='left')}\n{text}".strip())
 
 
 def key(fig: Figure, marks: Mapping[str, Mapping], paper: str = "") -> None:
@@ -63,43 +93,9 @@ def key(fig: Figure, marks: Mapping[str, Mapping], paper: str = "") -> None:
     handles = [Line2D([], [], **(dot | dict(mark)), label=label) for label, mark in marks.items()]
     if paper:
         handles.append(Line2D([], [], color=INK, label=paper, **PAPER))
-    spacing = {"handletextpad": 0.2, "columnspacing": 1.4, "borderpad": 0.1}
+    spacing = {"handletextpad": 0.4, "columnspacing": 1.4, "borderpad": 0.1}
     columns = len(handles) if fig.get_figwidth() > 5 else 1
     fig.legend(handles=handles, loc="outside upper left", ncols=columns, **spacing)
-
-
-def titles_of(df: pd.DataFrame, columns: tuple[str, ...], by: str = "\n") -> pd.Series:
-    """Return a title for each row: the first of the columns, `by`, and the others; columns that the
-    frame lacks are left out. A long name of a backbone goes on in a new line after its dot.
-    """
-    wrap = lambda name: name if len(name) < 28 else name.replace(".", ".\n", 1)
-    have = [df[column].astype(str).map(wrap) for column in columns if column in df]
-    if len(have) > 2:
-        have[1:] = [have[1].str.cat(have[2:], sep=", ")]
-    return have[0].str.cat(have[1:], sep=by) if have else pd.Series("", df.index)
-
-
-def facets(df: pd.DataFrame, columns_of_title: tuple[str, ...], height: float, **shape):
-    """Return a figure with a panel for each title, and (axes, its rows of the frame) pairs; the
-    rest is as for `panels`.
-    """
-    titles = titles_of(df, columns_of_title)
-    fig, axes = panels(list(titles.unique()), height, **shape)
-    return fig, [(ax, df[titles == title]) for title, ax in axes.items()]
-
-
-def rows_of_panels(
-    df: pd.DataFrame, columns_of_title: tuple[str, ...], count: int, height: float, **shape
-):
-    """Return a figure with a row of `count` panels, `height` inches high, for each title, and
-    (title, axes, its rows of the frame) triples; `shape` as for `figure`.
-    """
-    titles = titles_of(df, columns_of_title, ", ")
-    names = list(titles.unique())
-    drawn = names[: max(1, MOST_PANELS // count)]
-    fig, axes = figure(len(drawn), count, height=0.75 + height * len(drawn), **shape)
-    say_left_out(fig, len(names) - len(drawn))
-    return fig, [(name, line, df[titles == name]) for name, line in zip(drawn, axes, strict=True)]
 
 
 def mark(ax: Axes, x, y, ink: str, *, x_interval=(), y_interval=(), alpha=0.75, **look) -> None:
@@ -112,10 +108,10 @@ def mark(ax: Axes, x, y, ink: str, *, x_interval=(), y_interval=(), alpha=0.75, 
     ax.plot(x, y, **({"marker": "o", "color": ink, "linestyle": "none", "zorder": 3} | look))
 
 
-def note(ax: Axes, text: str, x, y, offset: tuple[float, float], color: str = INK) -> None:
+def note(ax: Axes, text: str, x, y, offset: tuple[float, float] = (5, 0), **look) -> None:
     """Write a small text `offset` points away from a place of the panel."""
     place = {"textcoords": "offset points", "va": "center_baseline", "annotation_clip": False}
-    ax.annotate(text, (x, y), offset, size=SMALL, color=color, **place)
+    ax.annotate(text, (x, y), offset, size=SMALL, **place | look)
 
 
 def list_axis(ax: Axes, names: list[str]) -> None:
@@ -126,25 +122,35 @@ def list_axis(ax: Axes, names: list[str]) -> None:
 
 
 def plain_log(axis: Axis, each_decade: tuple[int, ...] = (1, 3)) -> None:
-    """Mark a logarithmic axis at few numbers, written out."""
+    """Make an axis logarithmic and mark it at few numbers, written out."""
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
     axis.set_major_locator(LogLocator(subs=each_decade))
     axis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.set_minor_locator(NullLocator())
 
 
-def curves_of(ax: Axes, here: pd.DataFrame, x: str) -> None:
-    """Draw a line with its band for each feature set of one panel."""
-    for kind, part in here.groupby("features", sort=False):
-        part = part.sort_values(x)
-        band = {"color": colour(kind), "alpha": 0.18, "linewidth": 0}
-        ax.fill_between(part[x], part["low"], part["high"], **band)
-        ax.plot(part[x], part["value"], **line_of(kind))
+def curves_of(ax: Axes, df: pd.DataFrame, x: str, looks: Mapping, by: str = "features") -> None:
+    """Draw `value` against the column `x` as a line with its band from `low` to `high`, for each
+    value of the column `by` in its look, {value: options of a line}.
+    """
+    for name, look in looks.items():
+        part = df[df[by] == name].sort_values(x)
+        ax.fill_between(
+            part[x], part["low"], part["high"], color=look["color"], alpha=0.15, linewidth=0
+        )
+        ax.plot(part[x], part["value"], **look)
     ax.grid(axis="y")
 
 
-def line_of(kind: str) -> dict:
-    """Return the look of a feature set's line. The embedding's is dashed: its grey and a dark hue
-    of the same lightness are hard to tell apart.
+def lines_of(names: Sequence[str], inks: Sequence[str] = ()) -> dict[str, dict]:
+    """Return the look of each feature set's line, or of other names in `inks`.
+
+    The embedding's is dashed: its grey and a dark hue of the same lightness are hard to tell apart.
     """
-    dashes = (0, (3, 1.5)) if kind == "E" else "-"
-    return {"color": colour(kind), "marker": "o", "markersize": 3, "linestyle": dashes}
+    names = list(dict.fromkeys(names))
+    inks = inks or [colour(name) for name in names]
+    look = lambda name: {"linestyle": (0, (3, 1.5)) if name == "E" else "-"}
+    shape = {"marker": "o", "markersize": 3}
+    return {
+        name: shape | look(name) | {"color": ink} for name, ink in zip(names, inks, strict=False)
+    }

@@ -18,12 +18,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from IPython.display import Image
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
-from PIL import Image as Picture
-
-from companion import paths
+from seaborn.utils import relative_luminance
 
 COLUMN, PAGE = 85 / 25.4, 160 / 25.4  # widths in inches: a column of 85 mm, a page of 160 mm
 SMALL = 8  # points: the smallest text, 9 pixels high from 85 dots an inch on
@@ -83,47 +80,31 @@ def colour(features: str) -> str:
     return COLOURS.get(features) or COLOURS["+".join("EKDS"[: len(letters)])]
 
 
-def contrast(fill) -> str:
+def contrast(fill: str) -> str:
     """Return black or white, whichever reads better on the colour `fill` (WCAG luminance)."""
-    rgb = np.asarray(to_rgb(fill))
-    linear = np.where(rgb <= 0.03928, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
-    return "black" if linear @ [0.2126, 0.7152, 0.0722] > 0.179 else "white"
+    return "black" if relative_luminance(fill) > 0.179 else "white"
 
 
 def save_figure(
-    fig: Figure,
-    name: str,
-    data: pd.DataFrame,
-    provenance: Mapping,
-    folder: Path | str | None = None,
+    fig: Figure, name: str, data: pd.DataFrame, provenance: Mapping, folder: Path
 ) -> dict[str, Path]:
     """Write NAME.png, .pdf, .csv (`data`: the numbers drawn) and .json, and return their paths by
     suffix. The JSON holds `provenance` and, as "alt", what the image shows.
 
-    `folder` defaults to that of the profile among the provenance's parameters. `name` is lower-case
-    letters, digits and underscores. Everything is rendered before the first file is touched.
+    Everything is rendered before the first file is touched. Raises ValueError for a name of other
+    characters than lower-case letters, digits and underscores.
     """
     png, pdf = io.BytesIO(), io.BytesIO()
     fig.savefig(png, format="png", metadata={"Software": None})
     fig.savefig(pdf, format="pdf", metadata={"CreationDate": None})
     pictures = {"png": png.getvalue(), "pdf": pdf.getvalue()}
-    return _save(name, data, provenance, describe(fig), folder, pictures)
+    return _save(name, data, dict(provenance) | {"alt": describe(fig)}, folder, pictures)
 
 
-def save_table(
-    table: pd.DataFrame,
-    name: str,
-    provenance: Mapping,
-    folder: Path | str | None = None,
-    *,
-    decimals: int = 1,
-) -> Styler:
-    """Write NAME.csv and .json as `save_figure` does, and return the table for display as
-    `show_table` does.
-    """
-    columns = ", ".join(map(str, table.columns))
-    _save(name, table, provenance, f"Table of {len(table)} rows: {columns}.", folder, {})
-    return show_table(table, decimals)
+def save_table(table: pd.DataFrame, name: str, provenance: Mapping, folder: Path) -> None:
+    """Write NAME.csv and .json, as `save_figure` does."""
+    alt = f"Table of {len(table)} rows: {', '.join(map(str, table.columns))}."
+    _save(name, table, dict(provenance) | {"alt": alt}, folder, {})
 
 
 def show_table(table: pd.DataFrame, decimals: int = 1) -> Styler:
@@ -134,9 +115,12 @@ def show_table(table: pd.DataFrame, decimals: int = 1) -> Styler:
     table = _flat(table).reset_index(drop=True)
     # An id made from the contents: the same table has the same HTML, two tables have two ids.
     name = hashlib.sha256(table.to_csv().encode()).hexdigest()[:8]
-    styled = table.style.set_uuid(name).hide(axis="index")
+    styled = Styler(table, uuid=name, cell_ids=False).hide(axis="index")
     styled = styled.format(precision=decimals, na_rep="–")
-    styled = styled.format_index(lambda head: str(head).replace("_", " "), axis="columns")
+    end = re.compile(
+        r"_(?=(low|high|spread|ratio)$)"
+    )  # names of data sets and backbones stay whole
+    styled = styled.format_index(lambda head: end.sub(" ", str(head)), axis="columns")
     looks = {column: _look(table[column]) for column in table}
     styled = styled.set_table_styles(looks, overwrite=False)
     verdicts = [column for column in table if column == "verdict"]
@@ -148,7 +132,7 @@ def _look(column: pd.Series) -> list[dict]:
     if pd.api.types.is_numeric_dtype(column):
         look = [("text-align", "right")]
     else:
-        look = [("text-align", "left"), ("white-space", "normal")]
+        look = [("text-align", "left"), ("vertical-align", "top"), ("white-space", "normal")]
         if column.astype(str).str.len().max() > 40:
             look.append(("min-width", "22em"))
     if str(column.name).startswith("paper"):
@@ -194,51 +178,21 @@ def photographs(fig: Figure) -> Image:
     return Image(data=file.getvalue(), format="jpeg")
 
 
-def compact(fig: Figure) -> Image:
-    """Return a tall drawing for a notebook's output as a PNG of 64 colours: a third of the size."""
-    fig.savefig(file := io.BytesIO(), format="png", dpi=fig.dpi)
-    drawn = Picture.open(file).convert("RGB")
-    few = drawn.quantize(64, Picture.Quantize.MAXCOVERAGE, dither=Picture.Dither.NONE)
-    few.save(file := io.BytesIO(), "png", optimize=True)
-    return Image(data=file.getvalue(), format="png")
-
-
 def _save(
-    name: str,
-    data: pd.DataFrame,
-    provenance: Mapping,
-    alt: str,
-    folder: Path | str | None,
-    pictures: Mapping[str, bytes],
+    name: str, data: pd.DataFrame, record: dict, folder: Path, pictures: dict[str, bytes]
 ) -> dict[str, Path]:
+    """Write pictures by suffix, numbers and record, and return their paths by suffix."""
     if not re.fullmatch(r"[a-z0-9_]+", name):
         raise ValueError(f"name {name!r}: use lower-case letters, digits and underscores only")
     csv = _flat(data).to_csv(index=False, float_format="%.6g", lineterminator="\n")
-    record = dict(provenance) | {"alt": alt}
     text = json.dumps(record, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
     contents = {**pictures, "csv": csv.encode(), "json": text.encode()}
-    folder = Path(folder) if folder is not None else _profile_folder(name, provenance)
     folder.mkdir(parents=True, exist_ok=True)
-    return {
-        suffix: _write(folder / f"{name}.{suffix}", content) for suffix, content in contents.items()
-    }
-
-
-def _profile_folder(name: str, provenance: Mapping) -> Path:
-    profile = provenance.get("parameters", {}).get("profile")
-    if not (isinstance(profile, str) and re.fullmatch(r"[a-z0-9_]+", profile)):
-        raise ValueError(
-            f"cannot place {name!r}: the parameters hold profile={profile!r}; "
-            "give a profile's name or a folder"
-        )
-    return paths.figures_dir() / profile
-
-
-def _write(path: Path, content: bytes) -> Path:
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(content)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-    return path
+    for suffix, content in contents.items():
+        part = folder / f".{name}.{suffix}.{os.getpid()}.part"
+        try:
+            part.write_bytes(content)
+            os.replace(part, folder / f"{name}.{suffix}")
+        finally:
+            part.unlink(missing_ok=True)
+    return {suffix: folder / f"{name}.{suffix}" for suffix in contents}
