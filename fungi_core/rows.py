@@ -14,7 +14,7 @@ from torch.utils.data import Subset
 from .backbones import Backbone
 from .devices import default_modes, fixed_teams, steps_in_default_modes
 from .gradients import LossNotFinite
-from .inputs import Views, Whole
+from .inputs import Views, Whole, readable
 from .objectives import Heads, Objective
 from .projection import Projection, draw
 from .seeds import content_id, generator
@@ -189,4 +189,4 @@ def _name(items: Sequence, i: int, kind: str) -> str:
     if hasattr(items, "where") and not isinstance(items, torch.Tensor):
         return items.where(i)
     known = isinstance(items, (list, tuple)) and isinstance(items[i], (str, Path))
-    return str(items[i]) if known else f"{kind} {i}"
+    return readable(items[i]) if known else f"{kind} {i}"
