@@ -59,11 +59,20 @@ class Backbone:
     @cached_property
     def width(self) -> int:
         """Return the embedding's size, D."""
-        with torch.inference_mode():
-            out = self.embed(self.inputs.blank(self.device, self.dtype))
-        if out.ndim != 2:
-            shape = tuple(out.shape)
-            raise ValueError(f"{self.name} gives embeddings of shape {shape}; it must give (N, D)")
+        views = self.inputs.blank(self.device, self.dtype)
+        try:
+            with torch.inference_mode():
+                out = self.embed(views)
+        except Exception as error:  # a module raises anything for views that it cannot take
+            reason = " ".join(str(error).split())
+            raise ValueError(
+                f"{self.name} cannot take views of shape {tuple(views.shape)}: {reason}"
+            ) from error
+        if not isinstance(out, torch.Tensor) or out.ndim != 2:
+            kind = type(out).__name__
+            if isinstance(out, torch.Tensor):
+                kind = f"tensor of shape {tuple(out.shape)}"
+            raise ValueError(f"{self.name} gives a {kind}; its forward must give embeddings (N, D)")
         return out.shape[1]
 
     @cached_property
@@ -273,9 +282,13 @@ def _timm_inputs(model: torch.nn.Module) -> ImageInputs:
     """Return the evaluation transform that timm has for a network; ImageNet's for others."""
     config = resolve_data_config({}, model=model)
     size = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    size, crop = int((size or config["input_size"][-2:])[0]), float(config["crop_pct"])
+    size = size or config["input_size"][-2:]
+    if size[0] != size[1]:
+        kind = type(model).__name__
+        raise ValueError(f"{kind} takes images of {size[0]} x {size[1]} px; accepted: squares")
     mean, std, mode = tuple(config["mean"]), tuple(config["std"]), config.get("crop_mode")
-    return ImageInputs(size, mean, std, crop, mode or "center", config["interpolation"])
+    crop = float(config["crop_pct"])
+    return ImageInputs(int(size[0]), mean, std, crop, mode or "center", config["interpolation"])
 
 
 def _last_attention_output(model: torch.nn.Module) -> str:
