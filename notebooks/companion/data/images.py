@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from fungi_core import views
+from fungi_core.inputs import readable
 
 MANY_FILES = 50_000  # above it the fingerprint takes file sizes for contents
 
@@ -60,7 +61,7 @@ class Images:
             return self._decoded(item)
         except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, ...
             kind = "an image" if self.modality == "image" else self.modality
-            reason = " ".join(str(error).split())
+            reason = readable(" ".join(str(error).split()))
             raise ValueError(f"{self.where(i)} cannot be read as {kind}: {reason}") from error
 
     def _decoded(self, item) -> Image.Image | str | np.ndarray:
@@ -76,7 +77,7 @@ class Images:
     def where(self, i: int) -> str:
         """Return how messages name image i: its place in the whole split, and its file."""
         item = self.items[self.rows[i]]
-        file = item if isinstance(item, Path) else self.names[i]
+        file = readable(item) if isinstance(item, Path) else self.names[i]
         return f"{self.name} {self.split}[{self.rows[i]}] ({file})"
 
     @cached_property

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from companion.data import packed
+from companion.data import folders, packed
 from companion.data.composed import TEXTURES, VOID, compose
 from companion.data.datasets import SPLITS, DatasetUnavailable
 from companion.data.images import content, picture
@@ -159,7 +159,8 @@ def ade20k(folder: Path, train: bool) -> Pairs:
     objectInfo150.txt, the first of each line's.
     """
     part = "training" if train else "validation"
-    files = sorted((folder / "images" / part).glob("*.jpg"))
+    inside = folders.files(folder / "images" / part)
+    files = [file for name, file in inside if name.endswith(".jpg")]
     lines = (folder / "objectInfo150.txt").read_text().splitlines()[1:]
     classes = [line.split("\t")[-1].split(",")[0].strip() for line in lines if line.strip()]
     masks = [folder / "annotations" / part / f"{file.stem}.png" for file in files]
@@ -245,7 +246,12 @@ def place(entry: Entry) -> Path:
 
 
 def find(name: str) -> Entry:
-    """Return the entry of a name; raises ValueError, with what there is, for an unknown one."""
+    """Return the entry of a name; raises ValueError, with what there is, for an unknown one, and
+    for a packed file under the name of a set that is not read from one.
+    """
+    file = downloads_dir() / f"{name}.npz"
+    if name in SETS and file.exists() and SETS[name].source is not npz:
+        raise ValueError(f"the name of {file} is taken: {name} is {SETS[name].title}; rename it")
     if name in SETS:
         return SETS[name]
     if packed.holds(place(entry := Entry(name, name)), ARRAYS):
