@@ -32,13 +32,13 @@ def knn_predict(train, labels, test, k: int = 20) -> np.ndarray:
 
 def knn_by_similarity(similarity: np.ndarray, labels, k: int) -> np.ndarray:
     """Return labels (M,) that the ``k`` most similar rows vote for, from similarities (M, N)."""
-    order = np.argsort(-similarity, axis=1, kind="stable")[:, :k]
-    return vote(order, labels)
+    order = np.argsort(-np.asarray(similarity), axis=1, kind="stable")[:, :k]
+    return vote(order, one_a_row(labels, np.transpose(similarity)))
 
 
 def vote(found: np.ndarray, labels) -> np.ndarray:
     """Return the most frequent label among the rows ``found`` (M, k), the lowest of equals."""
-    classes, labels = np.unique(labels, return_inverse=True)
+    classes, labels = np.unique(one_a_row(labels, labels), return_inverse=True)
     votes = (labels[found][:, :, None] == np.arange(len(classes))).sum(1)  # (M, C)
     return classes[votes.argmax(1)]
 
@@ -51,7 +51,7 @@ def few_shot_indices(
     They are the first in order (the paper's), or a random draw. Raises ValueError where a class has
     fewer.
     """
-    labels = np.asarray(labels)
+    labels = one_a_row(labels, labels)
     classes, counts = np.unique(labels, return_counts=True)
     if shots < 1 or counts.min() < shots:
         fewest = counts.argmin()
@@ -68,11 +68,14 @@ def few_shot_indices(
 
 def per_class_accuracy(predicted, labels, n_classes: int) -> np.ndarray:
     """Return the percentage of each true class that was predicted right, (C,); NaN for none."""
-    labels = one_a_row(labels, predicted)
+    labels, predicted = one_a_row(labels, predicted), one_a_row(predicted, labels)
+    for name, array in (("predicted", predicted), ("labels", labels)):
+        if not np.issubdtype(array.dtype, np.integer):
+            raise ValueError(f"{name} are {array.dtype}; accuracy counts indices of classes, int")
     total = np.bincount(labels, minlength=n_classes)
     if len(total) > n_classes:
         raise ValueError(f"labels up to {labels.max()} do not fit n_classes = {n_classes}")
-    right = np.bincount(labels[np.asarray(predicted) == labels], minlength=n_classes)
+    right = np.bincount(labels[predicted == labels], minlength=n_classes)
     return 100 * np.divide(right, total, out=np.full(n_classes, np.nan), where=total > 0)
 
 
@@ -110,10 +113,9 @@ def bootstrap(
 
 
 def one_a_row(labels, rows) -> np.ndarray:
-    """Return labels as a vector; ValueError where they are not one a row."""
-    labels = np.asarray(labels)
-    if labels.ndim != 1 or len(labels) != len(rows) or not len(labels):
-        raise ValueError(
-            f"labels must be one a row, a vector of {len(rows)}; got shape {labels.shape}"
-        )
+    """Return labels as a vector; ValueError where they are not one a row, one-hot for example."""
+    labels, rows = np.asarray(labels), np.shape(rows)[:1]
+    if labels.ndim != 1 or labels.shape != rows or not len(labels):
+        wanted = f" of {rows[0]}" if rows else ""
+        raise ValueError(f"labels must be one a row, a vector{wanted}; got shape {labels.shape}")
     return labels
