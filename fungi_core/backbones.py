@@ -32,7 +32,8 @@ class Backbone:
     ``layer``: the target layer. ``inputs``: what items it takes (`views.ImageInputs` or another
     modality's). ``read(model, views)`` gives embeddings (N, D). ``head``: the embedding is what the
     model's own head makes of it. ``given``: the module is the caller's, not a named architecture.
-    ``fast=False`` forces the general path.
+    ``fast=False`` forces the general path. ``exact``: the network in float32 where ``dtype`` is
+    another, on the CPU until it is needed.
     """
 
     name: str
@@ -45,6 +46,13 @@ class Backbone:
     head: bool = False
     given: bool = False
     fast: bool = True
+    exact: torch.nn.Module | None = None
+
+    @cached_property
+    def in_float32(self) -> "Backbone":
+        """Return the same network with its weights as they were before they were rounded."""
+        model = copy.deepcopy(self.model).float() if self.exact is None else self.exact
+        return replace(self, model=model.to(self.device), dtype=torch.float32, exact=None)
 
     def embed(self, views: torch.Tensor) -> torch.Tensor:
         """Return embeddings (N, D) of views (N, ...) in the backbone's dtype.
@@ -116,10 +124,12 @@ class Backbone:
             if not patch or size % patch:
                 known = f"multiples of {patch} px" if patch else f"{self.inputs.size} px"
                 raise ValueError(f"{self.name} cannot take {size} px images; it takes {known}")
-            model = copy.deepcopy(self.model)
-            model.set_input_size((size, size))
-            model.requires_grad_(False)  # the interpolated position embedding is a new parameter
-            self._sizes[size] = replace(self, model=model, inputs=self.inputs.resized(size))
+            model, exact = copy.deepcopy((self.model, self.exact))
+            for one in filter(None, (model, exact)):
+                one.set_input_size((size, size))
+                one.requires_grad_(False)  # the interpolated position embedding is a new parameter
+            inputs = self.inputs.resized(size)
+            self._sizes[size] = replace(self, model=model, exact=exact, inputs=inputs)
         return self._sizes[size]
 
     @cached_property
@@ -209,14 +219,17 @@ def freeze(
     """
     device = resolve_device(device)
     dtype = resolve_dtype(dtype, device)
-    model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    model = model.eval().requires_grad_(False)
     for module in model.modules() if device == "cpu" else ():
         if hasattr(module, "fused_attn"):
             module.fused_attn = False  # plain products are faster on CPUs, above all backward
+    exact = None if dtype == torch.float32 else copy.deepcopy(model).float()
+    model = model.to(device=device, dtype=dtype)
     layer = layer or _last_attention_output(model)
     linear_layer(model, layer)
     read = read or partial(_image_embedding, head)
-    return Backbone(name, model, layer, inputs, read, device, dtype, head, given)
+    rest = dict(device=device, dtype=dtype, head=head, given=given, exact=exact)
+    return Backbone(name, model, layer, inputs, read, **rest)
 
 
 def _image_embedding(head: bool, model: torch.nn.Module, views: torch.Tensor) -> torch.Tensor:

@@ -165,7 +165,35 @@ def gradient_rows(
             part.projection.apply(factors[i], backbone.dtype).cpu().numpy()
             for part, i in zip(parts, place, strict=True)
         ]
+        if backbone.dtype != torch.float32:
+            faint = [objective.faint(embeddings, h, n) for h, n in zip(heads, negatives)]
+            own = [faint[i // len(layers)].cpu().numpy() for i in place]
+            _again(backbone, objective, parts, items, seed, start, own, projected)
         yield start, _seen(objective, embeddings), projected
+
+
+def _again(
+    backbone: Backbone,
+    objective: Objective,
+    parts: Sequence[Parts],
+    items: Sequence,
+    seed: int,
+    start: int,
+    faint: Sequence[np.ndarray],
+    projected: Sequence[np.ndarray],
+) -> None:
+    """Put float32's rows in the place of ``projected`` gradients that are ``faint``, (B,) bool.
+
+    The batch begins at item ``start``. Each of ``parts`` has its own: it may differ in negatives.
+    """
+    rows = np.flatnonzero(np.any(faint, 0))
+    if not len(rows):
+        return  # most batches: the network in float32 is not even loaded
+    few = Subset(items, (start + rows).tolist())
+    for first, _, blocks in gradient_rows(backbone.in_float32, objective, parts, few, seed):
+        for block, mine, found in zip(projected, faint, blocks, strict=True):
+            at = rows[first : first + len(found)]
+            block[at[mine[at]]] = found[mine[at]]
 
 
 def _seen(objective: Objective, embeddings: torch.Tensor) -> np.ndarray | None:

@@ -33,9 +33,11 @@ from companion.encoders import table
 from companion.evaluate import clustering, knn, probe, retrieval
 from companion.evaluate.cka import LinearCKA
 from companion.figures import grids
-from fungi_core import KL, Fungi, audio, devices, load
+from fungi_core import DINO, KL, Fungi, SimCLR, audio, devices, load
 from fungi_core.extract import describe
-from fungi_core.views import ImageInputs, to_image
+from fungi_core.features import normalize
+from fungi_core.rows import draw_negatives, draw_parts, gradient_rows
+from fungi_core.views import Crops, ImageInputs, Patches, to_image
 
 # --- a picture is the same picture in every form and mode
 
@@ -542,6 +544,84 @@ def test_a_photograph_that_holds_a_zips_signature_is_a_photograph():
         found, skipped = own.unpacked([("a.jpg", content)])
         photographs, failed = own.read(found, skipped)
         assert photographs.names == ["a.jpg"] and not failed
+
+
+# --- bfloat16
+
+
+def _ramp(low: int, high: int) -> Image.Image:
+    line = np.linspace(low, high, 96).astype(np.uint8)
+    return Image.fromarray(np.tile(line, (96, 1))).convert("RGB")
+
+
+def _all_kinds() -> dict[str, Image.Image]:
+    """Flat, smooth, tiled and natural images; two are of sky, whose patches hardly differ."""
+    photographs = datasets.load("photos", "test", limit=64)
+    tile = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    made = {colour: Image.new("RGB", (96, 96), colour) for colour in ("black", "white", "grey")}
+    made |= {"smooth": _ramp(0, 255), "nearly flat": _ramp(100, 107)}
+    made |= {"tiled": Image.fromarray(np.tile(tile, (6, 6, 1)))}
+    return made | {photographs.names[i]: photographs[i] for i in (3, 46, 10, 30)}
+
+
+BELOW = [KL(), DINO(Crops(local_count=2)), SimCLR(Patches(stride=2), negatives=12)]
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """The same network in float32 and in bfloat16."""
+    both = ("float32", "bfloat16")
+    return [table.load("vit_micro.sup_tin100", device="cpu", dtype=dtype) for dtype in both]
+
+
+def _parts(backbone, objective):
+    photographs = datasets.load("photos", "test", limit=64).take(np.arange(1, 64, 5))
+    part = draw_parts(backbone, objective, 0)
+    part.negatives = draw_negatives(backbone, objective, part.heads, photographs, 0)
+    return part
+
+
+def _rows(backbone, objective, parts, items) -> list[np.ndarray]:
+    made = [blocks for _, _, blocks in gradient_rows(backbone, objective, parts, items, 0)]
+    return [np.concatenate(blocks) for blocks in zip(*made, strict=True)]
+
+
+@pytest.mark.parametrize("objective", BELOW, ids=lambda one: one.name)
+def test_in_bfloat16_every_image_has_float32s_gradient(objective, pair):
+    images, part = _all_kinds(), _parts(pair[0], objective)
+    exact, low = (_rows(one, objective, [part], list(images.values()))[0] for one in pair)
+    cosines = (normalize(exact) * normalize(low)).sum(1)
+    assert cosines.min() >= 0.99, dict(zip(images, cosines.round(4), strict=True))
+    assert not np.array_equal(exact, low)  # most of them are bfloat16's
+
+
+def test_a_faint_gradient_is_float32s_in_any_batch_and_beside_other_negatives(pair, monkeypatch):
+    objective, images = BELOW[2], list(_all_kinds().values())[5:8]  # tiled, sky, camera
+    part = _parts(pair[0], objective)
+    others = replace(part, negatives=part.negatives[:9])
+    exact, low = pair
+    together = _rows(low, objective, [part, others], images)
+    for i in (0, 2):
+        for mine, found in zip([part, others], together, strict=True):
+            (alone,) = _rows(low, objective, [mine], images[i : i + 1])
+            assert (normalize(alone)[0] @ normalize(found)[i]) > 0.9999
+    seen = low.embed(torch.zeros(1, 3, 64, 64, dtype=torch.bfloat16))
+    assert seen.dtype == torch.bfloat16 and low.in_float32.dtype == torch.float32
+    for name, weight in low.in_float32.model.state_dict().items():
+        assert torch.equal(weight, exact.model.state_dict()[name])  # as before they were rounded
+    monkeypatch.setattr(SimCLR, "faint", lambda *_: pytest.fail("float32 needs no second look"))
+    _rows(exact, objective, [part], images[:1])
+
+
+def test_what_is_faint_by_hand():
+    """Equal views that no negative is near cancel; what pulls them apart, or one way, is not."""
+    objective, axes = SimCLR(head=False), torch.eye(6)
+    negatives = axes[4:].repeat(60, 1)
+    equal, far = axes[0].expand(4, 6), axes[:4]
+    near = (0.436 * axes[0] + 0.9 * axes[4]).expand(4, 6)
+    found = objective.faint(torch.stack([equal, far, near, 3 * equal]), {}, negatives)
+    assert found.tolist() == [True, False, False, True]
+    assert KL().faint(torch.zeros(3, 1, 6), {}, None).tolist() == [False] * 3
 
 
 # --- networks
