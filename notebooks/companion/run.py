@@ -119,7 +119,7 @@ def parsed(text: str, parameter: dict) -> object:
     """
     if parameter["type"] == "str":
         return text
-    value = yaml.load(text, yaml.BaseLoader)
+    value = yaml.BaseLoader(text).get_single_data()  # text, lists and mappings, nothing else
     if not isinstance(value, list):
         return _number(value)
     names = all(isinstance(one, str) for one in parameter["default"])
