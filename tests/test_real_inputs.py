@@ -32,7 +32,7 @@ from companion.data import datasets, folders, masks
 from companion.encoders import table
 from companion.evaluate import clustering, knn, probe, retrieval
 from companion.evaluate.cka import LinearCKA
-from companion.figures import grids
+from companion.figures import grids, style
 from fungi_core import DINO, KL, Fungi, SimCLR, audio, devices, load
 from fungi_core.extract import describe
 from fungi_core.features import normalize
@@ -459,6 +459,12 @@ def test_a_name_with_dollars_is_no_formula_in_any_figure(tmp_path):
     assert own.short("a/$1$.jpg") == "$1$.jpg"
 
 
+def test_a_name_with_markup_is_text_in_a_table():
+    name = "<img src=x> & <b>"
+    html = style.show_table(pd.DataFrame({"name": [name], "cosine": [0.5]})).to_html()
+    assert "&lt;img src=x&gt; &amp; &lt;b&gt;" in html and name not in html
+
+
 def test_a_name_that_is_not_utf8_is_read_named_and_saved(data, tmp_path, fitted):
     pytest.importorskip("pyarrow")
     foreign = data / "mine" / os.fsdecode(b"\xff\xfe.png")
@@ -544,6 +550,32 @@ def test_a_photograph_that_holds_a_zips_signature_is_a_photograph():
         found, skipped = own.unpacked([("a.jpg", content)])
         photographs, failed = own.read(found, skipped)
         assert photographs.names == ["a.jpg"] and not failed
+
+
+@pytest.mark.parametrize("member", ["split", "labels", "names"])
+def test_a_packed_file_with_a_bad_checksum_is_named(data, member):
+    content = np.frombuffer(_encoded(), np.uint8)
+    blob = {"data": content, "offsets": np.array([0, len(content)])}
+    about = {"split": np.zeros(1, np.uint8), "names": np.array(["a"]), "classes": np.array(["c"])}
+    np.savez(data / "mine.npz", **blob, **about, labels=np.zeros(1, np.int16))
+    masked = {f"mask_{name}": array for name, array in blob.items()}
+    np.savez(data / "scenes.npz", **blob, **masked, **about)
+    assert len(datasets.load("mine", "train")) == len(masks.load("scenes", "train")) == 1
+    for load_set, name in ((datasets.load, "mine"), (masks.load, "scenes")):
+        file = data / f"{name}.npz"
+        with zipfile.ZipFile(file) as archive:
+            if f"{member}.npy" not in archive.namelist():
+                continue
+            place = archive.getinfo(f"{member}.npy")
+        out = bytearray(file.read_bytes())
+        header = place.header_offset + 30
+        length = int.from_bytes(out[header - 4 : header - 2], "little")
+        extra = int.from_bytes(out[header - 2 : header], "little")
+        out[header + length + extra + place.file_size - 1] ^= 255
+        file.write_bytes(out)
+        with pytest.raises(ValueError, match=rf"{name}.npz is damaged: .*{member}") as error:
+            load_set(name, "train")
+        assert "\n" not in str(error.value)
 
 
 # --- bfloat16

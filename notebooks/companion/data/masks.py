@@ -125,8 +125,7 @@ def npz(path: Path, train: bool) -> Pairs:
         raise ValueError(
             f"{path}: no packed segmentation set, it must be an .npz with {', '.join(ARRAYS)}"
         )
-    with np.load(path, allow_pickle=False) as arrays:
-        data, offsets, mask_data, mask_offsets, split, names, classes = map(arrays.get, ARRAYS)
+    data, offsets, mask_data, mask_offsets, split, names, classes = packed.arrays(path, ARRAYS)
     rows = np.flatnonzero(split == (0 if train else 1))
     cut = lambda blob, at: [blob[at[i] : at[i + 1]].tobytes() for i in rows]
     known = [name for name in classes.tolist() if name not in ("void", "unlabelled")]

@@ -135,7 +135,7 @@ def show_table(table: pd.DataFrame, decimals: int = 1) -> Styler:
     # An id made from the contents: the same table has the same HTML, two tables have two ids.
     name = hashlib.sha256(table.to_csv().encode()).hexdigest()[:8]
     styled = table.style.set_uuid(name).hide(axis="index")
-    styled = styled.format(precision=decimals, na_rep="–")
+    styled = styled.format(precision=decimals, na_rep="–", escape="html")
     styled = styled.format_index(lambda head: str(head).replace("_", " "), axis="columns")
     looks = {column: _look(table[column]) for column in table}
     styled = styled.set_table_styles(looks, overwrite=False)
