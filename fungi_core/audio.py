@@ -7,6 +7,7 @@ eq. 7 is printed and the published code does it; then the bank is scaled to the 
 
 import io
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +17,11 @@ import numpy as np
 import torch
 from scipy.signal import resample_poly  # scikit-learn brings it
 
-from .inputs import Inputs, Views
+from .inputs import Inputs, Views, readable
 from .objectives import SimCLR
 
 RATE = 16_000  # Hz
+CHANNELS = 32  # at most: what has more is a filter bank, no waveform
 
 
 @dataclass(frozen=True)
@@ -102,21 +104,18 @@ class AudioInputs(Inputs):
 def decode(item, name: str = "sound") -> np.ndarray:
     """Return a float32 waveform (n,) at 16 kHz.
 
-    Accepts a path or the bytes of an audio file (WAV, FLAC, Ogg), or a waveform at 16 kHz, (n,) or
-    (n, channels). Channels are averaged, other rates resampled (polyphase). Raises ValueError, in
-    one line, for what cannot be read.
+    Accepts a path or the bytes of an audio file (WAV, FLAC, Ogg), or a waveform at 16 kHz, (n,),
+    (channels, n) or (n, channels): the shorter axis is the channels. They are averaged, other rates
+    resampled (polyphase). Raises ValueError, in one line, for what cannot be read.
     """
     if isinstance(item, (np.ndarray, torch.Tensor)):
-        samples, rate = np.asarray(item), RATE
-        if samples.ndim not in (1, 2) or not np.issubdtype(samples.dtype, np.floating):
-            found = f"{samples.dtype} array of shape {samples.shape}"
-            raise ValueError(f"{name} is a {found}; a waveform is float (n,) or (n, channels)")
+        mono, rate = _averaged(item, name), RATE
     elif isinstance(item, (str, Path, bytes)):
-        samples, rate = _read(item, name)
+        samples, rate = _read(item, name)  # (n, channels)
+        mono = samples.mean(1)
     else:
         kind = type(item).__name__
         raise ValueError(f"{name} is a {kind}; accepted: a path, bytes of a file, a waveform")
-    mono = samples.mean(1) if samples.ndim == 2 else samples
     if not mono.size:
         raise ValueError(f"{name} holds no samples")
     if not np.isfinite(mono).all():
@@ -127,19 +126,34 @@ def decode(item, name: str = "sound") -> np.ndarray:
     return np.ascontiguousarray(mono, np.float32)
 
 
+def _averaged(item: np.ndarray | torch.Tensor, name: str) -> np.ndarray:
+    """Return the mean over the channels of a waveform, (n,)."""
+    if isinstance(item, torch.Tensor):
+        item = item.detach().cpu()
+        item = (item.float() if item.is_floating_point() else item).numpy()  # NumPy has no bf16
+    channels = min(item.shape) if item.ndim == 2 else 1
+    floating = np.issubdtype(item.dtype, np.floating)
+    if item.ndim not in (1, 2) or channels > CHANNELS or not floating:
+        raise ValueError(
+            f"{name} is a {item.dtype} array of shape {item.shape}; a waveform is float (n,), "
+            f"(channels, n) or (n, channels) at 16 kHz, of at most {CHANNELS} channels"
+        )
+    return item.mean(int(np.argmin(item.shape))) if item.ndim == 2 else item
+
+
 def _read(item: str | Path | bytes, name: str) -> tuple[np.ndarray, int]:
     """Read an audio file, or its bytes, with soundfile: samples and their rate in Hz."""
     try:
         import soundfile  # here: images and texts need no audio library
     except ImportError:
         raise OSError("audio files need soundfile: pip install 'fungi_core[audio]'") from None
-    source = io.BytesIO(item) if isinstance(item, bytes) else item
-    where = name if isinstance(item, bytes) else item
+    source = io.BytesIO(item) if isinstance(item, bytes) else os.fsencode(item)
+    where = name if isinstance(item, bytes) else readable(item)
     try:
-        return soundfile.read(source, dtype="float32")
+        return soundfile.read(source, dtype="float32", always_2d=True)
     # A headerless name such as x.raw is a TypeError.
     except (soundfile.SoundFileError, OSError, TypeError) as error:
-        reason = " ".join(str(error).split())
+        reason = readable(" ".join(str(error).split()))  # it names the file, too
         raise ValueError(f"cannot read the sound {where}: {reason}") from error
 
 

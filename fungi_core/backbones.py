@@ -32,7 +32,8 @@ class Backbone:
     ``layer``: the target layer. ``inputs``: what items it takes (`views.ImageInputs` or another
     modality's). ``read(model, views)`` gives embeddings (N, D). ``head``: the embedding is what the
     model's own head makes of it. ``given``: the module is the caller's, not a named architecture.
-    ``fast=False`` forces the general path.
+    ``fast=False`` forces the general path. ``exact``: the network in float32 where ``dtype`` is
+    another, on the CPU until it is needed.
     """
 
     name: str
@@ -45,6 +46,13 @@ class Backbone:
     head: bool = False
     given: bool = False
     fast: bool = True
+    exact: torch.nn.Module | None = None
+
+    @cached_property
+    def in_float32(self) -> "Backbone":
+        """Return the same network with its weights as they were before they were rounded."""
+        model = copy.deepcopy(self.model).float() if self.exact is None else self.exact
+        return replace(self, model=model.to(self.device), dtype=torch.float32, exact=None)
 
     def embed(self, views: torch.Tensor) -> torch.Tensor:
         """Return embeddings (N, D) of views (N, ...) in the backbone's dtype.
@@ -59,11 +67,20 @@ class Backbone:
     @cached_property
     def width(self) -> int:
         """Return the embedding's size, D."""
-        with torch.inference_mode():
-            out = self.embed(self.inputs.blank(self.device, self.dtype))
-        if out.ndim != 2:
-            shape = tuple(out.shape)
-            raise ValueError(f"{self.name} gives embeddings of shape {shape}; it must give (N, D)")
+        views = self.inputs.blank(self.device, self.dtype)
+        try:
+            with torch.inference_mode():
+                out = self.embed(views)
+        except Exception as error:  # a module raises anything for views that it cannot take
+            reason = " ".join(str(error).split())
+            raise ValueError(
+                f"{self.name} cannot take views of shape {tuple(views.shape)}: {reason}"
+            ) from error
+        if not isinstance(out, torch.Tensor) or out.ndim != 2:
+            kind = type(out).__name__
+            if isinstance(out, torch.Tensor):
+                kind = f"tensor of shape {tuple(out.shape)}"
+            raise ValueError(f"{self.name} gives a {kind}; its forward must give embeddings (N, D)")
         return out.shape[1]
 
     @cached_property
@@ -107,10 +124,12 @@ class Backbone:
             if not patch or size % patch:
                 known = f"multiples of {patch} px" if patch else f"{self.inputs.size} px"
                 raise ValueError(f"{self.name} cannot take {size} px images; it takes {known}")
-            model = copy.deepcopy(self.model)
-            model.set_input_size((size, size))
-            model.requires_grad_(False)  # the interpolated position embedding is a new parameter
-            self._sizes[size] = replace(self, model=model, inputs=self.inputs.resized(size))
+            model, exact = copy.deepcopy((self.model, self.exact))
+            for one in filter(None, (model, exact)):
+                one.set_input_size((size, size))
+                one.requires_grad_(False)  # the interpolated position embedding is a new parameter
+            inputs = self.inputs.resized(size)
+            self._sizes[size] = replace(self, model=model, exact=exact, inputs=inputs)
         return self._sizes[size]
 
     @cached_property
@@ -200,14 +219,17 @@ def freeze(
     """
     device = resolve_device(device)
     dtype = resolve_dtype(dtype, device)
-    model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    model = model.eval().requires_grad_(False)
     for module in model.modules() if device == "cpu" else ():
         if hasattr(module, "fused_attn"):
             module.fused_attn = False  # plain products are faster on CPUs, above all backward
+    exact = None if dtype == torch.float32 else copy.deepcopy(model).float()
+    model = model.to(device=device, dtype=dtype)
     layer = layer or _last_attention_output(model)
     linear_layer(model, layer)
     read = read or partial(_image_embedding, head)
-    return Backbone(name, model, layer, inputs, read, device, dtype, head, given)
+    rest = dict(device=device, dtype=dtype, head=head, given=given, exact=exact)
+    return Backbone(name, model, layer, inputs, read, **rest)
 
 
 def _image_embedding(head: bool, model: torch.nn.Module, views: torch.Tensor) -> torch.Tensor:
@@ -273,9 +295,13 @@ def _timm_inputs(model: torch.nn.Module) -> ImageInputs:
     """Return the evaluation transform that timm has for a network; ImageNet's for others."""
     config = resolve_data_config({}, model=model)
     size = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    size, crop = int((size or config["input_size"][-2:])[0]), float(config["crop_pct"])
+    size = size or config["input_size"][-2:]
+    if size[0] != size[1]:
+        kind = type(model).__name__
+        raise ValueError(f"{kind} takes images of {size[0]} x {size[1]} px; accepted: squares")
     mean, std, mode = tuple(config["mean"]), tuple(config["std"]), config.get("crop_mode")
-    return ImageInputs(size, mean, std, crop, mode or "center", config["interpolation"])
+    crop = float(config["crop_pct"])
+    return ImageInputs(int(size[0]), mean, std, crop, mode or "center", config["interpolation"])
 
 
 def _last_attention_output(model: torch.nn.Module) -> str:

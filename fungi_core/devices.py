@@ -15,7 +15,9 @@ def resolve_device(device) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         found = torch.device(f"cuda:{device}" if isinstance(device, int) else device)
-    except (RuntimeError, TypeError) as error:
+        if found.type != "cuda":
+            torch.zeros(1, device=found).item()  # one that is not here, or has no numbers, raises
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError, ImportError) as error:
         why = str(error).splitlines()[0]
         raise ValueError(f"device {device!r} is none: {why}; use 'auto', 'cpu', 'cuda'") from None
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
@@ -43,8 +45,8 @@ def resolve_dtype(dtype, device: str) -> torch.dtype:
 def default_modes() -> Iterator[None]:
     """Run a block, or a function that this decorates, with torch's modes as they are by default.
 
-    The features do not depend on a caller's inference mode, autocast, default device or default
-    dtype; the caller finds them as they were.
+    The features do not depend on a caller's inference mode, autocast, default device, default dtype
+    or precision of float32 products; the caller finds them as they were.
     """
     dtype = torch.get_default_dtype()
     with ExitStack() as modes:
@@ -56,6 +58,10 @@ def default_modes() -> Iterator[None]:
             modes.enter_context(torch.device("cpu"))
         modes.callback(torch.set_default_dtype, dtype)
         torch.set_default_dtype(torch.float32)
+        for products in (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul):
+            if products.fp32_precision not in ("none", "ieee"):  # bf16 or TF32 would be allowed
+                modes.callback(setattr, products, "fp32_precision", products.fp32_precision)
+                products.fp32_precision = "ieee"
         yield
 
 

@@ -33,7 +33,7 @@ from .rows import (
     negative_latents,
 )
 
-EXTRACTION = 2  # raise when the same settings would give other features than before
+EXTRACTION = 3  # raise when the same settings would give other features than before
 
 
 @dataclass(frozen=True)

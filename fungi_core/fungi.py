@@ -255,6 +255,9 @@ def _as_sequence(X) -> Sequence:
         or isinstance(X, (str, bytes, dict))
     ):
         raise ValueError(f"X must be a sequence of images, got {type(X).__name__}")
+    colours = {np.ndarray: -1, torch.Tensor: 0}.get(type(X))  # the axis of an image's three colours
+    if colours is not None and X.ndim == 3 and X.shape[colours] == 3:
+        raise ValueError(f"X is one image, of shape {tuple(X.shape)}; X is a sequence of them: [X]")
     if len(X) == 0:
         raise ValueError("X holds no image")
     return X

@@ -130,6 +130,11 @@ def tapped_factors(
         if odd := [one for one in taps if one.calls != 1]:
             ran = f"layer {odd[0].path!r} ran {odd[0].calls} times in one forward pass"
             raise ValueError(f"{ran}; it must run exactly once")
+    if losses and not embeddings.requires_grad:
+        raise ValueError(
+            f"no gradient leads from the embedding to layer {paths[0]!r}: the network must use the "
+            "layer's output, without torch.inference_mode or detach behind it"
+        )
     with torch.enable_grad():
         embeddings = embeddings.float().unflatten(0, (batch, count))
         outputs = [one.output for one in taps]

@@ -3,6 +3,7 @@
 Images are in `views`, sentences in `text`, sounds in `audio`.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -75,3 +76,11 @@ class Views:
 @dataclass(frozen=True)
 class Whole(Views):
     """Take the one view that the backbone's own transform makes."""
+
+
+def readable(path: str | os.PathLike) -> str:
+    """Return a path as text that can be printed and written as UTF-8.
+
+    In a file name that is not UTF-8 the foreign bytes are escaped.
+    """
+    return os.fspath(path).encode("utf-8", "backslashreplace").decode("utf-8")

@@ -14,7 +14,7 @@ from torch.utils.data import Subset
 from .backbones import Backbone
 from .devices import default_modes, fixed_teams, steps_in_default_modes
 from .gradients import LossNotFinite
-from .inputs import Views, Whole
+from .inputs import Views, Whole, readable
 from .objectives import Heads, Objective
 from .projection import Projection, draw
 from .seeds import content_id, generator
@@ -165,7 +165,35 @@ def gradient_rows(
             part.projection.apply(factors[i], backbone.dtype).cpu().numpy()
             for part, i in zip(parts, place, strict=True)
         ]
+        if backbone.dtype != torch.float32:
+            faint = [objective.faint(embeddings, h, n) for h, n in zip(heads, negatives)]
+            own = [faint[i // len(layers)].cpu().numpy() for i in place]
+            _again(backbone, objective, parts, items, seed, start, own, projected)
         yield start, _seen(objective, embeddings), projected
+
+
+def _again(
+    backbone: Backbone,
+    objective: Objective,
+    parts: Sequence[Parts],
+    items: Sequence,
+    seed: int,
+    start: int,
+    faint: Sequence[np.ndarray],
+    projected: Sequence[np.ndarray],
+) -> None:
+    """Put float32's rows in the place of ``projected`` gradients that are ``faint``, (B,) bool.
+
+    The batch begins at item ``start``. Each of ``parts`` has its own: it may differ in negatives.
+    """
+    rows = np.flatnonzero(np.any(faint, 0))
+    if not len(rows):
+        return  # most batches: the network in float32 is not even loaded
+    few = Subset(items, (start + rows).tolist())
+    for first, _, blocks in gradient_rows(backbone.in_float32, objective, parts, few, seed):
+        for block, mine, found in zip(projected, faint, blocks, strict=True):
+            at = rows[first : first + len(found)]
+            block[at[mine[at]]] = found[mine[at]]
 
 
 def _seen(objective: Objective, embeddings: torch.Tensor) -> np.ndarray | None:
@@ -187,4 +215,4 @@ def _name(items: Sequence, i: int, kind: str) -> str:
     if hasattr(items, "where") and not isinstance(items, torch.Tensor):
         return items.where(i)
     known = isinstance(items, (list, tuple)) and isinstance(items[i], (str, Path))
-    return str(items[i]) if known else f"{kind} {i}"
+    return readable(items[i]) if known else f"{kind} {i}"

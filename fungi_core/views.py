@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from .inputs import Inputs, Views
+from .inputs import Inputs, Views, readable
 from .resampling import bicubic_matrix, crops_on
 
 _FILTERS = {"bicubic": Image.BICUBIC, "bilinear": Image.BILINEAR, "nearest": Image.NEAREST}
@@ -219,19 +219,27 @@ def to_image(item, name: str = "image") -> Image.Image:
 
     Accepts a path, a PIL image, a uint8 array (H, W), (H, W, 3) or a tensor (3, H, W), uint8 or
     float in [0, 1]. Raises ValueError naming the image (its path, where it has one) if it cannot be
-    read.
+    read, and for values outside of the range, which would be cut to black and white.
     """
     if isinstance(item, (str, Path, Image.Image)):
         try:
             with nullcontext(item) if isinstance(item, Image.Image) else Image.open(item) as opened:
                 return _to_rgb(ImageOps.exif_transpose(opened))
         except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, ...
-            where = name if isinstance(item, Image.Image) else item
+            where = name if isinstance(item, Image.Image) else readable(item)
             raise ValueError(f"cannot read the image {where}: {error}") from error
     if isinstance(item, torch.Tensor):
         array = item.detach().cpu()
         if array.is_floating_point():
-            array = (array.float().clamp(0, 1) * 255).round().byte()
+            shares = array.float()
+            array = (shares * 255).round()
+            if array.numel() and not (array.min() >= 0 and array.max() <= 255):  # so is NaN
+                low, high = shares.min(), shares.max()
+                raise ValueError(
+                    f"{name} is a float tensor with values from {low:g} to {high:g}; accepted: "
+                    "float in [0, 1], before any normalisation, or uint8"
+                )
+            array = array.byte()
         planar = array.ndim == 3 and array.shape[0] == 3
         item = (array.permute(1, 2, 0) if planar else array).numpy()  # (3, H, W) -> (H, W, 3)
     if isinstance(item, np.ndarray) and item.dtype == np.uint8 and item.size:
@@ -246,9 +254,20 @@ def to_image(item, name: str = "image") -> Image.Image:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Convert greyscale, palette, CMYK or 16 bit pixels to RGB; transparency is dropped."""
+    """Convert greyscale, palette, CMYK or 16 bit pixels to RGB; transparency is dropped.
+
+    Raises ValueError for pixels of modes I and F that Pillow would cut to black or white.
+    """
     if image.mode.startswith("I;16"):  # Pillow would cut every value above 255 to white
         image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        low, high = np.min(image), np.max(image)
+        shares = 0 < high <= 1 and np.mod(image, 1).any()  # of white, as in a float array
+        if shares or not (low >= 0 and high <= 255):
+            raise ValueError(
+                f"mode {image.mode} with values from {low:g} to {high:g}; accepted: 0 to 255, "
+                "or 16 bits as mode I;16"
+            )
     return image.convert("RGB")
 
 

@@ -199,10 +199,6 @@ def test_identical_features_have_one_place():
     assert np.array_equal(own.places(made(np.ones((5, 3))), "E"), np.zeros((5, 2)))
 
 
-def test_names_with_dollars_are_no_formulas():
-    assert own.short("a/$1$.jpg") == r"\$1\$.jpg" and own.plain_text("x") == "x"
-
-
 def test_a_cut_zip_is_named_and_the_rest_is_read():
     """One damaged archive does not cost the other files."""
     with zipfile.ZipFile(file := io.BytesIO(), "w") as archive:

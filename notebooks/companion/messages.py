@@ -13,5 +13,6 @@ def require(kind: str, name: str, known: Collection[str]) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """Return what an error says in one line, its kind where it says nothing."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """Return what an error says in one line of UTF-8, its kind where it says nothing."""
+    said = " ".join(str(error).split()).encode("utf-8", "backslashreplace").decode()
+    return said or type(error).__name__

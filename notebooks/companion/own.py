@@ -25,6 +25,7 @@ from companion.messages import one_line
 from fungi_core.extract import Features, extract
 from fungi_core.features import apply_pca, fit_pca
 from fungi_core.filling import progress
+from fungi_core.inputs import readable
 from fungi_core.views import to_image
 
 SHORT = 512  # pixels: longer shorter sides are reduced to it once, as photographs are read
@@ -116,7 +117,7 @@ def unpacked(
                 members, failed = [], {name: "a zip that is cut off or damaged"}
             skipped += failed.items()
         for inner, each in members:
-            path = PurePosixPath(inner)
+            path = PurePosixPath(readable(inner))
             numbered = (path.with_stem(f"{path.stem} ({i})") for i in count(2))
             unique = next(str(name) for name in chain([path], numbered) if str(name) not in out)
             if folders.counts(inner):
@@ -244,7 +245,7 @@ def tiles(
         name: [tile(*near) for near in zip(*neighbours(album, image, letters, k), strict=True)]
         for name, letters in sets.items()
     }
-    query = {"image": np.asarray(images[image]), "title": plain_text(images.names[image])}
+    query = {"image": np.asarray(images[image]), "title": images.names[image]}
     return query, found
 
 
@@ -296,9 +297,4 @@ def short(name: str, length: int = 10) -> str:
     name = PurePosixPath(name).name
     if len(name) > length:
         name = f"{name[: length // 2 - 1]}…{name[-(length // 2) :]}"
-    return plain_text(name)
-
-
-def plain_text(name: str) -> str:
-    """Return a name as text for a figure: matplotlib would read ``$...$`` as a formula."""
-    return name.replace("$", r"\$")
+    return name

@@ -18,6 +18,7 @@ import math
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import yaml
@@ -93,11 +94,38 @@ def check(slug: str, name: str, value: object, exist: dict[str, dict]) -> None:
         raise ValueError(f"{slug}: parameter '{name}' takes {wanted}, not {given}")
     if value == []:
         raise ValueError(f"{slug}: parameter '{name}' needs at least one entry")
+    names = wanted == "list" and all(isinstance(one, str) for one in exist[name]["default"])
     for item in value if isinstance(value, list) else [value]:
+        if wanted == "list" and isinstance(item, str) != names:
+            kind = "names" if names else "numbers"
+            raise ValueError(f"{slug}: parameter '{name}' lists {kind}, not {item!r}")
         if type(item) in (int, float) and not low <= item < math.inf:
             raise ValueError(
                 f"{slug}: parameter '{name}' takes numbers from {low} on, not {item!r}"
             )
+
+
+def parsed(text: str, parameter: dict) -> object:
+    """Read what a command line gives for a declared parameter, as its type takes it.
+
+    YAML says where a list ends, never what a word is: by its rules 9e-1 is text, a folder's name
+    2024 a number and 010 eight. Raises YAMLError for an open bracket.
+    """
+    if parameter["type"] == "str":
+        return text
+    value = yaml.BaseLoader(text).get_single_data()  # text, lists and mappings, nothing else
+    if not isinstance(value, list):
+        return _number(value)
+    names = all(isinstance(one, str) for one in parameter["default"])
+    return value if names else [_number(one) for one in value]
+
+
+def _number(word: object) -> object:
+    """Return the int, float or bool that a word writes; anything else as it is."""
+    for kind in (int, float):
+        with suppress(ValueError, TypeError):
+            return kind(word)
+    return {"true": True, "false": False}.get(str(word).lower(), word)
 
 
 def load_profile(name: str) -> tuple[dict, dict[str, dict]]:
@@ -163,6 +191,8 @@ def execute(
 
     values = parameters(slug, profile, overrides)
     out = Path(out or ROOT / "runs" / profile / f"{slug}.ipynb").resolve()
+    if out.is_dir():
+        raise ValueError(f"{out} is a folder; name a file in it, such as {out / slug}.ipynb")
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_suffix(".failed.ipynb")
     try:
@@ -204,13 +234,11 @@ def main(argv: list[str] | None = None) -> int:
     logging.getLogger("papermill").setLevel(logging.CRITICAL)  # one line on failure, our own
     try:
         exist = declared(args.notebook)
-        overrides = {  # text is taken as it stands where text is wanted, else read as YAML
-            name: text if exist.get(name, {}).get("type") == "str" else yaml.safe_load(text)
-            for name, text in args.override
-        }
+        unknown = {"type": "str"}  # `parameters` names it
+        overrides = {name: parsed(text, exist.get(name, unknown)) for name, text in args.override}
         devices.claim()  # the kernel inherits it
         out = execute(args.notebook, args.profile, overrides, args.out)
-    except (ValueError, RuntimeError, yaml.YAMLError) as e:
+    except (ValueError, RuntimeError, OSError, yaml.YAMLError) as e:
         red, plain = ("\033[31m", "\033[0m") if sys.stderr.isatty() else ("", "")
         print(f"{red}{one_line(e)}{plain}", file=sys.stderr)
         return 1 if isinstance(e, RuntimeError) else 2

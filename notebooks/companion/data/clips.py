@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from companion.data import packed
+from companion.data import folders, packed
 from companion.data.images import Split
 from fungi_core.seeds import generator
 
@@ -48,10 +48,11 @@ def speech_commands(root: Path, train: bool) -> Split:
     validation, testing = (
         (base / f"{kind}_list.txt").read_text().split() for kind in ("validation", "testing")
     )
-    words = sorted(x.name for x in base.iterdir() if x.is_dir() and not x.name.startswith("_"))
+    words = [name for name in folders.class_names([base]) if not name.startswith("_")]
     names = sorted(testing)
     if train:
-        found = [f"{word}/{x.name}" for word in words for x in sorted((base / word).glob("*.wav"))]
+        inside = [(word, name) for word in words for name, _ in folders.files(base / word)]
+        found = [f"{word}/{name}" for word, name in inside if name.endswith(".wav")]
         held_out = {*validation, *testing}
         names = [name for name in found if name not in held_out]
     labels = np.array([words.index(name.partition("/")[0]) for name in names], np.int64)

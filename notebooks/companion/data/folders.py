@@ -16,8 +16,12 @@ from PIL import Image
 
 from companion.data.images import Split
 from companion.messages import one_line
+from fungi_core.inputs import readable
 
-LEFTOVERS = ("__macosx", "thumbs.db", "desktop.ini")  # what operating systems leave behind
+LEFTOVERS = (  # what operating systems and storage boxes leave behind
+    *("__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir", "$recycle.bin"),
+    *("system volume information", "lost+found"),
+)
 UNDECODED = ("BUFR", "GRIB", "HDF5", "MPEG", "WMF")  # formats that Pillow knows but cannot decode
 
 
@@ -38,7 +42,7 @@ def files(folder: Path) -> list[tuple[str, Path]]:
         inside[:] = [name for name in inside if counts(name) and not _is_loop(Path(where, name))]
         found += [Path(where, name) for name in names if counts(name)]
     found.sort(key=lambda file: file.relative_to(folder).parts)
-    return [(readable_name(file.relative_to(folder)), file) for file in found]
+    return [(readable(file.relative_to(folder)), file) for file in found]
 
 
 def _fail(error: OSError):
@@ -48,11 +52,6 @@ def _fail(error: OSError):
 def _is_loop(folder: Path) -> bool:
     """Return whether a folder is a link to one that it lies in."""
     return folder.is_symlink() and folder.resolve() in [up.resolve() for up in folder.parents]
-
-
-def readable_name(path: Path) -> str:
-    """Return a path as text that can be written as UTF-8."""
-    return path.as_posix().encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 @cache
@@ -83,7 +82,7 @@ def images(folders: Sequence[Path], base: Path, classes: Sequence[str]) -> Split
         labels += [label] * len(found)
     if not paths:
         raise FileNotFoundError(f"no images in class folders under {', '.join(map(str, folders))}")
-    names = [readable_name(path.relative_to(base)) for path in paths]
+    names = [readable(path.relative_to(base)) for path in paths]
     return Split(paths, np.array(labels, np.int64), names, list(classes))
 
 

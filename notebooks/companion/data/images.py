@@ -13,6 +13,7 @@ from PIL import Image
 
 from companion.messages import one_line
 from fungi_core import views
+from fungi_core.inputs import readable
 
 MANY_FILES = 50_000  # above it the fingerprint takes file sizes for contents
 
@@ -77,7 +78,7 @@ class Images:
     def where(self, i: int) -> str:
         """Return how messages name image i: its place in the whole split, and its file."""
         item = self.items[self.rows[i]]
-        file = item if isinstance(item, Path) else self.names[i]
+        file = readable(item) if isinstance(item, Path) else self.names[i]
         return f"{self.name} {self.split}[{self.rows[i]}] ({file})"
 
     @cached_property

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from companion.data import datasets, packed
+from companion.data import datasets, folders, packed
 from companion.data.composed import TEXTURES, VOID, compose
 from companion.data.datasets import DatasetUnavailable
 from companion.data.images import content, picture
@@ -121,8 +121,7 @@ def npz(path: Path, train: bool) -> Pairs:
     Raises ValueError, naming the file, for anything else.
     """
     packed.require(path, ARRAYS, "segmentation")
-    with np.load(path, allow_pickle=False) as arrays:
-        data, offsets, mask_data, mask_offsets, split, names, classes = map(arrays.get, ARRAYS)
+    data, offsets, mask_data, mask_offsets, split, names, classes = packed.arrays(path, ARRAYS)
     rows = np.flatnonzero(split == (0 if train else 1))
     cut = lambda blob, at: [blob[at[i] : at[i + 1]].tobytes() for i in rows]
     known = [name for name in classes.tolist() if name not in ("void", "unlabelled")]
@@ -154,7 +153,8 @@ def ade20k(folder: Path, train: bool) -> Pairs:
     objectInfo150.txt, the first of each line's.
     """
     part = "training" if train else "validation"
-    files = sorted((folder / "images" / part).glob("*.jpg"))
+    inside = folders.files(folder / "images" / part)
+    files = [file for name, file in inside if name.endswith(".jpg")]
     lines = (folder / "objectInfo150.txt").read_text().splitlines()[1:]
     classes = [line.split("\t")[-1].split(",")[0].strip() for line in lines if line.strip()]
     masks = [folder / "annotations" / part / f"{file.stem}.png" for file in files]
@@ -224,7 +224,12 @@ def unavailable(name: str) -> str:
 
 
 def find(name: str) -> Entry:
-    """Return the entry of a name; raises ValueError, with what there is, for an unknown one."""
+    """Return the entry of a name; raises ValueError, with what there is, for an unknown one, and
+    for a packed file under the name of a set that is not read from one.
+    """
+    file = downloads_dir() / f"{name}.npz"
+    if name in SETS and file.exists() and SETS[name].source is not npz:
+        raise ValueError(f"the name of {file} is taken: {name} is {SETS[name].title}; rename it")
     if name in SETS:
         return SETS[name]
     if not packed.holds(downloads_dir() / f"{name}.npz", ARRAYS):

@@ -79,14 +79,12 @@ def eurosat(root: Path, train: bool) -> Split:
     Shuffle, seed and row order are those of the published code.
     """
     from sklearn.model_selection import StratifiedShuffleSplit
-    from torchvision.datasets import EuroSAT
 
-    data = EuroSAT(root)
-    labels = np.asarray(data.targets, np.int64)
+    base = root / "eurosat" / "2750"
+    paths, labels, names, classes = folders.images([base], base, folders.class_names([base]))
     shuffled = StratifiedShuffleSplit(1, train_size=0.8, random_state=42)
     rows = next(shuffled.split(labels, labels))[0 if train else 1]
-    paths = [data.samples[row][0] for row in rows]
-    return _listed(paths, labels[rows], data.classes, root / "eurosat" / "2750")
+    return Split([paths[i] for i in rows], labels[rows], [names[i] for i in rows], classes)
 
 
 def cub200(root: Path, train: bool) -> Split:

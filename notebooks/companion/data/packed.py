@@ -50,6 +50,15 @@ def holds(path: Path, arrays: Iterable[str]) -> bool:
         return {f"{array}.npy" for array in arrays} <= set(archive.namelist())
 
 
+def arrays(path: Path, names: Iterable[str]) -> list[np.ndarray]:
+    """Return arrays of an ``.npz``; raises ValueError, naming it, where one is damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as found:
+            return [found[name] for name in names]
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
 def npz(path: Path, train: bool) -> Split:
     """Return one split of a packed image set; its images stay on disk until they are asked for.
 
@@ -67,8 +76,7 @@ def npz(path: Path, train: bool) -> Split:
     Raises ValueError, naming the file, for anything else.
     """
     require(path, ARRAYS, "classification")
-    with np.load(path, allow_pickle=False) as arrays:
-        offsets, labels, split, names, classes = (arrays[key] for key in ARRAYS[1:])
+    offsets, labels, split, names, classes = arrays(path, ARRAYS[1:])
     start, length = _data_place(path)
     n = len(labels)
     fits = len(offsets) == n + 1 and len(split) == len(names) == n

@@ -59,6 +59,14 @@ class LinearCKA(Metric):
         for name, term in zip(STATES, terms, strict=True):
             setattr(self, name, getattr(self, name) + term)
 
+    def forward(self, x, y) -> torch.Tensor:
+        """Add a batch and return its own value; one that has none raises, and adds nothing."""
+        alone = LinearCKA(self.unbiased).to(self.device)
+        alone.update(x, y)
+        self._forward_cache = alone.compute()
+        self.update(x, y)
+        return self._forward_cache
+
     def compute(self) -> torch.Tensor:
         """Return the CKA of all rows seen, a float64 scalar; unbiased, it is below 0 at times."""
         if self.n < 4:

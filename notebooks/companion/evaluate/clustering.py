@@ -6,6 +6,8 @@ from sklearn.cluster import KMeans
 from sklearn.metrics import confusion_matrix
 from threadpoolctl import threadpool_limits
 
+from companion.evaluate.knn import one_a_row
+
 SMALL = 2**22  # entries of a matrix that one thread clusters
 
 
@@ -23,6 +25,7 @@ def match(clusters, labels) -> np.ndarray:
     All names differ, and most rows are right (Hungarian method). Rows of a cluster that is left
     without a class get -1.
     """
+    labels, clusters = one_a_row(labels, clusters), one_a_row(clusters, labels)
     names, clusters = np.unique(clusters, return_inverse=True)
     classes, labels = np.unique(labels, return_inverse=True)
     sizes = range(max(len(names), len(classes)))

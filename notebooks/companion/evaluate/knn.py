@@ -24,18 +24,19 @@ def knn_predict(train, labels, test, k: int = 20) -> np.ndarray:
     Euclidean distance and uniform votes, by scikit-learn: a tied vote goes to the lowest label.
     Raises ValueError for more neighbours than rows, or labels that are not one a row.
     """
+    labels = one_a_row(labels, train)
     return KNeighborsClassifier(k, algorithm="brute").fit(train, labels).predict(test)
 
 
 def knn_by_similarity(similarity: np.ndarray, labels, k: int) -> np.ndarray:
     """Return labels (M,) that the ``k`` most similar rows vote for, from similarities (M, N)."""
-    order = np.argsort(-similarity, axis=1, kind="stable")[:, :k]
-    return vote(order, labels)
+    order = np.argsort(-np.asarray(similarity), axis=1, kind="stable")[:, :k]
+    return vote(order, one_a_row(labels, np.transpose(similarity)))
 
 
 def vote(found: np.ndarray, labels) -> np.ndarray:
     """Return the most frequent label among the rows ``found`` (M, k), the lowest of equals."""
-    classes, labels = np.unique(labels, return_inverse=True)
+    classes, labels = np.unique(one_a_row(labels, labels), return_inverse=True)
     votes = (labels[found][:, :, None] == np.arange(len(classes))).sum(1)  # (M, C)
     return classes[votes.argmax(1)]
 
@@ -48,7 +49,7 @@ def few_shot_indices(
     They are the first in order (the paper's), or a random draw. Raises ValueError where a class has
     fewer.
     """
-    labels = np.asarray(labels)
+    labels = one_a_row(labels, labels)
     classes, counts = np.unique(labels, return_counts=True)
     if shots < 1 or counts.min() < shots:
         few = f"class {classes[counts.argmin()]} has {counts.min()} samples"
@@ -63,6 +64,12 @@ def few_shot_indices(
 
 def per_class_accuracy(predicted, labels, n_classes: int) -> np.ndarray:
     """Return the percentage of each true class that was predicted right, (C,); NaN for none."""
+    labels, predicted = one_a_row(labels, predicted), one_a_row(predicted, labels)
+    for name, array in (("predicted", predicted), ("labels", labels)):
+        if not np.issubdtype(array.dtype, np.integer):
+            raise ValueError(f"{name} are {array.dtype}; accuracy counts indices of classes, int")
+    if labels.max() >= n_classes:
+        raise ValueError(f"labels up to {labels.max()} do not fit n_classes = {n_classes}")
     settings = dict(labels=np.arange(n_classes), average=None, zero_division=np.nan)
     return 100 * recall_score(labels, predicted, **settings)
 
@@ -96,3 +103,12 @@ def bootstrap(
         means += draws @ distinct / len(group)
     low, high = np.percentile(100 * means / len(groups), [2.5, 97.5])
     return Interval(100 * float(np.mean([g.mean() for g in groups])), float(low), float(high))
+
+
+def one_a_row(labels, rows) -> np.ndarray:
+    """Return labels as a vector; ValueError where they are not one a row, one-hot for example."""
+    labels, rows = np.asarray(labels), np.shape(rows)[:1]
+    if labels.ndim != 1 or labels.shape != rows or not len(labels):
+        wanted = f" of {rows[0]}" if rows else ""
+        raise ValueError(f"labels must be one a row, a vector{wanted}; got shape {labels.shape}")
+    return labels

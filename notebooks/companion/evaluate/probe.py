@@ -11,6 +11,8 @@ import numpy as np
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedShuffleSplit
 
+from companion.evaluate.knn import one_a_row
+
 STRENGTHS = tuple(np.linspace(5e-6, 5e-4, 5).tolist())  # section A.3
 STEPS = 1000  # at most; the optimum is found in fewer
 
@@ -43,7 +45,8 @@ def predict(train_x, train_y, test_x, *, seed: int, strengths=STRENGTHS) -> Prob
     validation rows apart from the five a class of the few-shot setting, where it chooses with many
     more labels than it trains on; here they come out of the training rows.
     """
-    train_x, train_y = np.asarray(train_x, np.float64), np.asarray(train_y)
+    train_x = np.asarray(train_x, np.float64)
+    train_y = one_a_row(train_y, train_x)
     classes, counts = np.unique(train_y, return_counts=True)
     if counts.min() < 2 or 0.2 * len(train_y) < len(classes):
         raise ValueError(

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from companion.evaluate.knn import one_a_row
 from companion.messages import require
 
 # protocol -> (positives, ignored), as in the official evaluation
@@ -72,8 +73,6 @@ def same_class(query_labels, database_labels) -> list[dict]:
     a view is.
     """
     none = np.empty(0, np.int64)
-    rows = {
-        label: np.flatnonzero(np.asarray(database_labels) == label)
-        for label in np.unique(query_labels)
-    }
-    return [{"easy": rows[label], "hard": none, "junk": none} for label in np.asarray(query_labels)]
+    queries, database = (one_a_row(x, x) for x in (query_labels, database_labels))
+    rows = {label: np.flatnonzero(database == label) for label in np.unique(queries)}
+    return [{"easy": rows[label], "hard": none, "junk": none} for label in queries]

@@ -116,10 +116,9 @@ def show_table(table: pd.DataFrame, decimals: int = 1) -> Styler:
     # An id made from the contents: the same table has the same HTML, two tables have two ids.
     name = hashlib.sha256(table.to_csv().encode()).hexdigest()[:8]
     styled = Styler(table, uuid=name, cell_ids=False).hide(axis="index")
-    styled = styled.format(precision=decimals, na_rep="–")
-    end = re.compile(
-        r"_(?=(low|high|spread|ratio)$)"
-    )  # names of data sets and backbones stay whole
+    styled = styled.format(precision=decimals, na_rep="–", escape="html")
+    # Names of data sets and backbones stay whole.
+    end = re.compile(r"_(?=(low|high|spread|ratio)$)")
     styled = styled.format_index(lambda head: end.sub(" ", str(head)), axis="columns")
     looks = {column: _look(table[column]) for column in table}
     styled = styled.set_table_styles(looks, overwrite=False)
