@@ -21,7 +21,7 @@ from .inputs import Inputs, Views, readable
 from .objectives import SimCLR
 
 RATE = 16_000  # Hz
-CHANNELS = 32  # at most: what has more is a filter bank, no waveform
+_CHANNELS = 32  # at most: what has more is a filter bank, no waveform
 
 
 @dataclass(frozen=True)
@@ -133,10 +133,10 @@ def _averaged(item: np.ndarray | torch.Tensor, name: str) -> np.ndarray:
         item = (item.float() if item.is_floating_point() else item).numpy()  # NumPy has no bf16
     channels = min(item.shape) if item.ndim == 2 else 1
     floating = np.issubdtype(item.dtype, np.floating)
-    if item.ndim not in (1, 2) or channels > CHANNELS or not floating:
+    if item.ndim not in (1, 2) or channels > _CHANNELS or not floating:
         raise ValueError(
             f"{name} is a {item.dtype} array of shape {item.shape}; a waveform is float (n,), "
-            f"(channels, n) or (n, channels) at 16 kHz, of at most {CHANNELS} channels"
+            f"(channels, n) or (n, channels) at 16 kHz, of at most {_CHANNELS} channels"
         )
     return item.mean(int(np.argmin(item.shape))) if item.ndim == 2 else item
 

@@ -20,7 +20,7 @@ from .inputs import Views, Whole
 from .views import Crops, Patches
 
 Heads = dict[str, torch.Tensor]
-FAINT = 0.1  # see `SimCLR.faint`
+_FAINT = 0.1  # see `SimCLR.faint`
 
 
 def kl_loss(
@@ -251,13 +251,13 @@ class SimCLR(Objective):
         """Say which samples pull their views hardly anywhere: views of a flat image are all equal.
 
         The pull is the gradient of unit latents, summed over views, in units of 1 / temperature.
-        bfloat16 moves it by up to 0.01, whatever its length: `FAINT` is where that is a tenth.
+        bfloat16 moves it by up to 0.01, whatever its length: `_FAINT` is where that is a tenth.
         """
         with torch.enable_grad():
             latents = F.normalize(self.latents(embeddings, heads), dim=-1).requires_grad_()
             losses = info_nce(latents, negatives, self.temperature, self.denominator)
             (pulls,) = torch.autograd.grad(losses.sum(), [latents])  # (B, V, C)
-        return pulls.sum(1).norm(dim=1) * self.temperature < FAINT
+        return pulls.sum(1).norm(dim=1) * self.temperature < _FAINT
 
 
 def linear_head(width: int, dim: int, generator: np.random.Generator) -> Heads:

@@ -56,7 +56,7 @@ def test_knn_errors():
     for case, error in (
         ((x, y, x), "n_neighbors <= n_samples_fit, but n_neighbors = 20, n_samples_fit = 19"),
         ((x, y, x, 0), "n_neighbors.* Got 0"),
-        ((x, y[1:], x), r"inconsistent numbers of samples: \[19, 18\]"),
+        ((x, y[1:], x), r"one a row, a vector of 19; got shape \(18,\)"),
         ((x, y, x[:, :2], 1), "3 features"),
         ((x, y, np.full((1, 3), np.nan), 1), "NaN"),
     ):

@@ -448,8 +448,7 @@ def test_a_name_with_dollars_is_no_formula_in_any_figure(tmp_path):
     names, image = [r"$\frac$", "a$b^$", r"$x$ \$"], picture(0)
     tile = {"image": image, "title": names[0]}
     drawn = [
-        grids.image_grid([image] * 3, names),
-        grids.pairs([image] * 2, names[:1]),
+        grids.image_grid([image] * 3, names, ncols=3),
         grids.neighbours(tile, {"E": [tile, tile | {"title": names[1]}]}),
         grids.image_map(np.eye(3)[:, :2], [image] * 3, [0, 1, 2], names),
     ]
