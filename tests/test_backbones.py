@@ -51,7 +51,9 @@ def test_the_embedding_is_timms_before_the_classifier_or_behind_it(head, width):
 
 
 def test_an_embedding_that_is_no_vector_is_one_line():
-    with pytest.raises(ValueError, match=r"Conv2d gives .* \(1, 4, .*\); its forward must give embeddings"):
+    with pytest.raises(
+        ValueError, match=r"Conv2d gives .* \(1, 4, .*\); its forward must give embeddings"
+    ):
         inputs = ImageInputs(8, (0.5,) * 3, (0.5,) * 3)
         model, read = torch.nn.Conv2d(3, 4, 2), lambda model, x: model(x)
         _ = backbones.Backbone("Conv2d", model, "none", inputs, read).width

@@ -21,7 +21,7 @@ import pandas as pd
 from jinja2 import Template
 
 from companion.messages import require
-from companion.paths import PAPER, ROOT, figures_dir
+from companion.paths import PAPER, ROOT, figures_dir, results_dir
 
 MEASURED = ["id", "value", "low", "high", "on"]
 NUMBERS = ["table", "value", "delta", "spread", "paper_delta"]  # columns that are no text
@@ -86,7 +86,7 @@ def scoreboard(profile: str) -> pd.DataFrame:
     """Return every claim with ours (value, low, high, on), a `verdict` on its sign and how its
     `size` compares, in the paper's order; what was not run says so.
     """
-    files = sorted((figures_dir() / profile).glob("claims_*.csv"))
+    files = sorted(results_dir(profile).glob("claims_*.csv"))
     ours = pd.concat([pd.DataFrame(columns=MEASURED), *map(pd.read_csv, files)])
     board = claims().merge(ours.drop_duplicates("id", keep="last"), on="id", how="left")
     board[["value", "low", "high"]] = board[["value", "low", "high"]].astype(float)
@@ -146,7 +146,7 @@ def written(profile: str) -> list[dict]:
     ("Fig. 2"), alt (what it shows) and minutes since the notebook's start.
     """
     kinds, found = {"fig": "Fig.", "table": "Table"}, []
-    for file in sorted((figures_dir() / profile).glob("*.json")):
+    for file in sorted(results_dir(profile).glob("*.json")):
         record = json.loads(file.read_text(encoding="utf-8"))
         numbers = re.findall(r"(?:^|_)(fig|table)(\d\d)(?=_|$)", file.stem)
         found.append(
@@ -167,7 +167,8 @@ def overview(profile: str) -> pd.DataFrame:
     line: the item's first claim, ours with its interval against the paper's, the verdict, and how
     many claims have which; ``profile``'s where it was run in it).
     """
-    names = sorted((p.name for p in figures_dir().glob("*/")), key=lambda p: (p != profile, p))
+    names = {path.name for path in figures_dir().glob("*/")} | {profile}
+    names = sorted(names, key=lambda name: (name != profile, name))
     boards = {name: scoreboard(name).query("verdict != 'not run'") for name in names}
     done = {}  # {(notebook, profile): minutes}
     for name in names:
@@ -208,7 +209,7 @@ def as_markdown(profile: str) -> str:
     board = board.sort_values("verdict", key=lambda v: v.map(VERDICTS.index), kind="stable")
     counts = {name: int((board["verdict"] == name).sum()) for name in VERDICTS}
     for figure in figures:
-        figure["drawn"] = (figures_dir() / profile / f"{figure['name']}.png").is_file()
+        figure["drawn"] = (results_dir(profile) / f"{figure['name']}.png").is_file()
     template = (ROOT / "data" / "site" / "claims.md").read_text(encoding="utf-8")
     page = Template(template, trim_blocks=True, keep_trailing_newline=True)
     given = dict(profile=profile, claims=board.to_dict("records"), counts=counts, figures=figures)

@@ -36,3 +36,11 @@ def store_dir() -> Path:
 def figures_dir() -> Path:
     """Return the folder of what a run writes (``FUNGI_FIGURES``, default ``figures``)."""
     return _from_env("FUNGI_FIGURES", ROOT / "figures")
+
+
+def results_dir(profile: str) -> Path:
+    """Return the folder of a profile's results to be read: of this machine's runs, else as
+    committed.
+    """
+    own = figures_dir() / profile
+    return own if own.is_dir() else ROOT / "figures" / profile

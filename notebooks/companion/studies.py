@@ -4,6 +4,7 @@ projections.
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import combinations_with_replacement, product
 
 import numpy as np
@@ -12,6 +13,7 @@ from sklearn.metrics import normalized_mutual_info_score
 
 from companion import paths
 from companion.data import datasets, landmarks
+from companion.encoders.objectives import named
 from companion.evaluate import clustering, probe, retrieval
 from companion.evaluate.knn import bootstrap, few_shot_indices, knn_by_similarity, vote
 from companion.protocol import (
@@ -274,17 +276,15 @@ def projected(
     blocks = [made.apply(one).numpy() for one in factors]
     seconds = 1000 * (time.perf_counter() - start) / sum(map(len, factors))
     both = [
-        Features(rows.data, rows.blocks | {name: block}, ())
+        replace(rows, blocks=rows.blocks | {name: block})
         for rows, block in zip((train, test), blocks, strict=True)
     ]
     hits = right_or_wrong(*both, letter, k, None)
     joined = right_or_wrong(*both, f"E+{letter}", k, None).mean()
     pairs = np.triu_indices(min(len(test.labels), 200), 1)
     length = lambda cosines: np.sqrt(np.maximum(2 - 2 * cosines[pairs], 0))
-    true, unit = (
-        length(projection.exact_cosine(factors[1], factors[1]).numpy()),
-        normalize(blocks[1]),
-    )
+    true = length(projection.exact_cosine(factors[1], factors[1]).numpy())
+    unit = normalize(blocks[1])
     off = length(unit @ unit.T)[true > 0] / true[true > 0] - 1
     return hits, joined, np.sqrt(np.mean(off**2)), seconds
 
@@ -322,6 +322,27 @@ def pairs(
         gain = bootstrap(both, better, generator=generator("bootstrap", seed, "pair", a, b))
         rows.append((a, b, cka[i, j], 100 * both.mean(), *gain))
     return pd.DataFrame(rows, columns=["a", "b", "cka", "value", *GAIN])
+
+
+def settings(printed: pd.DataFrame, encoder) -> pd.DataFrame:
+    """Return a table of the paper's settings (12 or 19) with ours: objective, parameter, ours,
+    paper.
+    """
+
+    read = {
+        "Temperature": lambda objective: objective.temperature,
+        "Projection Dim": lambda objective: objective.dim,
+        "Positive Views": lambda objective: objective.views.count(encoder.inputs),
+        "Word Deletion p": lambda objective: objective.views.p,
+        "Negative Views": lambda objective: objective.negative_views,
+        "Negatives Batch Size (samples)": lambda objective: objective.negatives,
+        "Negatives Batch Size (views each)": lambda objective: objective.negative_views,
+    }
+
+    table = printed.rename(columns={"row": "parameter", "column": "objective", "value": "paper"})
+    rows = zip(table["parameter"], table["objective"], strict=True)
+    table["ours"] = [read[name](named(title.lower(), encoder)) for name, title in rows]
+    return table[["objective", "parameter", "ours", "paper"]]
 
 
 def square(frame: pd.DataFrame, column: str) -> tuple[list[str], np.ndarray]:
