@@ -139,24 +139,28 @@ class Backbone:
     def factors(
         self,
         views: torch.Tensor | list[torch.Tensor],
-        losses: Sequence[Loss],
+        loss: Loss | None,
         layers: Sequence[str] | None = None,
     ) -> tuple[torch.Tensor, list[Factors]]:
-        """Return embeddings (B, V, D) float32, and factors of every loss at every layer.
+        """Return embeddings (B, V, D) float32, and the factors of a loss at every layer.
 
-        ``views``: (B, V, ...), or a list of views of several sizes; each loss maps (B, V, D) to
-        (B,). No losses: the embeddings alone. Raises ValueError for views at their own sizes where
-        the class-token path does not apply.
+        ``views``: (B, V, ...), or a list of views of several sizes; the loss maps (B, V, D) to
+        (B,). None: the embeddings alone, by the pass that gradients take. Raises ValueError for
+        views at their own sizes where the class-token path does not apply.
         """
         layers = list(layers or [self.layer])
         groups = views if isinstance(views, list) else [views]
         if self.reads_class_token(layers):
             models = [self._for(group).model for group in groups]
-            return class_token.factors(models, groups, self._tail, losses)
+            return class_token.factors(models, groups, self._tail, loss)
         if len(groups) > 1 or not self.inputs.fits(groups[0]):
             need = "views at their own sizes need a class token at the last block"
             raise ValueError(f"{need}, not {self.name} {layers}")
-        return tapped_factors(self.model, self.embed, groups[0], losses, layers)
+        if loss is None:
+            with torch.no_grad():
+                embeddings = self.embed(groups[0].flatten(0, 1)).float()  # (B * V, D)
+            return embeddings.unflatten(0, groups[0].shape[:2]), []
+        return tapped_factors(self.model, self.embed, groups[0], loss, layers)
 
     @cached_property
     def _tail(self) -> class_token.Tail:

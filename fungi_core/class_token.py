@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 
-from .gradients import Factors, Loss, loss_gradients, per_sample
+from .gradients import Factors, Loss, loss_gradient, per_sample
 
 
 def applies(model: torch.nn.Module, layers: Sequence[str]) -> bool:
@@ -103,13 +103,13 @@ def factors(
     models: Sequence[VisionTransformer],
     groups: Sequence[torch.Tensor],
     tail: Tail,
-    losses: Sequence[Loss],
+    loss: Loss | None,
 ) -> tuple[torch.Tensor, list[Factors]]:
-    """Take each loss's gradient at the last attention's output projection.
+    """Take a loss's gradient at the last attention's output projection.
 
     ``groups``: views (B, V, 3, s, s), one group for each size, with the network at that size in
-    ``models``. Each loss maps embeddings (B, V, D) to (B,). Returns the embeddings and one
-    `Factors` for each loss.
+    ``models``. The loss maps embeddings (B, V, D) to (B,). Returns the embeddings and, with a
+    loss, its `Factors`.
     """
     batch = len(groups[0])
     with torch.inference_mode():
@@ -121,7 +121,8 @@ def factors(
     with torch.enable_grad():
         output = F.linear(attention, tail.proj.weight, bias).detach().requires_grad_()
         embeddings = tail(output, residual).unflatten(0, (batch, -1))
-        found = loss_gradients(losses, embeddings, [output])
-    a = per_sample(attention, batch)
-    made = [Factors(a, per_sample(gradient, batch), bias is not None) for (gradient,) in found]
-    return embeddings.detach(), made
+        if loss is None:
+            return embeddings.detach(), []
+        (gradient,) = loss_gradient(loss, embeddings, [output])
+    a, d = per_sample(attention, batch), per_sample(gradient, batch)
+    return embeddings.detach(), [Factors(a, d, bias is not None)]

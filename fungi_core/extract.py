@@ -117,7 +117,7 @@ def fill(
     if projection == "exact" and not backbone.reads_class_token([layer]):
         need = "projection 'exact' needs a class token at the last block"
         raise ValueError(f"{need}, not {backbone.name} {layer}")
-    part, every = shard_rows(len(data), *shard), np.arange(len(data))
+    part = shard_rows(len(data), *shard)
     embedding = store.open_entry(describe(data, backbone), len(data), backbone.width, root)
     entries = {"embedding": embedding}
     for objective in objectives:
@@ -127,26 +127,28 @@ def fill(
             width = views * (linear.out_features + linear.in_features)
         meta = describe(data, backbone, objective, train, seed, layer, projection)
         entries[objective.name] = store.open_entry(meta, len(data), width, root)
-        targets = [Target(entries[objective.name], every)]
+        targets = [Target(entries[objective.name])]
         if objective.embeds_views and layer == backbone.layer:
             meta = _describe_seen(data, backbone, objective, seed)
             seen = store.open_entry(meta, len(data), backbone.width, root)
             entries[meta["feature"]] = seen
-            targets.append(Target(seen, every, source=None))
-        sources = [(layer, train)]
-        fill_gradients(targets, data, backbone, objective, sources, seed, projection, root, part)
+            targets.append(Target(seen, source=None))
+        options = dict(train=train, seed=seed, projection=projection, root=root, part=part)
+        fill_gradients(targets, data, backbone, objective, [layer], **options)
     label = f"{data.name} {data.split} {backbone.name} embedding"
-    targets = [Target(embedding, every, source=None)]
+    targets = [Target(embedding, source=None)]
     write(targets, data, label, lambda some: embedding_rows(backbone, some), part)
     return entries
 
 
 def fill_gradients(
     targets: Sequence[Target],
-    items,
+    data,
     backbone: Backbone,
     objective: Objective,
-    sources: Sequence[tuple[str, Any]],
+    layers: Sequence[str],
+    *,
+    train,
     seed: int,
     projection: str = "rademacher",
     root: Path | None = None,
@@ -154,20 +156,16 @@ def fill_gradients(
 ) -> None:
     """Fill targets with one objective's gradients, all from one pass over the items that they lack.
 
-    ``sources``: the layer and the training data of each gradient; targets name theirs by place.
+    ``layers``: of each gradient; targets name theirs by place. ``train``: what negatives are of.
     """
-    if not gaps(targets, len(items), part):
+    if not gaps(targets, len(data), part):
         return  # neither heads nor negatives are drawn
-    parts, negatives = [], {}
-    for layer, train in sources:
-        made = draw_parts(backbone, objective, seed, layer, projection)
-        if id(train) not in negatives:
-            stored = stored_negatives(backbone, objective, made.heads, train, seed, root)
-            negatives[id(train)] = stored
-        parts.append(replace(made, negatives=negatives[id(train)]))
-    label = f"{items.name} {items.split} {backbone.name} {objective.name}"
+    parts = [draw_parts(backbone, objective, seed, layer, projection) for layer in layers]
+    negatives = stored_negatives(backbone, objective, parts[0].heads, train, seed, root)
+    parts = [replace(one, negatives=negatives) for one in parts]
+    label = f"{data.name} {data.split} {backbone.name} {objective.name}"
     rows = lambda some: gradient_rows(backbone, objective, parts, some, seed)
-    write(targets, items, label, rows, part)
+    write(targets, data, label, rows, part)
 
 
 @default_modes()
@@ -194,7 +192,7 @@ def stored_negatives(
     if not entry.complete:
         items = Subset(train, chosen.tolist())
         label = f"{train.name} {objective.name} negatives"
-        write([Target(entry, np.arange(len(chosen)))], items, label, rows)
+        write([Target(entry)], items, label, rows)
     latents = torch.from_numpy(entry.read()).unflatten(1, (views, dim))  # (N, V * C) -> (N, V, C)
     return objective.memory(latents, rng).to(backbone.device)
 

@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from torch.utils.data import Subset
@@ -13,46 +13,28 @@ from tqdm.auto import tqdm
 from .store import SHARD, Entry
 
 
-@dataclass(frozen=True)
-class Target:
-    """Say where rows go: item i is row ``rows[i]`` of the entry (-1: it is none of its rows).
+class Target(NamedTuple):
+    """Say where rows go: item i is row i of the entry.
 
-    ``source``: which of the gradients of a pass, or None for the embedding.
+    ``source``: which of the gradients of a pass, or None for what is seen without any.
     """
 
     entry: Entry
-    rows: np.ndarray
     source: int | None = 0
-
-    def wanted(self, start: int, stop: int | None) -> np.ndarray:
-        """Say which items this entry lacks among its rows start..stop, (N,) bool."""
-        lacks = np.zeros(self.entry.n + 1, bool)  # the last stands for items that are no rows
-        for low, high in self.entry.missing(start, stop):
-            lacks[low:high] = True
-        return lacks[self.rows]
-
-    def write(self, items: slice, block: np.ndarray) -> None:
-        """Write the rows of some items, run by run."""
-        rows = self.rows[items]
-        # Row 0 does not go on from -1, an item that is no row.
-        edges = np.flatnonzero((np.diff(rows) != 1) | (rows[:-1] < 0)) + 1
-        for run, part in zip(np.split(rows, edges), np.split(block, edges), strict=True):
-            if run[0] >= 0:
-                self.entry.write(int(run[0]), part)
 
 
 def gaps(
     targets: Sequence[Target], count: int, part: tuple[int, int | None] = (0, None)
 ) -> list[tuple[int, int]]:
-    """Return the ranges [start, stop) of ``count`` items that hold all that any target lacks.
+    """Return the ranges [start, stop) of ``count`` rows that hold all that any target lacks.
 
-    They are widened to multiples of the store's files: rows that a target lacks may be scattered
-    over the items, as a fold's are, and a resumed run must have the batches of an undisturbed one,
-    so the same bytes.
+    They are whole files of the store: a resumed run must have the batches of an undisturbed one, so
+    the same bytes.
     """
     files = np.zeros(-(-count // SHARD) + 2, bool)
     for target in targets:
-        files[1 + np.flatnonzero(target.wanted(*part)) // SHARD] = True
+        for start, stop in target.entry.missing(*part):
+            files[1 + start // SHARD : 1 - (-stop // SHARD)] = True
     edges = np.minimum(np.flatnonzero(np.diff(files)) * SHARD, count)
     return edges.reshape(-1, 2).tolist()  # (2 gaps,) -> (gaps, 2)
 
@@ -69,7 +51,7 @@ def write(
     ``rows(some items)`` yields (start, embeddings or None, gradients of every source).
     """
     # Targets that lack nothing are not locked: others may only be reading them.
-    targets = [target for target in targets if target.wanted(*part).any()]
+    targets = [target for target in targets if target.entry.missing(*part)]
     with ExitStack() as locks:
         # One order for all writers: no two wait for each other.
         for target in sorted(targets, key=lambda target: target.entry.key):
@@ -80,10 +62,9 @@ def write(
             for first, stop in absent:
                 for start, embeddings, gradients in rows(Subset(items, range(first, stop))):
                     count = len(gradients[0] if gradients else embeddings)
-                    place = slice(first + start, first + start + count)
-                    for target in targets:
-                        source = target.source
-                        target.write(place, embeddings if source is None else gradients[source])
+                    for entry, source in targets:
+                        block = embeddings if source is None else gradients[source]
+                        entry.write(first + start, block)
                     bar.update(count)
 
 

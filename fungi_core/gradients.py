@@ -112,17 +112,16 @@ def tapped_factors(
     model: torch.nn.Module,
     embed: Callable[[torch.Tensor], torch.Tensor],
     views: torch.Tensor,
-    losses: Sequence[Loss],
+    loss: Loss,
     paths: Sequence[str],
 ) -> tuple[torch.Tensor, list[Factors]]:
-    """Take the gradients of losses at linear layers: one forward pass, one backward pass a loss.
+    """Take the gradient of a loss at linear layers, from one forward and one backward pass.
 
-    ``embed`` maps views (N, ...) through ``model`` to (N, D), or to (N, T, D) where the losses read
-    all tokens. ``views``: (B, V, ...). Each loss maps embeddings (B, V, ..., D) float32 to (B,).
+    ``embed`` maps views (N, ...) through ``model`` to (N, D), or to (N, T, D) where the loss reads
+    all tokens. ``views``: (B, V, ...). The loss maps embeddings (B, V, ..., D) float32 to (B,).
 
-    Returns the embeddings and the factors of the first loss at every path, of the second, and so
-    on. Raises ValueError for a layer that does not run exactly once, `LossNotFinite` for a bad
-    loss.
+    Returns the embeddings, and the factors at every path. Raises ValueError for a layer that does
+    not run exactly once, `LossNotFinite` for a bad loss.
     """
     batch, count = views.shape[:2]
     with tap(model, paths) as taps, torch.no_grad():
@@ -130,41 +129,34 @@ def tapped_factors(
         if odd := [one for one in taps if one.calls != 1]:
             ran = f"layer {odd[0].path!r} ran {odd[0].calls} times in one forward pass"
             raise ValueError(f"{ran}; it must run exactly once")
-    if losses and not embeddings.requires_grad:
+    if not embeddings.requires_grad:
         raise ValueError(
             f"no gradient leads from the embedding to layer {paths[0]!r}: the network must use the "
             "layer's output, without torch.inference_mode or detach behind it"
         )
     with torch.enable_grad():
         embeddings = embeddings.float().unflatten(0, (batch, count))
-        outputs = [one.output for one in taps]
-        found = loss_gradients(losses, embeddings, outputs)
-    activations = [per_sample(one.activations, batch) for one in taps]
+        gradients = loss_gradient(loss, embeddings, [one.output for one in taps])
     factors = [
-        Factors(a, per_sample(gradient, batch), one.bias)
-        for gradients in found
-        for one, a, gradient in zip(taps, activations, gradients, strict=True)
+        Factors(per_sample(one.activations, batch), per_sample(gradient, batch), one.bias)
+        for one, gradient in zip(taps, gradients, strict=True)
     ]
     return embeddings.detach(), factors
 
 
-def loss_gradients(
-    losses: Sequence[Loss], embeddings: torch.Tensor, outputs: Sequence[torch.Tensor]
-) -> list[Sequence[torch.Tensor]]:
-    """Return d(sum of a loss over the samples) / d(outputs), for each loss of the embeddings.
+def loss_gradient(
+    loss: Loss, embeddings: torch.Tensor, outputs: Sequence[torch.Tensor]
+) -> Sequence[torch.Tensor]:
+    """Return d(sum of a loss of the embeddings over the samples) / d(outputs).
 
     Raises `LossNotFinite` for the first sample whose loss is NaN or infinite.
     """
-    found = []
-    for loss in losses:
-        values = loss(embeddings)  # (B,)
-        bad = ~torch.isfinite(values.detach())
-        if bad.any():
-            first = int(bad.nonzero()[0])
-            raise LossNotFinite(first, values[first].item())
-        another = loss is not losses[-1]  # needs the graph once more
-        found.append(torch.autograd.grad(values.sum(), outputs, retain_graph=another))
-    return found
+    values = loss(embeddings)  # (B,)
+    bad = ~torch.isfinite(values.detach())
+    if bad.any():
+        first = int(bad.nonzero()[0])
+        raise LossNotFinite(first, values[first].item())
+    return torch.autograd.grad(values.sum(), outputs)
 
 
 def per_sample(tensor: torch.Tensor, batch: int) -> torch.Tensor:

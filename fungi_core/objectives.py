@@ -162,19 +162,16 @@ class Objective:
         self,
         backbone,
         batch: torch.Tensor | list[torch.Tensor],
-        heads: Sequence[Heads],
-        negatives: Sequence[torch.Tensor | None],
-        layers: list[str],
+        heads: Heads,
+        negatives: torch.Tensor | None,
+        layers: Sequence[str],
     ) -> tuple[torch.Tensor, list[Factors]]:
-        """Return embeddings (B, V, D), and factors at each layer for each heads, negatives.
+        """Return embeddings (B, V, D), and the factors of the loss at each layer.
 
         An objective that reads something else than the embedding overrides this.
         """
-        losses = [
-            lambda embeddings, h=h, n=n: self.loss(embeddings, h, n)
-            for h, n in zip(heads, negatives, strict=True)
-        ]
-        return backbone.factors(batch, losses, layers)
+        loss = lambda embeddings: self.loss(embeddings, heads, negatives)
+        return backbone.factors(batch, loss, layers)
 
 
 @dataclass(frozen=True)

@@ -133,7 +133,7 @@ def embedding_rows(
 ) -> Iterator[tuple[int, np.ndarray, list[np.ndarray]]]:
     """Yield (start, embeddings (B, D) float32, []), by the forward pass that gradients take."""
     for start, batch in view_batches(backbone, Whole(), "embedding", items, 0):
-        embeddings, _ = backbone.factors(batch, [])
+        embeddings, _ = backbone.factors(batch, None)
         yield start, embeddings[:, 0].cpu().numpy(), []
 
 
@@ -143,57 +143,45 @@ def gradient_rows(
 ) -> Iterator[tuple[int, np.ndarray | None, list[np.ndarray]]]:
     """Yield (start, what is seen (B, D) or None, projected gradients (B, d) of each of ``parts``).
 
-    All parts share the views and the forward pass: they may differ in layer or in negatives. What
+    All parts share heads, negatives, views and the forward pass: they differ in their layers. What
     is seen is the embedding of the whole item, or the mean over several views, see `_seen`.
     Eq. 1, before normalisation.
     """
-    layers = list(dict.fromkeys(part.layer for part in parts))
-    pairs = list({id(part.negatives): part for part in parts}.values())
-    heads, negatives = [part.heads for part in pairs], [part.negatives for part in pairs]
-    order = [(id(pair.negatives), layer) for pair in pairs for layer in layers]
-    place = [order.index((id(part.negatives), part.layer)) for part in parts]
+    given, layers = (parts[0].heads, parts[0].negatives), [part.layer for part in parts]
     # Few items at a time where the activations of many layers are held.
     most = 256 if len(layers) == 1 else 2 if backbone.device == "cpu" else 8
     views, key = objective.views, objective.name
     for start, batch in view_batches(backbone, views, key, items, seed, most):
         try:
-            embeddings, factors = objective.factors(backbone, batch, heads, negatives, layers)
+            embeddings, factors = objective.factors(backbone, batch, *given, layers)
         except LossNotFinite as error:
             name = _name(items, start + error.sample, backbone.inputs.kind)
             raise LossNotFinite(error.sample, error.value, name) from error
         projected = [
-            part.projection.apply(factors[i], backbone.dtype).cpu().numpy()
-            for part, i in zip(parts, place, strict=True)
+            part.projection.apply(one, backbone.dtype).cpu().numpy()
+            for part, one in zip(parts, factors, strict=True)
         ]
         if backbone.dtype != torch.float32:
-            faint = [objective.faint(embeddings, h, n) for h, n in zip(heads, negatives)]
-            own = [faint[i // len(layers)].cpu().numpy() for i in place]
-            _again(backbone, objective, parts, items, seed, start, own, projected)
+            faint = np.flatnonzero(objective.faint(embeddings, *given).cpu().numpy())
+            few = Subset(items, (start + faint).tolist())
+            if len(faint):  # rarely: the network in float32 is not loaded before
+                _replace(projected, faint, backbone.in_float32, objective, parts, few, seed)
         yield start, _seen(objective, embeddings), projected
 
 
-def _again(
+def _replace(
+    blocks: Sequence[np.ndarray],
+    rows: np.ndarray,
     backbone: Backbone,
     objective: Objective,
     parts: Sequence[Parts],
     items: Sequence,
     seed: int,
-    start: int,
-    faint: Sequence[np.ndarray],
-    projected: Sequence[np.ndarray],
 ) -> None:
-    """Put float32's rows in the place of ``projected`` gradients that are ``faint``, (B,) bool.
-
-    The batch begins at item ``start``. Each of ``parts`` has its own: it may differ in negatives.
-    """
-    rows = np.flatnonzero(np.any(faint, 0))
-    if not len(rows):
-        return  # most batches: the network in float32 is not even loaded
-    few = Subset(items, (start + rows).tolist())
-    for first, _, blocks in gradient_rows(backbone.in_float32, objective, parts, few, seed):
-        for block, mine, found in zip(projected, faint, blocks, strict=True):
-            at = rows[first : first + len(found)]
-            block[at[mine[at]]] = found[mine[at]]
+    """Put the gradients of ``items`` in the place of ``rows`` of the blocks, one for each part."""
+    for start, _, gradients in gradient_rows(backbone, objective, parts, items, seed):
+        for block, found in zip(blocks, gradients, strict=True):
+            block[rows[start : start + len(found)]] = found
 
 
 def _seen(objective: Objective, embeddings: torch.Tensor) -> np.ndarray | None:

@@ -74,7 +74,7 @@ def _factors(
         return torch.cat(losses)
 
     views, layers = batch[:, None], [backbone.layer]
-    tokens, (made,) = tapped_factors(model, model.forward_features, views, [of_images], layers)
+    tokens, (made,) = tapped_factors(model, model.forward_features, views, of_images, layers)
     return tokens[:, 0], made
 
 

@@ -35,7 +35,7 @@ def test_a_read_out_behind_the_head_is_the_same_on_the_class_tokens_path():
     assert not general.reads_class_token([fast.layer])
     views = torch.rand(2, 3, 3, 160, 160, generator=torch.Generator().manual_seed(0))
     loss = lambda z: z.square().sum((1, 2))
-    (a, (f,)), (b, (g,)) = (one.factors(views, [loss]) for one in (fast, general))
+    (a, (f,)), (b, (g,)) = (one.factors(views, loss) for one in (fast, general))
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(f.gradient(), g.gradient(), rtol=1e-4, atol=1e-5)
     expected = model(views.flatten(0, 1))

@@ -211,14 +211,8 @@ def test_a_complete_embedding_is_not_locked_by_the_gradients_of_another_seed(mon
 )
 def test_gaps_are_the_union_of_what_targets_lack_in_whole_files(ranges, joined):
     entry = lambda *gap: SimpleNamespace(n=900, missing=lambda *part: [gap])
-    targets = [Target(entry(*gap), np.arange(900)) for gap in ranges]
+    targets = [Target(entry(*gap)) for gap in ranges]
     assert list(map(tuple, gaps(targets, 900))) == joined
-
-
-def test_items_that_are_no_rows_of_an_entry_are_not_lacking():
-    entry = SimpleNamespace(n=4, missing=lambda *part: [(1, 3)])
-    rows = np.array([-1, 3, 2, -1, 1, 0])  # of six items
-    assert np.flatnonzero(Target(entry, rows).wanted(0, None)).tolist() == [2, 4]
 
 
 # --- keys

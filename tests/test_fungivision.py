@@ -106,7 +106,7 @@ def test_gradients_are_those_of_the_published_library(objective, config, pool):
     given = given_views(backbone, BATCH, count)
     parts = our_parts(backbone, objective)
     loss = lambda embeddings: objective.loss(embeddings, parts.heads, parts.negatives)
-    _, (factors,) = backbone.factors(given, [loss])
+    _, (factors,) = backbone.factors(given, loss)
     extractor = published(backbone, config)
     hand_over(extractor, parts, given[:, 0] if objective.name == "kl" else given)
     raw, projected = their_gradients(extractor, count)
@@ -131,7 +131,7 @@ def test_the_denominator_of_eq_5_is_another_gradient():
         objective = SimCLR(denominator=denominator)
         parts = our_parts(backbone, objective)
         loss = lambda e, o=objective, p=parts: o.loss(e, p.heads, p.negatives)
-        grads[denominator] = backbone.factors(given, [loss])[1][0].gradient()
+        grads[denominator] = backbone.factors(given, loss)[1][0].gradient()
     assert relative(grads["eq5"], grads["published"]) > 0.01
 
 

@@ -48,10 +48,10 @@ def test_tapped_gradients_equal_per_sample_autograd(objective, pool):
     given, batch = parts(backbone, objective), views(objective, backbone.inputs.size)
     expected = autograd(backbone, objective, given, batch, backbone.layer)
     loss = lambda e: objective.loss(e, given.heads, given.negatives)
-    _, (factors,) = tapped_factors(backbone.model, backbone.embed, batch, [loss], [backbone.layer])
+    _, (factors,) = tapped_factors(backbone.model, backbone.embed, batch, loss, [backbone.layer])
     assert relative(factors.gradient(), expected) < 1e-5
     assert backbone.reads_class_token([backbone.layer]) == (pool == "token")
-    embeddings, (chosen,) = backbone.factors(batch, [loss])
+    embeddings, (chosen,) = backbone.factors(batch, loss)
     assert relative(chosen.gradient(), expected) < 1e-5
     torch.testing.assert_close(embeddings[:, 0], backbone.embed(batch[:, 0]), rtol=1e-5, atol=1e-5)
 
@@ -76,7 +76,7 @@ def test_deepcluster_and_ibot_gradients_equal_per_sample_autograd(objective, lay
         expected.append(torch.cat([linear.weight.grad, linear.bias.grad[:, None]], 1))
         linear.requires_grad_(False)
         linear.weight.grad = linear.bias.grad = None
-    pair = [given.heads], [given.negatives], [layer]
+    pair = given.heads, given.negatives, [layer]
     _, (factors,) = objective.factors(backbone, batch, *pair)
     assert relative(factors.gradient(), torch.stack(expected)) < 1e-5
     alone = [objective.factors(backbone, one[None], *pair)[1][0] for one in batch]
@@ -117,30 +117,25 @@ def test_tapped_gradients_equal_vmap_of_grad():
         {n: state[n] for n in names}, batch
     )
     expected = torch.cat([per_sample[names[0]], per_sample[names[1]][..., None]], 2)
-    _, (factors,) = backbone.factors(batch, [lambda e: objective.loss(e, given.heads)])
+    _, (factors,) = backbone.factors(batch, lambda e: objective.loss(e, given.heads))
     assert relative(factors.gradient(), expected) < 1e-5
 
 
 @pytest.mark.parametrize("pool", ["token", "avg"])
-def test_several_losses_at_several_layers_are_each_alone(pool):
-    """Factors come loss by loss, then layer by layer; one forward pass serves them all."""
-    backbone = encoder(pool)
-    batch = views(SMALL[2], backbone.inputs.size, 2)
-    given = [parts(backbone, SMALL[0]), parts(backbone, SMALL[2])]
-    losses = [
-        lambda e, o=objective, p=part: o.loss(e, p.heads, p.negatives)
-        for objective, part in zip((SMALL[0], SMALL[2]), given, strict=True)
-    ]
-    for layers in ([backbone.layer], ["blocks.2.mlp.fc1", "blocks.4.attn.qkv"]):
-        embeddings, together = backbone.factors(batch, losses, layers)
-        pairs = [(loss, layer) for loss in losses for layer in layers]
-        assert len(together) == len(pairs)
-        for (loss, layer), factors in zip(pairs, together, strict=True):
-            alone, (one,) = backbone.factors(batch, [loss], [layer])
-            torch.testing.assert_close(embeddings, alone, rtol=1e-4, atol=1e-5)
-            assert relative(factors.gradient(), one.gradient()) < 1e-5
-    embeddings, none = backbone.factors(batch, [])
-    assert none == [] and embeddings.shape == (2, 5, backbone.width)
+def test_a_loss_at_several_layers_is_that_at_each_alone(pool):
+    backbone, objective = encoder(pool), SMALL[2]
+    batch = views(objective, backbone.inputs.size, 2)
+    given = parts(backbone, objective)
+    loss = lambda e: objective.loss(e, given.heads, given.negatives)
+    layers = ["blocks.2.mlp.fc1", "blocks.4.attn.qkv", backbone.layer]
+    embeddings, together = backbone.factors(batch, loss, layers)
+    for layer, factors in zip(layers, together, strict=True):
+        seen, (one,) = backbone.factors(batch, loss, [layer])
+        torch.testing.assert_close(embeddings, seen, rtol=1e-4, atol=1e-5)
+        assert relative(factors.gradient(), one.gradient()) < 1e-5
+    alone, none = backbone.factors(batch, None)
+    assert none == []
+    torch.testing.assert_close(embeddings, alone, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +145,7 @@ def test_every_linear_layer_in_one_pass(path):
     backbone, objective = encoder(), SMALL[2]
     given, batch = parts(backbone, objective), views(objective, backbone.inputs.size, 2)
     loss = lambda e: objective.loss(e, given.heads, given.negatives)
-    _, several = backbone.factors(batch, [loss], ["blocks.0.attn.proj", path, "blocks.5.attn.proj"])
+    _, several = backbone.factors(batch, loss, ["blocks.0.attn.proj", path, "blocks.5.attn.proj"])
     assert relative(several[1].gradient(), autograd(backbone, objective, given, batch, path)) < 1e-5
 
 
@@ -161,7 +156,7 @@ def test_a_layer_without_bias_and_registers_and_layer_scale():
     given, batch = parts(backbone, objective), views(objective, backbone.inputs.size, 2)
     loss = lambda e: objective.loss(e, given.heads)
     for path in (backbone.layer, "blocks.5.attn.qkv"):
-        _, (factors,) = backbone.factors(batch, [loss], [path])
+        _, (factors,) = backbone.factors(batch, loss, [path])
         assert factors.bias == (path == backbone.layer)
         assert (
             relative(factors.gradient(), autograd(backbone, objective, given, batch, path)) < 1e-5
@@ -172,7 +167,7 @@ def test_no_parameter_requires_grad_and_hooks_are_removed_even_after_an_error():
     backbone = encoder("avg")
     batch = views(SMALL[0], backbone.inputs.size)
     with pytest.raises(RuntimeError, match="broken loss"):
-        backbone.factors(batch, [lambda e: (_ for _ in ()).throw(RuntimeError("broken loss"))])
+        backbone.factors(batch, lambda e: (_ for _ in ()).throw(RuntimeError("broken loss")))
     layer = linear_layer(backbone.model, backbone.layer)
     assert not layer._forward_hooks and not layer._forward_pre_hooks
     assert not any(p.requires_grad or p.grad is not None for p in backbone.model.parameters())
@@ -183,7 +178,7 @@ def test_a_loss_that_is_not_finite_names_its_sample():
     backbone = encoder()
     broken = lambda e: e.sum((1, 2)) * torch.tensor([1.0, torch.nan, 1.0])
     with pytest.raises(FloatingPointError, match="sample 1 of the batch is nan"):
-        backbone.factors(views(SMALL[0], backbone.inputs.size), [broken])
+        backbone.factors(views(SMALL[0], backbone.inputs.size), broken)
 
 
 @pytest.mark.parametrize(
@@ -192,14 +187,14 @@ def test_a_loss_that_is_not_finite_names_its_sample():
 )
 def test_wrong_layers_are_named(path, message):
     with pytest.raises(ValueError, match=message):
-        encoder().factors(torch.zeros(1, 1, 3, 160, 160), [lambda e: e.sum((1, 2))], [path])
+        encoder().factors(torch.zeros(1, 1, 3, 160, 160), lambda e: e.sum((1, 2)), [path])
 
 
 def test_a_tap_that_runs_twice_is_refused():
     layer = torch.nn.Linear(4, 4)
     model = torch.nn.Sequential(layer, layer)
     with pytest.raises(ValueError, match="ran 2 times"):
-        tapped_factors(model, model, torch.zeros(1, 1, 4), [lambda e: e.sum((1, 2))], ["0"])
+        tapped_factors(model, model, torch.zeros(1, 1, 4), lambda e: e.sum((1, 2)), ["0"])
 
 
 def test_taps_leave_the_output_as_it_is():
@@ -224,7 +219,7 @@ def test_bf16_features_stay_close_to_fp32():
     for backbone in encoders:
         images = torch.rand(4, 1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
         images, loss = images.to(backbone.dtype), lambda e: objective.loss(e, given.heads)
-        embeddings, (factors,) = backbone.factors(images, [loss])
+        embeddings, (factors,) = backbone.factors(images, loss)
         results.append((embeddings[:, 0], given.projection.apply(factors, backbone.dtype)))
     for exact, fast in zip(*results, strict=True):
         assert np.all(torch.cosine_similarity(exact, fast).numpy() > 0.99)
@@ -267,7 +262,7 @@ def test_views_at_their_own_sizes_equal_per_sample_autograd(objective):
             total = total + torch.cat([weight, bias[:, None]], 1)
         expected.append(total)
     loss = lambda e: objective.loss(e, given.heads, given.negatives)
-    embeddings, (factors,) = backbone.factors(batch, [loss])
+    embeddings, (factors,) = backbone.factors(batch, loss)
     assert relative(factors.gradient(), torch.stack(expected)) < 1e-5
     assert embeddings.shape == (3, sum(g.shape[1] for g in groups), 64)
 
@@ -278,7 +273,7 @@ def test_other_sizes_need_whole_patches_and_a_class_token():
     with pytest.raises(ValueError, match="cannot take 50 px images; it takes multiples of 16 px"):
         backbone.at_size(50)
     with pytest.raises(ValueError, match="views at their own sizes need a class token"):
-        encoder("avg").factors(torch.zeros(1, 1, 3, 80, 80), [lambda e: e.sum((1, 2))])
+        encoder("avg").factors(torch.zeros(1, 1, 3, 80, 80), lambda e: e.sum((1, 2)))
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 4))
     plain = load(model, layer="1", device="cpu")
     with pytest.raises(ValueError, match="cannot take 3 px images; it takes"):

@@ -626,16 +626,14 @@ def test_in_bfloat16_every_image_has_float32s_gradient(objective, pair):
     assert not np.array_equal(exact, low)  # most of them are bfloat16's
 
 
-def test_a_faint_gradient_is_float32s_in_any_batch_and_beside_other_negatives(pair, monkeypatch):
+def test_a_faint_gradient_is_float32s_in_any_batch(pair, monkeypatch):
     objective, images = BELOW[2], list(_all_kinds().values())[5:8]  # tiled, sky, camera
     part = _parts(pair[0], objective)
-    others = replace(part, negatives=part.negatives[:9])
     exact, low = pair
-    together = _rows(low, objective, [part, others], images)
+    (together,) = _rows(low, objective, [part], images)
     for i in (0, 2):
-        for mine, found in zip([part, others], together, strict=True):
-            (alone,) = _rows(low, objective, [mine], images[i : i + 1])
-            assert (normalize(alone)[0] @ normalize(found)[i]) > 0.9999
+        (alone,) = _rows(low, objective, [part], images[i : i + 1])
+        assert (normalize(alone)[0] @ normalize(together)[i]) > 0.9999
     seen = low.embed(torch.zeros(1, 3, 64, 64, dtype=torch.bfloat16))
     assert seen.dtype == torch.bfloat16 and low.in_float32.dtype == torch.float32
     for name, weight in low.in_float32.model.state_dict().items():

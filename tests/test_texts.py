@@ -161,13 +161,13 @@ def test_padding_has_exactly_no_gradient_and_no_part_in_the_embedding(encoder):
         encoder.layer,
         encoder.layer.replace(".2.", ".1.", 1),
     ):  # an earlier block: through attention too
-        embeddings, (factors,) = encoder.factors(batch, [loss], [layer])
+        embeddings, (factors,) = encoder.factors(batch, loss, [layer])
         padding = batch[:, 0, 1] == 0  # (B, T)
         assert padding.any() and (factors.output_gradients[padding] == 0).all()
         assert (factors.output_gradients[~padding] != 0).any()
     other = batch.clone()
     other[:, :, 0][padding[:, None]] = 77  # whatever stands there
-    again, (same,) = encoder.factors(other, [loss])
+    again, (same,) = encoder.factors(other, loss)
     assert relative(again, embeddings) < 1e-6
 
 

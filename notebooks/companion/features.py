@@ -119,9 +119,9 @@ def layer_features(
             meta = describe(data, encoder, objective, both[0], seed, layer, "rademacher")
             entries[layer] = store.open_entry(meta, len(data), encoder.width, root)
         for some in ([layer for layer in layers if layer not in own], own):
-            every, sources = np.arange(len(data)), [(layer, both[0]) for layer in some]
-            targets = [Target(entries[layer], every, source) for source, layer in enumerate(some)]
-            fill_gradients(targets, data, encoder, objective, sources, seed, root=root)
+            targets = [Target(entries[layer], source) for source, layer in enumerate(some)]
+            options = dict(train=both[0], seed=seed, root=root)
+            fill_gradients(targets, data, encoder, objective, some, **options)
         for layer, entry in entries.items():
             found[layer].append(Features(data, {objective.name: entry.read()}, (entry.key,)))
     return {layer: tuple(pair) for layer, pair in found.items()}

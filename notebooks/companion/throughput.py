@@ -89,7 +89,7 @@ def feature(
 
     def call() -> torch.Tensor:
         views = objective.views.finish(batch.to(backbone.device), inputs, backbone.dtype)
-        _, (factors,) = objective.factors(backbone, views, [part.heads], [negatives], [part.layer])
+        _, (factors,) = objective.factors(backbone, views, part.heads, negatives, [part.layer])
         return part.projection.apply(factors, backbone.dtype)
 
     return call

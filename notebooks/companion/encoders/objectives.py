@@ -183,10 +183,10 @@ class IBOT(Objective):
 
     def factors(self, backbone, batch, heads, negatives, layers):
         """Return all tokens and their factors: the loss reads tokens of masked and whole crops."""
-        masked = masked_crops(batch, heads[0]["masks"])
-        losses = [lambda tokens, h=h: self.loss(tokens, h) for h in heads]
+        masked = masked_crops(batch, heads["masks"])
+        loss = lambda tokens: self.loss(tokens, heads)
         read = lambda views: class_and_patches(backbone, views)
-        return tapped_factors(backbone.model, read, masked, losses, layers)
+        return tapped_factors(backbone.model, read, masked, loss, layers)
 
     def loss(self, embeddings, heads, negatives=None) -> torch.Tensor:
         """Return the loss of each sample, (B,), from tokens (B, V + G, 1 + patches, D).
@@ -307,9 +307,9 @@ class MaskedWords(Objective):
     def factors(self, backbone, batch, heads, negatives, layers):
         """Return all tokens and their factors: the loss reads the tokens behind the masks."""
         targets = batch[:, :, 2]
-        losses = [lambda tokens, h=h: self.loss(tokens, h, targets) for h in heads]
+        loss = lambda tokens: self.loss(tokens, heads, targets)
         read = lambda views: text.hidden(backbone.model, views)
-        return tapped_factors(backbone.model, read, batch, losses, layers)
+        return tapped_factors(backbone.model, read, batch, loss, layers)
 
     def loss(self, embeddings, heads, negatives=None) -> torch.Tensor:
         """Return the loss of each sample, (B,), from tokens (B, V, T, D) and targets (B, V, T)."""

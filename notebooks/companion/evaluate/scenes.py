@@ -234,7 +234,7 @@ def soft_labels(
         meta = description(train, test, backbone, setup, kind)
         entries[kind] = open_entry(meta, n, grid * classes, paths.store_dir())
     todo = [kind for kind in kinds if not entries[kind].complete]
-    targets = [Target(entries[kind], np.arange(n), source) for source, kind in enumerate(todo)]
+    targets = [Target(entries[kind], source) for source, kind in enumerate(todo)]
 
     def rows(images: Sequence[int]) -> Iterator[tuple]:
         for at, found in enumerate(predictions(train, test, images, backbone, setup, todo)):
