@@ -16,7 +16,7 @@ def resolve_device(device) -> str:
     try:
         found = torch.device(f"cuda:{device}" if isinstance(device, int) else device)
         if found.type != "cuda":
-            torch.zeros(1, device=found).item()  # one that is not here, or has no numbers, raises
+            torch.zeros(1, device=found)  # one that is not here raises; "meta" has shapes alone
     except (RuntimeError, AssertionError, TypeError, NotImplementedError, ImportError) as error:
         why = str(error).splitlines()[0]
         raise ValueError(f"device {device!r} is none: {why}; use 'auto', 'cpu', 'cuda'") from None
