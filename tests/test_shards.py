@@ -134,21 +134,20 @@ def test_a_wrong_shard_is_one_line(text, capsys):
 
 def test_four_shards_in_any_order_two_at_once_one_killed_are_the_bytes_of_one_run(tmp_path, ended):
     """Negatives too: drawn by whichever job comes first, and the same."""
-    all_rows = [0, f"digits train {NAME}: 1000 rows of embedding, kl, simclr in the store\n"]
+    names = "embedding, kl, simclr, simclr_views"
+    all_rows = [0, f"digits train {NAME}: 1000 rows of {names} in the store\n"]
     assert ended((tmp_path / "one", 0)) == [all_rows]
 
     root, shard = tmp_path / "four", lambda i: f"--shard={i}/4"
     ((status, text),) = ended((root, 0, shard(4)))
     assert status == 0
-    assert text.endswith(
-        ": 232 rows (768 to 1000 of 1000, shard 4/4) of embedding, kl, simclr in the store\n"
-    )
+    assert text.endswith(f": 232 rows (768 to 1000 of 1000, shard 4/4) of {names} in the store\n")
     assert [status for status, _ in ended((root, 0, shard(3)), (root, 0, shard(1)))] == [0, 0]
     ((status, _),) = ended(
         (root, 3, shard(2))
     )  # embedding and KL are stored, SimCLR is about to be
     assert status == -signal.SIGKILL and len(list(root.glob("*/*.tmp"))) == 1
-    assert sorted(e["n"] - e["done"] for e in entries(root)) == [0, 0, 0, SHARD]
+    assert sorted(e["n"] - e["done"] for e in entries(root)) == [0, 0, 0, SHARD, SHARD]
     assert ended((root, 0, shard(2)))[0][0] == 0
     assert contents(root) == contents(tmp_path / "one")
     assert ended((root, 0)) == [all_rows]  # the final check
