@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from scipy.signal import resample_poly  # scikit-learn brings it
 
-from .inputs import Inputs, Views, readable
+from .inputs import Inputs, Views, one_line, readable
 from .objectives import SimCLR
 
 RATE = 16_000  # Hz
@@ -153,8 +153,7 @@ def _read(item: str | Path | bytes, name: str) -> tuple[np.ndarray, int]:
         return soundfile.read(source, dtype="float32", always_2d=True)
     # A headerless name such as x.raw is a TypeError.
     except (soundfile.SoundFileError, OSError, TypeError) as error:
-        reason = readable(" ".join(str(error).split()))  # it names the file, too
-        raise ValueError(f"cannot read the sound {where}: {reason}") from error
+        raise ValueError(f"cannot read the sound {where}: {one_line(error)}") from error
 
 
 def fit_length(samples: np.ndarray, seconds: float) -> np.ndarray:

@@ -18,6 +18,7 @@ from timm.data import resolve_data_config
 from . import class_token
 from .devices import default_modes, resolve_device, resolve_dtype
 from .gradients import Factors, Loss, linear_layer, tapped_factors
+from .inputs import one_line
 from .views import ImageInputs
 
 # How timm and transformers call the output projection of an attention.
@@ -72,10 +73,9 @@ class Backbone:
             with torch.inference_mode():
                 out = self.embed(views)
         except Exception as error:  # a module raises anything for views that it cannot take
-            reason = " ".join(str(error).split())
-            raise ValueError(
-                f"{self.name} cannot take views of shape {tuple(views.shape)}: {reason}"
-            ) from error
+            shape = tuple(views.shape)
+            message = f"{self.name} cannot take views of shape {shape}: {one_line(error)}"
+            raise ValueError(message) from error
         if not isinstance(out, torch.Tensor) or out.ndim != 2:
             kind = type(out).__name__
             if isinstance(out, torch.Tensor):
@@ -258,9 +258,8 @@ def create(name: str, head: bool, arguments: dict) -> torch.nn.Module:
     try:
         return timm.create_model(architecture, pretrained=True, **arguments)
     except Exception as error:  # the hub's client raises many kinds; the cause is kept
-        reason = " ".join(str(error).split())[:200]
         missing = f"the weights of {name} are not here and could not be downloaded"
-        raise ConnectionError(f"{missing}: {reason}") from error
+        raise ConnectionError(f"{missing}: {one_line(error)[:200]}") from error
 
 
 def _read_checkpoint(
@@ -290,7 +289,7 @@ def _read_checkpoint(
         model.load_state_dict(state, strict=True)
         inputs = replace(_timm_inputs(model), **json.loads(metadata.get("input", "{}")))
     except (SafetensorError, AssertionError, RuntimeError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)[:300]
         raise ValueError(f"{file} does not hold the weights it should: {reason}") from error
     return model, inputs
 

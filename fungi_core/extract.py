@@ -22,7 +22,6 @@ from .backbones import Backbone
 from .devices import default_modes
 from .filling import Target, gaps, write
 from .gradients import Factors, linear_layer
-from .inputs import Whole
 from .objectives import Heads, Objective
 from .projection import factors_of
 from .rows import (
@@ -240,7 +239,7 @@ def _describe_seen(data, backbone: Backbone, objective: Objective, seed: int) ->
     projection or negative changes.
     """
     meta = describe(data, backbone)
-    if isinstance(objective.views, Whole):
+    if objective.sees_whole:
         return meta
     views = [type(objective.views).__name__, asdict(objective)["views"]]
     return meta | {"feature": f"{objective.name}_views", "views": views, "seed": seed}

@@ -108,7 +108,7 @@ class Fungi(TransformerMixin, BaseEstimator):
         for objective in self.objectives:
             parts = [self.parts_[objective.name]]
             done = list(gradient_rows(self.backbone_, objective, parts, X, self.seed))
-            if isinstance(objective.views, inputs.Whole):
+            if objective.sees_whole:
                 out["embedding"] = np.concatenate([embeddings for _, embeddings, _ in done])
             out[objective.name] = np.concatenate([gradients for _, _, (gradients,) in done])
         if "embedding" not in out:

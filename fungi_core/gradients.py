@@ -65,16 +65,18 @@ def linear_layer(model: torch.nn.Module, path: str) -> torch.nn.Linear:
 
     Raises ValueError where there is none or it is another kind of layer.
     """
-    layers = dict(model.named_modules(remove_duplicate=False))
-    if path not in layers:
-        linear = [name for name, layer in layers.items() if isinstance(layer, torch.nn.Linear)]
-        shown = ", ".join(linear[-4:]) or "none"
-        kind = type(model).__name__
-        raise ValueError(f"{kind} has no layer {path!r}; its last linear layers: {shown}")
-    if not isinstance(layers[path], torch.nn.Linear):
-        kind = type(layers[path]).__name__
+    try:
+        layer = model.get_submodule(path)  # for every batch: no walk through all modules
+    except AttributeError:
+        modules = model.named_modules(remove_duplicate=False)
+        linear = [name for name, module in modules if isinstance(module, torch.nn.Linear)]
+        shown, kind = ", ".join(linear[-4:]) or "none", type(model).__name__
+        message = f"{kind} has no layer {path!r}; its last linear layers: {shown}"
+        raise ValueError(message) from None
+    if not isinstance(layer, torch.nn.Linear):
+        kind = type(layer).__name__
         raise ValueError(f"layer {path!r} is a {kind}; gradients are taken at a torch.nn.Linear")
-    return layers[path]
+    return layer
 
 
 class Tap:

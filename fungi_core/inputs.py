@@ -78,6 +78,11 @@ class Whole(Views):
     """Take the one view that the backbone's own transform makes."""
 
 
+def one_line(error: BaseException) -> str:
+    """Return what an error says, in one line that can be printed."""
+    return readable(" ".join(str(error).split()))
+
+
 def readable(path: str | os.PathLike) -> str:
     """Return a path as text that can be printed and written as UTF-8.
 

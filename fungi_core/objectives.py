@@ -131,6 +131,11 @@ class Objective:
     negative_views: int = 0
     embeds_views: ClassVar[bool] = True
 
+    @property
+    def sees_whole(self) -> bool:
+        """Say whether the one view is the whole item, so that its embedding comes along."""
+        return isinstance(self.views, Whole)
+
     def heads(self, backbone, generator: np.random.Generator) -> Heads:
         """Draw the tensors that the loss needs besides embeddings: a linear head, or none."""
         return linear_head(backbone.width, self.dim, generator) if self.head else {}

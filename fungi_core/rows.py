@@ -192,7 +192,7 @@ def _seen(objective: Objective, embeddings: torch.Tensor) -> np.ndarray | None:
     """
     if not objective.embeds_views:
         return None
-    whole = isinstance(objective.views, Whole)
+    whole = objective.sees_whole
     return (embeddings[:, 0] if whole else F.normalize(embeddings, dim=-1).mean(1)).cpu().numpy()
 
 

@@ -17,7 +17,6 @@ from companion.data import clips
 from companion.encoders.objectives import IBOT, DeepCluster, FullAugmentation, named
 from companion.encoders.table import load
 from fungi_core import DINO, KL, Fungi, SimCLR, tokens
-from fungi_core.inputs import Whole
 from fungi_core.rows import draw_negatives, draw_parts, gradient_rows
 from fungi_core.views import Crops, Patches
 
@@ -61,7 +60,7 @@ def gradients(encoder, objective, items, layers=(None,), kind="rademacher") -> l
     parts = [replace(part, negatives=negatives) for part in parts]
     done = list(gradient_rows(encoder, objective, parts, items, SEED))
     out = [{"gradient": np.concatenate([rows[i] for *_, rows in done])} for i in range(len(parts))]
-    if isinstance(objective.views, Whole):
+    if objective.sees_whole:
         out[0]["embedding"] = np.concatenate([embedding for _, embedding, _ in done])
     return out
 

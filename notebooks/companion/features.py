@@ -33,7 +33,6 @@ from fungi_core.extract import (
     stored_negatives,
 )
 from fungi_core.filling import Target
-from fungi_core.inputs import Whole
 from fungi_core.rows import draw_parts, gradient_rows
 
 ALL = ("kl", "dino", "simclr")
@@ -89,7 +88,7 @@ def of_items(
         part.negatives = stored_negatives(encoder, objective, part.heads, train.data, seed, root)
         for _, embeddings, (gradients,) in gradient_rows(encoder, objective, [part], items, seed):
             out.setdefault(objective.name, []).append(gradients)
-            if isinstance(objective.views, Whole):
+            if objective.sees_whole:
                 out.setdefault("embedding", []).append(embeddings)
     return Features(items, {name: np.concatenate(blocks) for name, blocks in out.items()}, ())
 

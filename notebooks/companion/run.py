@@ -94,7 +94,7 @@ def check(slug: str, name: str, value: object, exist: dict[str, dict]) -> None:
         raise ValueError(f"{slug}: parameter '{name}' takes {wanted}, not {given}")
     if value == []:
         raise ValueError(f"{slug}: parameter '{name}' needs at least one entry")
-    names = wanted == "list" and all(isinstance(one, str) for one in exist[name]["default"])
+    names = wanted == "list" and _lists_names(exist[name])
     for item in value if isinstance(value, list) else [value]:
         if wanted == "list" and isinstance(item, str) != names:
             kind = "names" if names else "numbers"
@@ -116,8 +116,12 @@ def parsed(text: str, parameter: dict) -> object:
     value = yaml.BaseLoader(text).get_single_data()  # text, lists and mappings, nothing else
     if not isinstance(value, list):
         return _number(value)
-    names = all(isinstance(one, str) for one in parameter["default"])
-    return value if names else [_number(one) for one in value]
+    return value if _lists_names(parameter) else [_number(one) for one in value]
+
+
+def _lists_names(parameter: dict) -> bool:
+    """Say whether a declared list holds names; else it holds numbers."""
+    return all(isinstance(one, str) for one in parameter["default"])
 
 
 def _number(word: object) -> object:

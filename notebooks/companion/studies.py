@@ -328,7 +328,6 @@ def settings(printed: pd.DataFrame, encoder) -> pd.DataFrame:
     """Return a table of the paper's settings (12 or 19) with ours: objective, parameter, ours,
     paper.
     """
-
     read = {
         "Temperature": lambda objective: objective.temperature,
         "Projection Dim": lambda objective: objective.dim,
@@ -338,7 +337,6 @@ def settings(printed: pd.DataFrame, encoder) -> pd.DataFrame:
         "Negatives Batch Size (samples)": lambda objective: objective.negatives,
         "Negatives Batch Size (views each)": lambda objective: objective.negative_views,
     }
-
     table = printed.rename(columns={"row": "parameter", "column": "objective", "value": "paper"})
     rows = zip(table["parameter"], table["objective"], strict=True)
     table["ours"] = [read[name](named(title.lower(), encoder)) for name, title in rows]

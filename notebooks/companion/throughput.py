@@ -19,7 +19,6 @@ from companion.figures.style import LETTERS
 from fungi_core import DINO, KL, SimCLR
 from fungi_core.backbones import Backbone
 from fungi_core.features import normalize
-from fungi_core.inputs import Whole
 from fungi_core.objectives import Objective
 from fungi_core.rows import draw_negatives, draw_parts, gradient_rows
 from fungi_core.seeds import generator
@@ -108,7 +107,7 @@ def precision(name: str, images: Sequence, *, seed: int = 0) -> pd.DataFrame:
         part.negatives = draw_negatives(full, objective, part.heads, images, seed)
         both = [list(gradient_rows(one, objective, [part], images, seed)) for one in (low, full)]
         found = {LETTERS[objective.name]: [[g for _, _, (g,) in rows] for rows in both]}
-        if isinstance(objective.views, Whole):  # the embedding comes along
+        if objective.sees_whole:  # the embedding comes along
             found = {"E": [[e for _, e, _ in rows] for rows in both]} | found
         for letter, blocks in found.items():
             a, b = (normalize(np.concatenate(block)) for block in blocks)
