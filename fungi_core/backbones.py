@@ -138,21 +138,21 @@ class Backbone:
 
     def factors(
         self,
-        views: torch.Tensor | list[torch.Tensor],
+        views: torch.Tensor | list[torch.Tensor] | class_token.Trunk,
         loss: Loss | None,
         layers: Sequence[str] | None = None,
     ) -> tuple[torch.Tensor, list[Factors]]:
         """Return embeddings (B, V, D) float32, and the factors of a loss at every layer.
 
-        ``views``: (B, V, ...), or a list of views of several sizes; the loss maps (B, V, D) to
-        (B,). None: the embeddings alone, by the pass that gradients take. Raises ValueError for
-        views at their own sizes where the class-token path does not apply.
+        ``views``: (B, V, ...), a list of views of several sizes, or what `trunk` made of them; the
+        loss maps (B, V, D) to (B,). None: the embeddings alone, by the pass that gradients take.
+        Raises ValueError for views at their own sizes where the class-token path does not apply.
         """
         layers = list(layers or [self.layer])
-        groups = views if isinstance(views, list) else [views]
         if self.reads_class_token(layers):
-            models = [self._for(group).model for group in groups]
-            return class_token.factors(models, groups, self._tail, loss)
+            seen = views if isinstance(views, class_token.Trunk) else self.trunk(views)
+            return class_token.factors(self._tail, seen, loss)
+        groups = views if isinstance(views, list) else [views]
         if len(groups) > 1 or not self.inputs.fits(groups[0]):
             need = "views at their own sizes need a class token at the last block"
             raise ValueError(f"{need}, not {self.name} {layers}")
@@ -161,6 +161,11 @@ class Backbone:
                 embeddings = self.embed(groups[0].flatten(0, 1)).float()  # (B * V, D)
             return embeddings.unflatten(0, groups[0].shape[:2]), []
         return tapped_factors(self.model, self.embed, groups[0], loss, layers)
+
+    def trunk(self, views: torch.Tensor | list[torch.Tensor]) -> class_token.Trunk:
+        """Return what the class-token path knows of views before any loss."""
+        groups = views if isinstance(views, list) else [views]
+        return class_token.trunk([self._for(group).model for group in groups], groups)
 
     @cached_property
     def _tail(self) -> class_token.Tail:

@@ -7,6 +7,7 @@ projection and MLP: embedding and KL gradient together cost no more than the sto
 
 import copy
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,17 @@ def applies(model: torch.nn.Module, layers: Sequence[str]) -> bool:
     known = type(block) is Block and type(block.attn) is Attention and block.attn.gate is None
     last = f"blocks.{len(model.blocks) - 1}.attn.proj"
     return model.global_pool == "token" and known and list(layers) == [last]
+
+
+class Trunk(NamedTuple):
+    """Hold what the trunk says of a batch's views: all that a loss behind the target layer needs.
+
+    ``attention``: the input of the last attention's output projection; ``residual``: what its
+    output is added to; both of the class token, (B, V, D) float32.
+    """
+
+    attention: torch.Tensor
+    residual: torch.Tensor
 
 
 class Tail(torch.nn.Module):
@@ -99,24 +111,26 @@ def _chunked_trunk(
     return attention.unflatten(0, shape), residual.unflatten(0, shape)
 
 
-def factors(
-    models: Sequence[VisionTransformer],
-    groups: Sequence[torch.Tensor],
-    tail: Tail,
-    loss: Loss | None,
-) -> tuple[torch.Tensor, list[Factors]]:
-    """Take a loss's gradient at the last attention's output projection.
+def trunk(models: Sequence[VisionTransformer], groups: Sequence[torch.Tensor]) -> Trunk:
+    """Run views through the network as far as no loss, head or seed of theirs matters.
 
     ``groups``: views (B, V, 3, s, s), one group for each size, with the network at that size in
-    ``models``. The loss maps embeddings (B, V, D) to (B,). Returns the embeddings and, with a
-    loss, its `Factors`.
+    ``models``.
     """
-    batch = len(groups[0])
     with torch.inference_mode():
         done = [_chunked_trunk(model, views) for model, views in zip(models, groups, strict=True)]
-        joined = [torch.cat(parts, 1) for parts in zip(*done)]  # 2 x (B, V, D)
+        return Trunk(*(torch.cat(parts, 1) for parts in zip(*done)))
+
+
+def factors(tail: Tail, seen: Trunk, loss: Loss | None) -> tuple[torch.Tensor, list[Factors]]:
+    """Take a loss's gradient at the last attention's output projection.
+
+    The loss maps embeddings (B, V, D) to (B,). Returns the embeddings and, with a loss, its
+    `Factors`.
+    """
+    batch = len(seen.attention)
     # Clones made outside inference mode are what autograd may read.
-    attention, residual = (part.flatten(0, 1).clone() for part in joined)  # (B * V, D)
+    attention, residual = (part.flatten(0, 1).clone() for part in seen)  # (B * V, D)
     bias = tail.proj.bias
     with torch.enable_grad():
         output = F.linear(attention, tail.proj.weight, bias).detach().requires_grad_()

@@ -30,9 +30,11 @@ from .rows import (
     embedding_rows,
     gradient_rows,
     negative_latents,
+    trunk_rows,
 )
 
-EXTRACTION = 3  # raise when the same settings would give other features than before
+EXTRACTION = 4  # raise when the same settings would give other features than before
+_KEPT = 2**30  # bytes: what the trunk says of larger data sets is not kept
 
 
 @dataclass(frozen=True)
@@ -160,11 +162,39 @@ def fill_gradients(
     if not gaps(targets, len(data), part):
         return  # neither heads nor negatives are drawn
     parts = [draw_parts(backbone, objective, seed, layer, projection) for layer in layers]
+    label, held = f"{data.name} {data.split} {backbone.name} {objective.name}", None
+    own = layers == [backbone.layer]
+    if trunk := open_trunk(data, backbone, objective, seed, root) if own else None:
+        seen = lambda some: trunk_rows(backbone, objective, some, seed)
+        write([Target(trunk, source=None)], data, label, seen, part)
+        held = trunk.read(*part)
     negatives = stored_negatives(backbone, objective, parts[0].heads, train, seed, root)
     parts = [replace(one, negatives=negatives) for one in parts]
-    label = f"{data.name} {data.split} {backbone.name} {objective.name}"
-    rows = lambda some: gradient_rows(backbone, objective, parts, some, seed)
+
+    def rows(some: Subset):
+        known = None if held is None else held[np.array(some.indices) - part[0]]
+        return gradient_rows(backbone, objective, parts, some, seed, known)
+
     write(targets, data, label, rows, part)
+
+
+def open_trunk(
+    data, backbone: Backbone, objective: Objective, seed: int, root: Path | None
+) -> store.Entry | None:
+    """Open the entry of `trunk_rows`, from which any head, loss and negative follows in no time.
+
+    None where a loss reads more than the class token, or the rows would take over `_KEPT` bytes.
+    """
+    if not (objective.embeds_views and backbone.reads_class_token([backbone.layer])):
+        return None
+    views, meta = objective.views, describe(data, backbone)
+    meta |= {"feature": "trunk", "views": [type(views).__name__, asdict(objective)["views"]]}
+    if views.random:  # drawn by both
+        meta |= {"seed": seed, "objective": objective.name}
+    layer = linear_layer(backbone.model, backbone.layer)
+    width = views.count(backbone.inputs) * (layer.in_features + layer.out_features)
+    small = 4 * width * len(data) <= _KEPT
+    return store.open_entry(meta, len(data), width, root) if small else None
 
 
 @default_modes()
@@ -184,8 +214,13 @@ def stored_negatives(
     meta = describe(train, backbone, objective, train, seed) | {"rows": "latents of negatives"}
     entry = store.open_entry(meta, len(chosen), views * dim, root)
 
-    def rows(some: Sequence) -> Iterator[tuple[int, None, list[np.ndarray]]]:
-        for start, latents in negative_latents(backbone, objective, heads, some, seed):
+    trunk = open_trunk(train, backbone, objective, seed, root)
+
+    def rows(some: Subset) -> Iterator[tuple[int, None, list[np.ndarray]]]:
+        held = None
+        if trunk and trunk.complete:
+            held = trunk.read()[chosen[some.indices]]
+        for start, latents in negative_latents(backbone, objective, heads, some, seed, held):
             yield start, None, [latents.flatten(1).cpu().numpy()]  # (B, V, C) -> (B, V * C)
 
     if not entry.complete:

@@ -59,6 +59,7 @@ class Views:
     """Say what an objective looks at: here the whole item, once."""
 
     of: ClassVar[str] = "any"  # the kind of inputs that these are views of
+    random: ClassVar[bool] = True  # the seed draws them
 
     def count(self, inputs: Inputs) -> int:
         """Return the number of views of an item."""
@@ -76,6 +77,8 @@ class Views:
 @dataclass(frozen=True)
 class Whole(Views):
     """Take the one view that the backbone's own transform makes."""
+
+    random: ClassVar[bool] = False
 
 
 def one_line(error: BaseException) -> str:

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch.utils.data import Subset
 
 from .backbones import Backbone
+from .class_token import Trunk
 from .devices import default_modes, fixed_teams, steps_in_default_modes
-from .gradients import LossNotFinite
+from .gradients import LossNotFinite, linear_layer
 from .inputs import Views, Whole, readable
 from .objectives import Heads, Objective
 from .projection import Projection, draw
@@ -61,15 +62,24 @@ def chosen_negatives(
 
 @steps_in_default_modes
 def negative_latents(
-    backbone: Backbone, objective: Objective, heads: Heads, items: Sequence, seed: int
+    backbone: Backbone,
+    objective: Objective,
+    heads: Heads,
+    items: Sequence,
+    seed: int,
+    held: np.ndarray | None = None,
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yield (start, latents (B, V, C) float32) of the items that serve as negatives."""
-    for start, batch in view_batches(backbone, objective.views, objective.name, items, seed):
-        batch = batch[:, : objective.negative_views or None]
+    """Yield (start, latents (B, V, C) float32) of the items that serve as negatives.
+
+    ``held``: what `trunk_rows` gave for them, where it is kept.
+    """
+    for start, batch in _batches(backbone, objective, items, seed, held):
+        if held is None:
+            batch = batch[:, : objective.negative_views or None]
+        embeddings, _ = backbone.factors(batch, None)  # (B, V, D)
         with torch.inference_mode():
-            embeddings = backbone.embed(batch.flatten(0, 1)).float()  # (B * V, D)
             latents = objective.latents(embeddings, heads)
-        yield start, latents.unflatten(0, batch.shape[:2])
+        yield start, latents[:, : objective.negative_views or None]
 
 
 @default_modes()
@@ -138,20 +148,62 @@ def embedding_rows(
 
 
 @steps_in_default_modes
+def trunk_rows(
+    backbone: Backbone, objective: Objective, items: Sequence, seed: int
+) -> Iterator[tuple[int, np.ndarray, list[np.ndarray]]]:
+    """Yield (start, what the trunk says of an objective's views, []): see `class_token.Trunk`.
+
+    A row is (V, D_in + D) flattened, float32. It costs all the time of a gradient, and no head,
+    negative, projection or setting of the loss changes it.
+    """
+    for start, batch in view_batches(backbone, objective.views, objective.name, items, seed):
+        rows = torch.cat(backbone.trunk(batch), -1).flatten(1)  # (B, V, D_in + D) -> (B, ...)
+        bad = ~torch.isfinite(rows).all(1)
+        if bad.any():
+            first = int(bad.nonzero()[0])
+            raise LossNotFinite(first, np.nan, _name(items, start + first, backbone.inputs.kind))
+        yield start, rows.cpu().numpy(), []
+
+
+def _batches(
+    backbone: Backbone,
+    objective: Objective,
+    items: Sequence,
+    seed: int,
+    held: np.ndarray | None,
+    most: int = 256,
+) -> Iterator[tuple[int, torch.Tensor | list[torch.Tensor] | Trunk]]:
+    """Yield views of the items, or what is held of them, in batches."""
+    if held is None:
+        yield from view_batches(backbone, objective.views, objective.name, items, seed, most)
+        return
+    layer = linear_layer(backbone.model, backbone.layer)
+    sizes = layer.in_features, layer.out_features
+    for start in range(0, len(held), 32):  # a divisor of the store's files, as in `view_batches`
+        rows = torch.from_numpy(held[start : start + 32]).to(backbone.device)
+        rows = rows.unflatten(1, (-1, sum(sizes)))  # (B, V * (D_in + D)) -> (B, V, D_in + D)
+        yield start, Trunk(*rows.split(sizes, -1))
+
+
+@steps_in_default_modes
 def gradient_rows(
-    backbone: Backbone, objective: Objective, parts: Sequence[Parts], items: Sequence, seed: int
+    backbone: Backbone,
+    objective: Objective,
+    parts: Sequence[Parts],
+    items: Sequence,
+    seed: int,
+    held: np.ndarray | None = None,
 ) -> Iterator[tuple[int, np.ndarray | None, list[np.ndarray]]]:
     """Yield (start, what is seen (B, D) or None, projected gradients (B, d) of each of ``parts``).
 
     All parts share heads, negatives, views and the forward pass: they differ in their layers. What
     is seen is the embedding of the whole item, or the mean over several views, see `_seen`.
-    Eq. 1, before normalisation.
+    ``held``: what `trunk_rows` gave for the items, where it is kept. Eq. 1, before normalisation.
     """
     given, layers = (parts[0].heads, parts[0].negatives), [part.layer for part in parts]
     # Few items at a time where the activations of many layers are held.
     most = 256 if len(layers) == 1 else 2 if backbone.device == "cpu" else 8
-    views, key = objective.views, objective.name
-    for start, batch in view_batches(backbone, views, key, items, seed, most):
+    for start, batch in _batches(backbone, objective, items, seed, held, most):
         try:
             embeddings, factors = objective.factors(backbone, batch, *given, layers)
         except LossNotFinite as error:

@@ -131,23 +131,24 @@ class Entry:
             if not np.isnan(shard).any():
                 self._save(first, self._filling.pop(first))
 
-    def read(self) -> np.ndarray:
-        """Return all rows, (n, width) float32; no lock is needed.
+    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Return rows start..stop (whole shards; default: all), float32; no lock is needed.
 
         Raises StoreCorrupt naming a bad file, LookupError counting missing rows.
         """
-        if absent := sum(stop - start for start, stop in self.missing()):
+        start, stop = self._part(start, stop)
+        if absent := sum(high - low for low, high in self.missing(start, stop)):
             lack = f"{absent} of {self.n} rows are missing"
             raise LookupError(f"{self.path}: {lack}; finish their extraction")
-        shards, out = self._shards(), np.empty((self.n, self.width), np.float32)
-        for start in range(0, self.n, SHARD):
-            file = self.path / shards[start]
+        shards, out = self._shards(), np.empty((stop - start, self.width), np.float32)
+        for first in range(start, stop, SHARD):
+            file = self.path / shards[first]
             data = file.read_bytes()
-            if self._name(start, data) != shards[start]:
+            if self._name(first, data) != shards[first]:
                 state = f"{file} is truncated, altered or foreign"
                 raise StoreCorrupt(f"{state}; drop_corrupt() removes it for the next extraction")
             array = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
-            out[start : start + SHARD] = array
+            out[first - start : first - start + SHARD] = array
         return out
 
     def corrupt(self) -> list[str]:

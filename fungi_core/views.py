@@ -91,6 +91,7 @@ class Patches(Views):
     stride: int = 6
     native: bool = False
     of: ClassVar[str] = "image"
+    random: ClassVar[bool] = False
 
     def count(self, inputs: "ImageInputs") -> int:
         patch, step = self._sides(inputs.size)
