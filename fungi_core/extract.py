@@ -164,7 +164,7 @@ def fill_gradients(
     parts = [draw_parts(backbone, objective, seed, layer, projection) for layer in layers]
     label, held = f"{data.name} {data.split} {backbone.name} {objective.name}", None
     own = layers == [backbone.layer]
-    if trunk := open_trunk(data, backbone, objective, seed, root) if own else None:
+    if trunk := _open_trunk(data, backbone, objective, seed, root) if own else None:
         seen = lambda some: trunk_rows(backbone, objective, some, seed)
         write([Target(trunk, source=None)], data, label, seen, part)
         held = trunk.read(*part)
@@ -178,7 +178,7 @@ def fill_gradients(
     write(targets, data, label, rows, part)
 
 
-def open_trunk(
+def _open_trunk(
     data, backbone: Backbone, objective: Objective, seed: int, root: Path | None
 ) -> store.Entry | None:
     """Open the entry of `trunk_rows`, from which any head, loss and negative follows in no time.
@@ -214,7 +214,7 @@ def stored_negatives(
     meta = describe(train, backbone, objective, train, seed) | {"rows": "latents of negatives"}
     entry = store.open_entry(meta, len(chosen), views * dim, root)
 
-    trunk = open_trunk(train, backbone, objective, seed, root)
+    trunk = _open_trunk(train, backbone, objective, seed, root)
 
     def rows(some: Subset) -> Iterator[tuple[int, None, list[np.ndarray]]]:
         held = None

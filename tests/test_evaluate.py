@@ -117,7 +117,7 @@ def test_bootstrap_properties():
     assert one.high - one.low < 0.6 * (alone.high - alone.low)  # pairing pays
     assert bootstrap(np.ones(9, bool), generator=rng) == (100, 100, 100)
     assert bootstrap(correct, correct, generator=rng) == (0, 0, 0)
-    for arguments in (([],), ([1, 0], [1]), (np.ones((2, 2)),)):
+    for arguments in (([],), ([1, 0], [1]), (np.ones((2, 2, 2)),)):
         with pytest.raises(ValueError, match="bootstrap needs"):
             bootstrap(*arguments, generator=rng)
 

@@ -85,13 +85,64 @@ def test_variants_are_compared_on_the_same_images():
     row = table.loc["noise"]
     assert row["gain"] == pytest.approx(row["value"] - table.loc["ours", "value"])
     assert row["gain_low"] < row["gain"] < row["gain_high"] < -10
-    frame = pd.DataFrame({"gain": [1.0, 3.0], "gain_low": [-2.0, -1.0], "gain_high": [4.0, 7.0]})
-    assert protocol.pooled(frame) == (2, -0.5, 4.5)  # half-widths 3 and 4: 5 / 2
-    assert protocol.pooled(frame, -1) == (-2, -4.5, 0.5)
+
+
+def effects(values, error=1.0):
+    half = 1.959964 * error
+    values = np.array(values, float)
+    return pd.DataFrame({"gain": values, "gain_low": values - half, "gain_high": values + half})
+
+
+def test_gains_on_unlike_data_sets_have_a_wide_random_effects_mean():
+    """Worked by hand: effects 0 and 4, standard errors 1: Q = 8, so the variance between them is 7;
+    Hartung and Knapp's standard error is 2, and t with one degree of freedom 12.706.
+    """
+    mean, low, high, between = evaluate.random_effects(*effects([0, 4]).to_numpy().T)
+    assert (mean, between) == pytest.approx((2, np.sqrt(7)), rel=1e-5)
+    assert (low, high) == pytest.approx((2 - 2 * 12.7062, 2 + 2 * 12.7062), rel=1e-5)
+    turned = protocol.pooled(effects([0, 4]), -1)
+    assert turned == pytest.approx((-2, -2 - 2 * 12.7062, -2 + 2 * 12.7062), rel=1e-5)
+
+
+def test_gains_that_are_alike_keep_the_interval_of_equal_effects():
+    mean, low, high = protocol.pooled(effects([1, 1, 1]))
+    assert (mean, high - 1, 1 - low) == pytest.approx((1, *[1.959964 / np.sqrt(3)] * 2), rel=1e-5)
+    assert protocol.pooled(effects([2.5])) == pytest.approx((2.5, 2.5 - 1.96, 2.5 + 1.96), abs=1e-3)
+    assert protocol.pooled(effects([0, 0], 0)) == (0, 0, 0)  # the embedding against itself
+
+
+def test_intervals_over_seeds_and_images_are_those_of_slow_resampling():
+    """The crossed bootstrap, drawn one by one, seeds stretched by sqrt(S / (S - 1))."""
+    draw = np.random.default_rng(0)
+    hits = draw.random((3, 120)) < np.array([[0.5], [0.6], [0.7]])
+    fast = evaluate.bootstrap(hits, n=20000, generator=np.random.default_rng(1))
+    means = []
+    for _ in range(20000):
+        by_seed = hits[:, draw.integers(0, 120, 120)].mean(1)
+        seen = by_seed[draw.integers(0, 3, 3)].mean() - by_seed.mean()
+        means.append(100 * (by_seed.mean() + seen * np.sqrt(3 / 2)))
+    assert fast.mean == pytest.approx(100 * hits.mean())
+    assert fast[1:] == pytest.approx(np.percentile(means, [2.5, 97.5]), abs=0.5)
+    images = evaluate.bootstrap(hits.mean(0), generator=np.random.default_rng(1))
+    assert fast.high - fast.low > 1.2 * (images.high - images.low)  # the seeds differ
+    same = np.repeat(hits[:1], 3, 0)  # no seed makes a difference: images alone
+    alone = evaluate.bootstrap(hits[0], n=20000, generator=np.random.default_rng(2))
+    again = evaluate.bootstrap(same, n=20000, generator=np.random.default_rng(3))
+    assert again == pytest.approx(alone, abs=0.5)
+
+
+def test_one_seed_gives_the_interval_over_images_to_the_bit():
+    train, test = rows(200, 0), rows(117, 1)
+    one = protocol.over_seeds([(train, test)], k=5, shots=5)
+    pd.testing.assert_frame_equal(one, protocol.knn(train, test, k=5, shots=5))
+    text = protocol.outcomes(protocol.seeded_hits([(train, test)], ["E+K"], k=5), 7)
+    assert text["features"].tolist() == ["E", "E+K"] and set(text["seed"]) == {7}
+    right = protocol.right_or_wrong(train, test, "E+K", 5, None)
+    assert [digit == "1" for digit in text["correct"][1]] == right.tolist()
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "mean-per-class"])
-def test_over_seeds_is_mean_and_population_deviation_of_each_seed(metric):
+def test_seed_spread_is_mean_and_population_deviation_of_each_seed(metric):
     pairs = []
     for seed in range(3):  # the embedding is the same for all seeds, the gradients are not
         train, test = rows(200, 0, metric=metric), rows(117, 1, metric=metric)
@@ -103,7 +154,7 @@ def test_over_seeds_is_mean_and_population_deviation_of_each_seed(metric):
             test.blocks["kl"] + noise[200:],
         )
         pairs.append((train, test))
-    table = studies.over_seeds(pairs, ["E", "E+K"]).set_index("features")
+    table = studies.seed_spread(pairs, ["E", "E+K"]).set_index("features")
     each = [protocol.knn(*pair, ["E", "E+K"]).set_index("features") for pair in pairs]
     for name in ("E", "E+K"):
         values, gains = ([t.loc[name, column] for t in each] for column in ("value", "gain"))
@@ -121,7 +172,7 @@ def test_over_seeds_is_mean_and_population_deviation_of_each_seed(metric):
 @pytest.mark.parametrize("shots", [None, 5])
 def test_linear_probe_is_split_choice_and_refit_on_the_joined_features(shots):
     train, test = rows(200, 0), rows(120, 1)
-    table = studies.linear(train, test, ["E", "E+K"], shots=shots, pca=12, seed=4).set_index(
+    table = studies.linear([(train, test)], ["E", "E+K"], shots=shots, pca=12, seed=4).set_index(
         "features"
     )
     used = train.take(np.arange(20)) if shots else train
@@ -145,7 +196,7 @@ def test_linear_probe_is_split_choice_and_refit_on_the_joined_features(shots):
 
 def test_retrieval_among_classes_is_torchmetrics_at_the_right_side_of_each_positive():
     train, test = rows(80, 0), rows(24, 1)
-    table = studies.retrieve(train, test, ["E", "K", "E+K"]).set_index("features")
+    table = studies.retrieve([(train, test)], ["E", "K", "E+K"]).set_index("features")
     a, b = (normalize(r.blocks["kl"]) for r in (test, train))
     order = np.argsort(-(a @ b.T), 1)
     hits = (train.labels[order] == test.labels[:, None]).astype(
@@ -173,7 +224,7 @@ def test_retrieval_of_landmarks_takes_their_ground_truth(monkeypatch, tmp_path):
     }
     (tmp_path / "toy").mkdir()
     (tmp_path / "toy" / "gnd_toy.pkl").write_bytes(pickle.dumps(truth))
-    table = studies.retrieve(train, test, ["E", "E+K"]).set_index(["setting", "features"])
+    table = studies.retrieve([(train, test)], ["E", "E+K"]).set_index(["setting", "features"])
     order = retrieval.rank(
         normalize(test.blocks["embedding"]), normalize(train.blocks["embedding"])
     )
@@ -188,12 +239,14 @@ def test_retrieval_of_landmarks_takes_their_ground_truth(monkeypatch, tmp_path):
         ]  # a query without positives is left out
         assert table.loc[(name, "E"), "value"] == pytest.approx(100 * np.nanmean(scores))
     with pytest.raises(ValueError, match="toy is scored whole: set n_train and n_test to 0"):
-        studies.retrieve(train.take(np.arange(5)), test, ["E"])
+        studies.retrieve([(train.take(np.arange(5)), test)], ["E"])
 
 
 def test_clustering_of_the_block_that_knows_the_class_is_right_and_the_same_every_time():
     train, test = rows(60, 0), rows(80, 1)
-    table = studies.cluster(train, test, ["E", "K", "E+K"], runs=3, seed=2).set_index("features")
+    table = studies.cluster([(train, test)], ["E", "K", "E+K"], runs=3, seed=2).set_index(
+        "features"
+    )
     assert (
         table.loc["K", "value"] > 95 and table.loc["K", "nmi"] > 85 and table.loc["E", "nmi"] < 30
     )
@@ -213,7 +266,7 @@ def test_clustering_of_the_block_that_knows_the_class_is_right_and_the_same_ever
         [np.mean(scores), np.std(scores)]
     )
     pd.testing.assert_frame_equal(
-        table, studies.cluster(train, test, table.index, runs=3, seed=2).set_index("features")
+        table, studies.cluster([(train, test)], table.index, runs=3, seed=2).set_index("features")
     )
 
 
@@ -241,7 +294,7 @@ def test_adding_a_feature_set_does_not_move_another_ones_interval():
 
 def test_pairs_and_square():
     train, test = rows(80, 0), rows(60, 1)
-    frame = studies.pairs(train, test, k=5, pca=12)
+    frame = studies.joined_pairs([(train, test)], k=5, pca=12)
     assert len(frame) == 10 and (frame.query("a == b")["cka"] == 1).all()
     names, matrix = studies.square(frame, "value")
     assert (

@@ -52,6 +52,21 @@ class Page:
         chosen = self.parameters["backbones"], self.parameters["datasets"]
         return self.use(protocol.collect(*chosen, objectives, **self.sizes() | options))
 
+    def seeded(self, objectives: Sequence = ALL) -> dict[tuple[str, str], list[protocol.Pair]]:
+        """Return {(backbone, data set): [(train, test), ...]}, a pair for each of the seeds.
+
+        The page's parameter ``seeds`` is their number; they count from ``seed``.
+        """
+        first, number = self.parameters["seed"], self.parameters["seeds"]
+        found = {run[:2]: [run[2:]] for run in self.runs(objectives)}
+        sizes = self.sizes()
+        for seed in range(first + 1, first + number):
+            for (backbone, dataset), pairs in found.items():
+                more = protocol.collect([backbone], [dataset], objectives, **sizes | {"seed": seed})
+                self.use(more)
+                pairs.append(more[0][2:])
+        return found
+
     def use(self, runs: Sequence[tuple]) -> Sequence[tuple]:
         """Remember runs (backbone, data set, train, test) that were made otherwise; return them."""
         self.used += runs

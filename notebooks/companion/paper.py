@@ -130,10 +130,13 @@ def signed(x: float, decimals: int = 1) -> str:
     return "–" if pd.isna(x) else f"{x:+.{decimals}f}".replace("-", "−")
 
 
-def bounds(row, decimals: int = 1) -> str:
-    """Return the interval of a row of the `scoreboard`, as text; "" where it has none."""
-    text = f"[{signed(row['low'], decimals)}, {signed(row['high'], decimals)}]"
-    return "" if pd.isna(row["low"]) else text
+def bounds(row, decimals: int = 1, of: str = "") -> str:
+    """Return the interval of a row of the `scoreboard`, as text; "" where it has none.
+
+    ``of``: "gain_" for the interval of a gain.
+    """
+    low, high = row[f"{of}low"], row[f"{of}high"]
+    return "" if pd.isna(low) else f"[{signed(low, decimals)}, {signed(high, decimals)}]"
 
 
 def ours(row, decimals: int = 1) -> str:

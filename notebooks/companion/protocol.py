@@ -1,8 +1,9 @@
 """The paper's evaluation protocol over a grid of backbones and data sets: kNN with intervals.
 
-Chosen before any result was seen: k = 20 and the first 5 training images of each class (section
-5.1); PCA fitted on the training rows that are used; 95 % percentile bootstrap over test images;
-gains as paired differences on the same images.
+Chosen before any result was seen, see data/PROTOCOL.md: k = 20 and the first 5 training images of
+each class (section 5.1); PCA fitted on the training rows that are used; 95 % percentile bootstrap
+over test images and seeds; gains as paired differences on the same images; means over data sets by
+random effects.
 """
 
 import os
@@ -24,6 +25,7 @@ from companion.evaluate.knn import (
     few_shot_indices,
     knn_predict,
     per_class_accuracy,
+    random_effects,
 )
 from companion.figures.style import LETTERS
 from companion.messages import require
@@ -134,6 +136,40 @@ def knn(
     return over_folds([(train, test)], letters, **options)
 
 
+def over_seeds(
+    pairs: Sequence[Pair],
+    letters: Sequence[str] = COMBINATIONS,
+    *,
+    k: int = 20,
+    shots: int | None = None,
+    pca: int | None = None,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Return `over_folds`'s table for one data set whose features were drawn with several seeds.
+
+    ``pairs``: (train, test) of each seed, the same images. Intervals cover images and seeds.
+    """
+    hits = seeded_hits(pairs, letters, k=k, shots=shots, pca=pca)
+    return compare(hits, letters, *metric(pairs[0][1], shots), seed)
+
+
+def seeded_hits(
+    pairs: Sequence[Pair],
+    letters: Sequence[str],
+    *,
+    k: int = 20,
+    shots: int | None = None,
+    pca: int | None = None,
+) -> dict[str, np.ndarray]:
+    """Say for the embedding and each feature set which test images are right: (seeds, N) bool."""
+    if shots:
+        pairs = [(train.take(few_shot_indices(train.labels, shots)), test) for train, test in pairs]
+    sets = each(dict.fromkeys(("E", *letters)), f"{pairs[0][1].data.name} feature sets")
+    return {
+        name: np.array([right_or_wrong(*pair, name, k, pca) for pair in pairs]) for name in sets
+    }
+
+
 def over_folds(
     folds: Sequence[Pair],
     letters: Sequence[str] = COMBINATIONS,
@@ -160,6 +196,13 @@ def over_folds(
     if labels is not None:
         labels = np.concatenate([test.labels for _, test in folds])
     return compare(correct, letters, setting, labels, seed)
+
+
+def outcomes(hits: Mapping[str, np.ndarray], seed: int) -> pd.DataFrame:
+    """Return `seeded_hits` as text: features, seed, and correct, a 0 or 1 for each test image."""
+    digits = lambda row: "".join(map(str, row.astype(int)))
+    rows = [(x, seed + i, digits(row)) for x, found in hits.items() for i, row in enumerate(found)]
+    return pd.DataFrame(rows, columns=["features", "seed", "correct"])
 
 
 def metric(test: Features, shots: int | None = None) -> tuple[str, np.ndarray | None]:
@@ -247,27 +290,12 @@ def right_or_wrong(train, test, letters: str, k: int, size: int | None) -> np.nd
 
 
 def pooled(frame: pd.DataFrame, sign: int = 1) -> tuple[float, float, float]:
-    """Return the mean of gains measured on different test images: half-widths add in squares.
+    """Return the random-effects mean of gains measured on different data sets.
 
     ``sign=-1`` turns the difference round.
     """
-    mean, half = sign * frame["gain"].mean(), half_width(frame, "gain_low", "gain_high", False)
-    return mean, mean - half, mean + half
-
-
-def half_width(frame: pd.DataFrame, low: str, high: str, shared: bool) -> float:
-    """Return the half-width of a mean: in squares, or, of ``shared`` images, as they are."""
-    half = ((frame[high] - frame[low]) / 2).to_numpy()
-    return half.mean() if shared else np.sqrt((half**2).sum()) / len(half)
-
-
-def mean_interval(values: Sequence[float], seed: int) -> tuple[float, float, float]:
-    """Return the mean and 95 % bootstrap interval over a handful of runs (data sets, backbones)."""
-    values = np.asarray(values, dtype=float)
-    if len(values) < 2:
-        return values.mean(), np.nan, np.nan
-    means = generator("runs", seed).choice(values, (2000, len(values))).mean(1)
-    return values.mean(), *np.percentile(means, [2.5, 97.5])
+    mean, low, high, _ = random_effects(*frame[GAIN].to_numpy(float).T)
+    return (mean, low, high) if sign == 1 else (-mean, -high, -low)
 
 
 def mean_over(
@@ -278,18 +306,24 @@ def mean_over(
 ) -> pd.DataFrame:
     """Return means of every quantity over the rows of each group of ``keys``, with intervals.
 
-    Rows of different test images err independently: half-widths add in squares. ``shared``: the
-    rows saw the same images (several backbones on one data set), so half-widths add as they are,
-    which is the cautious bound.
+    Rows of different data sets: gains and steps are random-effects means, ``between`` the
+    deviation of the gain between the sets; the accuracy is the plain mean, whose half-widths add in
+    squares. ``shared``: the rows saw the same images (several backbones on the same data), so plain
+    means, whose half-widths add as they are, which is the cautious bound.
     """
-    quantities = [("value", "low", "high")]
-    quantities += [(name, f"{name}_low", f"{name}_high") for name in ("gain", "step")]
 
     def combine(part: pd.DataFrame) -> pd.Series:
         out = {"rows": len(part)}
-        for name, low, high in quantities:
-            mean, half = part[name].mean(), half_width(part, low, high, shared)
-            out |= {name: mean, low: mean - half, high: mean + half}
+        for name in ("value", "gain", "step"):
+            bounds = ["low", "high"] if name == "value" else [f"{name}_low", f"{name}_high"]
+            values, lows, highs = part[[name, *bounds]].to_numpy(float).T
+            half, between = (highs - lows) / 2, 0.0
+            half = half.mean() if shared else np.sqrt((half**2).sum()) / len(half)
+            found = values.mean(), values.mean() - half, values.mean() + half
+            if name != "value" and not shared:
+                *found, between = random_effects(values, lows, highs)
+            out |= dict(zip([name, *bounds], found, strict=True))
+            out |= {"between": between} if name == "gain" else {}
         return pd.Series(out)
 
     return frame.groupby(list(keys), sort=False)[QUANTITIES].apply(combine).reset_index()

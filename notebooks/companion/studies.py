@@ -28,6 +28,7 @@ from companion.protocol import (
     metric,
     names_of,
     right_or_wrong,
+    seeded_hits,
     similarity,
 )
 from fungi_core import projection
@@ -39,55 +40,60 @@ PROJECTIONS = {"dense ±1": "rademacher", "rank-one ±1": "khatri-rao", "sketch"
 
 
 def linear(
-    train: Features,
-    test: Features,
+    pairs: Sequence[Pair],
     letters: Sequence[str] = COMBINATIONS,
     *,
     shots: int | None = None,
     pca: int | None = None,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Return `protocol.knn`'s table for a linear probe, and ``strength``: the one chosen for each
-    set.
+    """Return `protocol.over_seeds`'s table for a linear probe, and ``strength``: the first seed's.
 
     Every feature set has the same validation rows (``seed``). PCA is fitted on all training rows
     that are used.
     """
     if shots:
-        train = train.take(few_shot_indices(train.labels, shots))
-    done = {}
-    for name in each(dict.fromkeys(("E", *letters)), f"{test.data.name} probes"):
-        a, b = fungi_features(train, test, name, pca)
-        done[name] = probe.predict(a, train.labels, b, seed=seed)
-    correct = {name: found.labels == test.labels for name, found in done.items()}
-    table = compare(correct, letters, *metric(test, shots), seed)
-    return table.assign(strength=[done[name].strength for name in letters])
+        few = lambda train: train.take(few_shot_indices(train.labels, shots))
+        pairs = [(few(train), test) for train, test in pairs]
+    correct, strength = {}, {}
+    for name in each(dict.fromkeys(("E", *letters)), f"{pairs[0][1].data.name} probes"):
+        done = []
+        for train, test in pairs if name != "E" else pairs[:1]:  # no seed changes the embedding
+            a, b = fungi_features(train, test, name, pca)
+            done.append(probe.predict(a, train.labels, b, seed=seed))
+        hits = [found.labels == pairs[0][1].labels for found in done]
+        correct[name] = np.array(hits if name != "E" else hits * len(pairs))  # (seeds, N)
+        strength[name] = done[0].strength
+    table = compare(correct, letters, *metric(pairs[0][1], shots), seed)
+    return table.assign(strength=[strength[name] for name in letters])
 
 
 def retrieve(
-    train: Features,
-    test: Features,
+    pairs: Sequence[Pair],
     letters: Sequence[str],
     *,
     pca: int | None = None,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Return `protocol.knn`'s table for retrieval (Table 10): mean average precision in percent.
+    """Return `protocol.over_seeds`'s table for retrieval (Table 10): mean average precision.
 
     The training rows are the database, the test rows the queries, ranked by cosine; gains are
     paired by query. ``setting``: "medium" and "hard" for the revisited landmarks, else "same
     class".
     """
-    truth, settings = relevant(train, test)
-    rankings = {}
-    for name in dict.fromkeys(("E", *letters)):
+    truth, settings = relevant(*pairs[0])
+    rankings = {name: [] for name in dict.fromkeys(("E", *letters))}
+    for (train, test), (name, found) in product(pairs, rankings.items()):
         database, queries = fungi_features(train, test, name, pca)
-        rankings[name] = retrieval.rank(queries, database)
+        found.append(retrieval.rank(queries, database))
     frames = []
     for setting, protocol in settings.items():
-        found = {name: retrieval.scores(x, truth, protocol) for name, x in rankings.items()}
-        counted = ~np.isnan(found["E"])  # queries with a positive, the same for every feature set
-        scored = {name: x[counted] for name, x in found.items()}
+        scored = {
+            name: np.array([retrieval.scores(x, truth, protocol) for x in found])  # (seeds, N)
+            for name, found in rankings.items()
+        }
+        counted = ~np.isnan(scored["E"][0])  # queries with a positive, the same for every set
+        scored = {name: x[:, counted] for name, x in scored.items()}
         frames.append(compare(scored, letters, setting, None, seed))
     return pd.concat(frames, ignore_index=True)
 
@@ -106,37 +112,37 @@ def relevant(train: Features, test: Features) -> tuple[list[dict], dict[str, str
 
 
 def cluster(
-    train: Features,
-    test: Features,
+    pairs: Sequence[Pair],
     letters: Sequence[str] = COMBINATIONS,
     *,
     pca: int | None = None,
     runs: int = 5,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Return `protocol.knn`'s table for k-means on the test rows, as many clusters as classes.
+    """Return `protocol.over_seeds`'s table for k-means on the test rows, a cluster for each class.
 
     The accuracy after matching clusters to classes is the mean of ``runs`` k-means seeds, the same
-    for all feature sets; ``spread`` is its deviation over them, ``nmi`` and ``nmi_spread``
-    likewise. The training rows serve the PCA alone. An interval is over images, their clusters and
-    names as found: it leaves out how clusters would change with other images.
+    for all feature sets; ``spread`` is its deviation over them and the pairs, ``nmi`` and
+    ``nmi_spread`` likewise. The training rows serve the PCA alone. An interval is over images,
+    their clusters and names as found: it leaves out how clusters would change with other images.
     """
-    seeds = generator("kmeans", seed).integers(2**31, size=runs).tolist()
-    clusters, right, rows = len(np.unique(test.labels)), {}, {}
-    for name in each(dict.fromkeys(("E", *letters)), f"{test.data.name} clusters"):
-        x = fungi_features(train, test, name, pca)[1]
-        found = [clustering.kmeans(x, clusters, s) for s in seeds]
-        # (runs, N)
-        hits = np.stack([clustering.match(c, test.labels) == test.labels for c in found])
-        nmi = [100 * normalized_mutual_info_score(test.labels, c) for c in found]
-        right[name] = hits.mean(0)
-        rows[name] = 100 * hits.mean(1).std(), np.mean(nmi), np.std(nmi)
+    starts = generator("kmeans", seed).integers(2**31, size=runs).tolist()
+    labels = pairs[0][1].labels
+    clusters, right, rows = len(np.unique(labels)), {}, {}
+    for name in each(dict.fromkeys(("E", *letters)), f"{pairs[0][1].data.name} clusters"):
+        spaces = [fungi_features(*pair, name, pca)[1] for pair in pairs]
+        found = [[clustering.kmeans(x, clusters, s) for s in starts] for x in spaces]
+        # (seeds, runs, N)
+        hits = np.array([[clustering.match(c, labels) == labels for c in one] for one in found])
+        nmi = [100 * normalized_mutual_info_score(labels, c) for one in found for c in one]
+        right[name] = hits.mean(1)
+        rows[name] = 100 * hits.mean(2).std(), np.mean(nmi), np.std(nmi)
     columns = ["spread", "nmi", "nmi_spread"]
     extra = pd.DataFrame([rows[name] for name in letters], columns=columns)
     return pd.concat([compare(right, letters, "k-means", None, seed), extra], axis=1)
 
 
-def over_seeds(
+def seed_spread(
     pairs: Sequence[Pair],
     letters: Sequence[str] = COMBINATIONS,
     *,
@@ -150,58 +156,60 @@ def over_seeds(
     test images, each of which counts with the share of seeds that classify it correctly;
     ``gain_spread``: the deviation over the seeds.
     """
-    test = pairs[0][1]
-    _, per_class = metric(test)
-    groups = [np.arange(len(test.labels))]
+    _, per_class = metric(pairs[0][1])
+    groups = [np.arange(len(pairs[0][1].labels))]
     if per_class is not None:
         groups = [per_class == c for c in np.unique(per_class)]
-    score = lambda hits: 100 * np.mean([hits[group].mean() for group in groups])
-    correct = {
-        name: np.array([right_or_wrong(*pair, name, k, pca) for pair in pairs])  # (seeds, N)
-        for name in each(("E", *letters), f"{test.data.name} seeds")
-    }
-    rows, base = [], [score(hits) for hits in correct["E"]]
+    correct = seeded_hits(pairs, letters, k=k, pca=pca)
+    # (seeds,)
+    score = {x: 100 * np.mean([h[:, g].mean(1) for g in groups], 0) for x, h in correct.items()}
+    rows = []
     for name in letters:
-        scores, draw = (
-            [score(x) for x in correct[name]],
-            generator("bootstrap", seed, "seeds", name),
-        )
+        draw = generator("bootstrap", seed, "seeds", name)
         share = correct[name].mean(0), correct["E"].mean(0)
         gain = bootstrap(*share, generator=draw, labels=per_class)
-        spread = np.std(np.subtract(scores, base))
-        rows.append((name, np.mean(scores), np.std(scores), *gain, spread))
+        spread = (score[name] - score["E"]).std()
+        rows.append((name, score[name].mean(), score[name].std(), *gain, spread))
     return pd.DataFrame(rows, columns=["features", "value", "spread", *GAIN, "gain_spread"])
 
 
-def shot_curve(
-    train: Features,
-    test: Features,
+def shot_hits(
+    pairs: Sequence[Pair],
     letters: Sequence[str],
     shots: Sequence[int],
     draws: int,
     *,
     k: int,
     seed: int,
-) -> pd.DataFrame:
-    """Return Fig. 6: accuracy in percent by number of shots: mean of the draws, and their range.
+) -> dict[tuple[str, int], np.ndarray]:
+    """Say which test images are right with few labels: {(features, shots): (draws, N) bool}.
 
-    Every draw takes the same training images for all features. PCA goes to the embedding's width; k
-    is at most the number of labelled images.
+    Every draw takes the same training images for all features, and the next of the ``pairs``, one
+    for each seed, in turn. PCA goes to the embedding's width; k is at most the number of labelled
+    images.
     """
-    rows, width = [], train.blocks["embedding"].shape[1]
+    (train, test), hits = pairs[0], {}
+    width = train.blocks["embedding"].shape[1]
     for count in each(shots, f"{test.data.name} shots"):
-        draw = lambda d, n=count: few_shot_indices(train.labels, n, generator("shots", seed, d))
-        picks = [train.take(draw(d)) for d in range(draws)]
-        for name in letters:
-            hits = [right_or_wrong(x, test, name, min(k, len(x.labels)), width) for x in picks]
-            accuracy = [100 * one.mean() for one in hits]
-            rows.append((name, count, np.mean(accuracy), min(accuracy), max(accuracy)))
+        for name, d in product(letters, range(draws)):
+            few = few_shot_indices(train.labels, count, generator("shots", seed, d))
+            some = pairs[d % len(pairs)][0].take(few)
+            right = right_or_wrong(some, pairs[d % len(pairs)][1], name, min(k, len(few)), width)
+            hits.setdefault((name, count), []).append(right)
+    return {key: np.array(found) for key, found in hits.items()}
+
+
+def shot_curve(hits: dict[tuple[str, int], np.ndarray]) -> pd.DataFrame:
+    """Return Fig. 6: accuracy in percent by number of shots: mean of the draws, and their range."""
+    rows = []
+    for (name, count), found in hits.items():
+        accuracy = 100 * found.mean(1)
+        rows.append((name, count, accuracy.mean(), accuracy.min(), accuracy.max()))
     return pd.DataFrame(rows, columns=["features", "shots", "value", "low", "high"])
 
 
 def pca_curve(
-    train: Features,
-    test: Features,
+    pairs: Sequence[Pair],
     letters: Sequence[str],
     sizes: Sequence[int | None],
     *,
@@ -210,10 +218,11 @@ def pca_curve(
 ) -> pd.DataFrame:
     """Return Table 16: features, size (None: no PCA), accuracy, and its paired gain over no PCA."""
     rows = []
-    for name in each(letters, f"{test.data.name} PCA sizes"):
-        plain = right_or_wrong(train, test, name, k, None)
+    for name in each(letters, f"{pairs[0][1].data.name} PCA sizes"):
+        hits = lambda size, n=name: np.array([right_or_wrong(*pair, n, k, size) for pair in pairs])
+        plain = hits(None)
         for size in sizes:
-            correct = plain if size is None else right_or_wrong(train, test, name, k, size)
+            correct = plain if size is None else hits(size)
             draw = lambda kind, n=name, s=size: generator("bootstrap", seed, kind, n, s)
             value = bootstrap(correct, generator=draw("own"))
             gain = bootstrap(correct, plain, generator=draw("paired"))
@@ -300,24 +309,25 @@ def by_set(runs: Sequence) -> dict[tuple[str, str], list[Pair]]:
     return gathered
 
 
-def pairs(
-    train: Features, test: Features, *, k: int = 20, pca: int | None = None, seed: int = 0
+def joined_pairs(
+    pairs: Sequence[Pair], *, k: int = 20, pca: int | None = None, seed: int = 0
 ) -> pd.DataFrame:
     """Return Fig. 2 for every pair of features: a, b, CKA, accuracy, gain over the better one
     alone.
 
-    CKA is unbiased, of the test rows.
+    CKA is unbiased, of the test rows, the mean over the seeds.
     """
     # Here: torchmetrics takes long to import, and a notebook that cannot run should end fast.
     from companion.evaluate.cka import cka_matrix
 
-    names = [LETTERS[name] for name in test.blocks]
-    cka = cka_matrix({LETTERS[name]: normalize(block) for name, block in test.blocks.items()})
-    correct, rows = {x: right_or_wrong(train, test, x, k, pca) for x in names}, []
+    unit = [{LETTERS[x]: normalize(block) for x, block in test.blocks.items()} for _, test in pairs]
+    names, cka = list(unit[0]), np.mean([cka_matrix(blocks) for blocks in unit], 0)
+    hits = lambda x: np.array([right_or_wrong(*pair, x, k, pca) for pair in pairs])  # (seeds, N)
+    correct, rows = {x: hits(x) for x in names}, []
     both_of = combinations_with_replacement(range(len(names)), 2)
-    for i, j in each(both_of, f"{test.data.name} pairs"):
+    for i, j in each(both_of, f"{pairs[0][1].data.name} pairs"):
         a, b = names[i], names[j]
-        both = correct[a] if i == j else right_or_wrong(train, test, f"{a}+{b}", k, pca)
+        both = correct[a] if i == j else hits(f"{a}+{b}")
         better = max((correct[a], correct[b]), key=np.mean)
         gain = bootstrap(both, better, generator=generator("bootstrap", seed, "pair", a, b))
         rows.append((a, b, cka[i, j], 100 * both.mean(), *gain))
@@ -344,7 +354,7 @@ def settings(printed: pd.DataFrame, encoder) -> pd.DataFrame:
 
 
 def square(frame: pd.DataFrame, column: str) -> tuple[list[str], np.ndarray]:
-    """Return a column of `pairs` as labels and a symmetric matrix, for the heat maps."""
+    """Return a column of `joined_pairs` as labels and a symmetric matrix, for the heat maps."""
     names = list(frame["a"].unique())
     wide = frame.pivot(index="b", columns="a", values=column).reindex(index=names, columns=names)
     matrix = wide.to_numpy(dtype=float)

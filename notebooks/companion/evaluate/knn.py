@@ -6,6 +6,7 @@ Every accuracy is in percent.
 from typing import NamedTuple
 
 import numpy as np
+from scipy.stats import norm, t
 from sklearn.metrics import recall_score
 from sklearn.neighbors import KNeighborsClassifier
 
@@ -77,32 +78,76 @@ def per_class_accuracy(predicted, labels, n_classes: int) -> np.ndarray:
 def bootstrap(
     correct, other=None, n: int = 2000, *, generator: np.random.Generator, labels=None
 ) -> Interval:
-    """Return the mean of ``correct`` (N,), or of ``correct - other``, paired, with its interval.
+    """Return the mean of ``correct``, or of ``correct - other``, paired, with its interval.
 
-    The interval is the 95 % percentile bootstrap over test samples. With ``labels`` the mean is the
-    mean per class, samples being redrawn within each class. Values are booleans or lie in [0, 1];
-    drawing N samples with replacement is drawing how often each distinct value occurs, a
-    multinomial, so memory is ``n`` x the number of distinct values.
+    The 95 % percentile bootstrap over test samples, ``correct`` (N,), and over seeds as well where
+    it is (S, N): both are redrawn in every draw. S seeds drawn with replacement vary by a share of
+    (S - 1) / S too little, so their deviations from the mean are stretched by sqrt(S / (S - 1))
+    (Rao and Wu, 1988). With ``labels`` (N,) the mean is the mean per class, samples being redrawn
+    within each class. Values are booleans or lie in [0, 1]; drawing N samples with replacement is
+    drawing how often each distinct column occurs, a multinomial, so memory is ``n`` x their number.
     """
     values = np.asarray(correct, np.float64)
-    for name, array in (("other", other), ("labels", labels)):
-        if array is not None and np.shape(array) != values.shape:
+    for name, array, shape in (
+        ("other", other, values.shape),
+        ("labels", labels, values.shape[-1:]),
+    ):
+        if array is not None and np.shape(array) != shape:
             shapes = f"correct {values.shape}, {name} {np.shape(array)}"
             raise ValueError(f"bootstrap needs one sample a row: {shapes}")
-    if values.ndim != 1 or not values.size:
+    if values.ndim not in (1, 2) or not values.size:
         raise ValueError(f"bootstrap needs a non-empty vector, got shape {values.shape}")
     if other is not None:
         values = values - np.asarray(other, np.float64)
-    groups = [values]
+    values = np.atleast_2d(values)  # (S, N)
+    seeds, groups = len(values), [values]
     if labels is not None:
-        groups = [values[np.asarray(labels) == label] for label in np.unique(labels)]
+        groups = [values[:, np.asarray(labels) == label] for label in np.unique(labels)]
+    weights = np.ones((n, 1))
+    if seeds > 1:
+        weights = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=n) / seeds  # (n, S)
+        weights = 1 / seeds + (weights - 1 / seeds) * np.sqrt(seeds / (seeds - 1))
     means = np.zeros(n)
     for group in groups:
-        distinct, counts = np.unique(group, return_counts=True)
-        draws = generator.multinomial(len(group), counts / len(group), size=n)
-        means += draws @ distinct / len(group)
+        distinct, counts = np.unique(group, axis=1, return_counts=True)  # (S, P), (P,)
+        size = counts.sum()
+        draws = generator.multinomial(size, counts / size, size=n)  # (n, P)
+        means += (draws * (weights @ distinct)).sum(1) / size
     low, high = np.percentile(100 * means / len(groups), [2.5, 97.5])
     return Interval(100 * float(np.mean([g.mean() for g in groups])), float(low), float(high))
+
+
+class Pooled(NamedTuple):
+    """Hold a mean over data sets with its 95 % interval, and the deviation between them."""
+
+    mean: float
+    low: float
+    high: float
+    between: float
+
+
+def random_effects(values, lows, highs) -> Pooled:
+    """Return the mean of effects measured on different data sets, which differ in truth too.
+
+    The variance between them is DerSimonian and Laird's (1986), the interval Hartung and Knapp's
+    (2001) with k - 1 degrees of freedom, and never narrower than the one that takes the effects as
+    equal. Each effect comes with its own 95 % interval; one alone keeps it.
+    """
+    values, lows, highs = (np.asarray(x, np.float64) for x in (values, lows, highs))
+    if len(values) == 1 or (values == lows).all() and (values == highs).all():
+        return Pooled(values.mean(), lows.mean(), highs.mean(), 0.0)
+    error = np.maximum((highs - lows) / 2 / norm.ppf(0.975), 1e-3)  # no effect is known exactly
+    fixed = error**-2 / (error**-2).sum()
+    freedom = len(values) - 1
+    heterogeneity = (error**-2 * (values - fixed @ values) ** 2).sum()
+    scale = (error**-2).sum() - (error**-4).sum() / (error**-2).sum()
+    between = max(0.0, (heterogeneity - freedom) / scale)
+    weights = 1 / (error**2 + between)
+    weights /= weights.sum()
+    mean = weights @ values
+    knapp = t.ppf(0.975, freedom) * np.sqrt(weights @ (values - mean) ** 2 / freedom)
+    half = max(knapp, norm.ppf(0.975) / np.sqrt((error**-2).sum()))
+    return Pooled(float(mean), float(mean - half), float(mean + half), float(np.sqrt(between)))
 
 
 def one_a_row(labels, rows) -> np.ndarray:
