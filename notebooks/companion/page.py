@@ -52,17 +52,20 @@ class Page:
         chosen = self.parameters["backbones"], self.parameters["datasets"]
         return self.use(protocol.collect(*chosen, objectives, **self.sizes() | options))
 
-    def seeded(self, objectives: Sequence = ALL) -> dict[tuple[str, str], list[protocol.Pair]]:
+    def seeded(
+        self, objectives: Sequence = ALL, **options
+    ) -> dict[tuple[str, str], list[protocol.Pair]]:
         """Return {(backbone, data set): [(train, test), ...]}, a pair for each of the seeds.
 
-        The page's parameter ``seeds`` is their number; they count from ``seed``.
+        The page's parameter ``seeds`` is their number; they count from ``seed``. ``options`` go to
+        `protocol.collect`.
         """
         first, number = self.parameters["seed"], self.parameters["seeds"]
-        found = {run[:2]: [run[2:]] for run in self.runs(objectives)}
-        sizes = self.sizes()
+        found = {run[:2]: [run[2:]] for run in self.runs(objectives, **options)}
         for seed in range(first + 1, first + number):
             for (backbone, dataset), pairs in found.items():
-                more = protocol.collect([backbone], [dataset], objectives, **sizes | {"seed": seed})
+                asked = self.sizes() | options | {"seed": seed}
+                more = protocol.collect([backbone], [dataset], objectives, **asked)
                 self.use(more)
                 pairs.append(more[0][2:])
         return found

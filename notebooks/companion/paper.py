@@ -25,6 +25,13 @@ from companion.paths import PAPER, ROOT, figures_dir, results_dir
 
 MEASURED = ["id", "value", "low", "high", "on"]
 NUMBERS = ["table", "value", "delta", "spread", "paper_delta"]  # columns that are no text
+STAND_INS = (
+    "vit_micro",
+    "vit_mini",
+    "all-MiniLM",
+    "whisper",
+    "random:",
+)  # none of the paper's networks
 VERDICTS = ["disagrees", "undecided", "agrees", "not testable here", "not run"]  # in this order
 
 
@@ -83,8 +90,9 @@ def save_measured(measured: pd.DataFrame, notebook: str, profile: str) -> None:
 
 
 def scoreboard(profile: str) -> pd.DataFrame:
-    """Return every claim with ours (value, low, high, on), a `verdict` on its sign and how its
-    `size` compares, in the paper's order; what was not run says so.
+    """Return every claim with ours (value, low, high, on), a `verdict` on its sign, how its `size`
+    compares, the smallest effect that could have been ``seen`` (the interval's half-width) and the
+    `scale` of the test, in the paper's order; what was not run says so.
     """
     files = sorted(results_dir(profile).glob("claims_*.csv"))
     ours = pd.concat([pd.DataFrame(columns=MEASURED), *map(pd.read_csv, files)])
@@ -94,6 +102,8 @@ def scoreboard(profile: str) -> pd.DataFrame:
     compared = board[["paper_delta", "value", "low", "high"]].itertuples(index=False)
     board["verdict"] = [verdict(*row) for row in judged]
     board["size"] = [size(*row) for row in compared]
+    board["seen"] = (board["high"] - board["low"]) / 2
+    board["scale"] = board["on"].map(scale)
     return board
 
 
@@ -125,6 +135,27 @@ def size(paper_delta: float, value: float, low: float, high: float) -> str:
     return "smaller" if abs(value) < abs(paper_delta) else "larger"
 
 
+def scale(on: object) -> str:
+    """Say how near the paper a claim was tested: "paper's kind" where every network is a published
+    one of the paper's modality at its size of input, on data sets of the paper, whole or in part;
+    else "stand-in"; "" where nothing was measured.
+    """
+    sets, _, networks = str(on).partition(" (")[0].partition("; ")
+    if not networks:
+        return ""
+    known = pd.read_csv(ROOT / "data" / "datasets.csv").query("profile == 'paper'")["name"]
+    named = {*known, "voc2012", "ade20k"}  # a part of one is called "NAME_..."
+    alike = all(name in named or name.split("_")[0] in named for name in sets.split(", "))
+    alike &= not any(name.startswith(STAND_INS) for name in networks.split(", "))
+    return "paper's kind" if alike else "stand-in"
+
+
+def decided(row) -> str:
+    """Return a verdict as text, with the smallest effect that could have been seen if undecided."""
+    seen = row["verdict"] == "undecided" and not pd.isna(row["seen"])
+    return row["verdict"] + f" (±{row['seen']:.1f} could be seen)" * seen
+
+
 def signed(x: float, decimals: int = 1) -> str:
     """Return a number with its sign, as text; a dash where there is none."""
     return "–" if pd.isna(x) else f"{x:+.{decimals}f}".replace("-", "−")
@@ -142,6 +173,11 @@ def bounds(row, decimals: int = 1, of: str = "") -> str:
 def ours(row, decimals: int = 1) -> str:
     """Return our number of a row of the `scoreboard` with its interval, as text."""
     return f"{signed(row['value'], decimals)} {bounds(row, decimals)}".strip()
+
+
+def gain_of(row) -> str:
+    """Return the gain of a row of a protocol's table with its interval, as text."""
+    return f"{signed(row['gain'])} {bounds(row, of='gain_')}".strip()
 
 
 def written(profile: str) -> list[dict]:
@@ -216,7 +252,7 @@ def as_markdown(profile: str) -> str:
     template = (ROOT / "data" / "site" / "claims.md").read_text(encoding="utf-8")
     page = Template(template, trim_blocks=True, keep_trailing_newline=True)
     given = dict(profile=profile, claims=board.to_dict("records"), counts=counts, figures=figures)
-    return page.render(signed=signed, ours=ours, **given)
+    return page.render(signed=signed, ours=ours, decided=decided, **given)
 
 
 if __name__ == "__main__":

@@ -198,11 +198,20 @@ def over_folds(
     return compare(correct, letters, setting, labels, seed)
 
 
-def outcomes(hits: Mapping[str, np.ndarray], seed: int) -> pd.DataFrame:
-    """Return `seeded_hits` as text: features, seed, and correct, a 0 or 1 for each test image."""
+def outcomes(
+    hits: Mapping[str, np.ndarray], asked: tuple[str, np.ndarray | None], seed: int
+) -> pd.DataFrame:
+    """Return `seeded_hits` as text, so that anything can score them again.
+
+    Columns: setting, features, seed, and correct, a 0 or 1 for each test image; where the metric is
+    the mean per class (``asked``: what `metric` says), a row "class" names each image's class.
+    """
+    setting, labels = asked
     digits = lambda row: "".join(map(str, row.astype(int)))
     rows = [(x, seed + i, digits(row)) for x, found in hits.items() for i, row in enumerate(found)]
-    return pd.DataFrame(rows, columns=["features", "seed", "correct"])
+    if labels is not None:
+        rows.append(("class", seed, " ".join(map(str, labels))))
+    return pd.DataFrame(rows, columns=["features", "seed", "correct"]).assign(setting=setting)
 
 
 def metric(test: Features, shots: int | None = None) -> tuple[str, np.ndarray | None]:
