@@ -5,11 +5,17 @@ by hand.
 import json
 import math
 import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pandas as pd
 import pytest
+import yaml
+from test_run import written_files
 
-from companion import paper
+from companion import paper, run
 from companion.figures import style
 from companion.paths import PAPER, ROOT
 
@@ -398,6 +404,69 @@ def test_the_committed_page_is_that_of_the_committed_figures(monkeypatch):
     assert sum(line.startswith("| ") for line in page.splitlines()) > 2 + len(paper.claims()) + 40
     for target in re.findall(r"\]\(([^)]+)\)", page):
         assert (ROOT / "figures" / "lite" / target).is_file()
+
+
+def test_the_manifest_lists_every_figure_and_table_and_nothing_else(monkeypatch):
+    """codecheck.yml against the committed files, and against what the notebooks write. To mend:
+    `python -m companion.paper`.
+    """
+    monkeypatch.setenv("FUNGI_FIGURES", str(ROOT / "figures"))
+    text = (ROOT / "codecheck.yml").read_text(encoding="utf-8")
+    assert text == paper.manifest("lite")
+    entries = yaml.safe_load(text)["manifest"]
+    files = {str(file.relative_to(ROOT)) for file in (ROOT / "figures" / "lite").glob("*.csv")}
+    assert {entry["file"] for entry in entries} == {
+        file for file in files if not Path(file).name.startswith("claims_")
+    }
+    made = {(entry["command"].split()[3], Path(entry["file"]).name) for entry in entries}
+    for slug in run.notebooks():
+        if slug != "20_your_own_data":  # it writes on a click alone, about one's own photographs
+            wanted = {name for name in written_files(slug) if name.endswith(".csv")}
+            assert wanted <= {name for one, name in made if one == slug}, slug
+
+
+def test_a_second_scorer_finds_the_committed_gains_and_verdicts():
+    done = subprocess.run(
+        [sys.executable, "benchmarks/rescore.py"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "DIFFERS" not in done.stdout, done.stdout + done.stderr
+
+
+def test_the_second_scorer_sees_a_changed_outcome(tmp_path):
+    for name in ("table02_outcomes.csv", "table02_gradients.csv"):
+        shutil.copy(ROOT / "figures" / "lite" / name, tmp_path)
+    shutil.copy(ROOT / "figures" / "lite" / "claims_03_image_classification.csv", tmp_path)
+    file = tmp_path / "table02_outcomes.csv"
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    (row,) = [i for i, line in enumerate(lines) if line.startswith("E+K+D+S,0,")][:1]
+    features, seed, digits, *rest = lines[row].split(",")
+    lines[row] = ",".join([features, seed, digits.replace("0", "1"), *rest])
+    file.write_text("".join(lines), encoding="utf-8")
+    command = [sys.executable, "benchmarks/rescore.py", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "1 differ" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "on, scale",
+    [
+        ("dtd_10, cifar10; deit_tiny_patch16_224.fb_in1k", "paper's kind"),
+        ("dtd_10; deit_tiny_patch16_224.fb_in1k (retrieval by class)", "paper's kind"),
+        ("dtd_10; vit_micro.sup_tin100, deit_tiny_patch16_224.fb_in1k", "stand-in"),
+        ("tiny_imagenet_100a; deit_tiny_patch16_224.fb_in1k", "stand-in"),
+        ("needs the Paris landmarks", ""),
+        (float("nan"), ""),
+    ],
+)
+def test_scale_says_how_near_the_paper_a_claim_was_tested(on, scale):
+    assert paper.scale(on) == scale
+
+
+def test_an_undecided_claim_names_the_effect_that_could_have_been_seen():
+    row = {"verdict": "undecided", "seen": 2.5}
+    assert paper.decided(row) == "undecided (±2.5 could be seen)"
+    assert paper.decided(row | {"verdict": "agrees"}) == "agrees"
+    assert paper.decided(row | {"seen": float("nan")}) == "undecided"
 
 
 def test_a_page_lists_claims_by_verdict_and_what_was_written(tmp_path, monkeypatch):

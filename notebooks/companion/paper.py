@@ -1,7 +1,7 @@
 """The numbers printed in the paper (Tables 1-16, 19 and 22), its claims, and our own numbers beside
 them.
 
-    python -m companion.paper [PROFILE]     # writes figures/PROFILE/README.md (default: lite)
+    python -m companion.paper     # writes figures/lite/README.md and codecheck.yml
 
 One row of ``data/paper/tableNN.csv`` is one printed number. ``row`` is the feature set
 ("Embeddings", printed also as "Features"; "FUNGI"; "E+K+D+S" = embedding joined with the KL, DINO
@@ -15,9 +15,9 @@ know of single tables.
 
 import json
 import re
-import sys
 
 import pandas as pd
+import yaml
 from jinja2 import Template
 
 from companion.messages import require
@@ -255,6 +255,25 @@ def as_markdown(profile: str) -> str:
     return page.render(signed=signed, ours=ours, decided=decided, **given)
 
 
+def manifest(profile: str) -> str:
+    """Return codecheck.yml (CODECHECK 2.0): each file of numbers with the paper's item, what that
+    shows, and the command that makes it.
+    """
+    shows = items().set_index("item")["shows"]
+    named = lambda record: "; ".join(f"{item}: {shows[item]}" for item in record["items"])
+    entries = [
+        {
+            "file": f"figures/{profile}/{record['name']}.csv",
+            "comment": named(record) or "not in the paper",
+            "command": f"python -m companion.run {record['notebook']} --profile {profile}",
+        }
+        for record in written(profile)
+    ]
+    about = {"version": "https://codecheck.org.uk/spec/config/2.0/", "manifest": entries}
+    return yaml.safe_dump(about, sort_keys=False, allow_unicode=True, width=100)
+
+
 if __name__ == "__main__":
-    profile = (sys.argv[1:] or ["lite"])[0]
-    (figures_dir() / profile / "README.md").write_text(as_markdown(profile), encoding="utf-8")
+    page, listed = as_markdown("lite"), manifest("lite")
+    (figures_dir() / "lite" / "README.md").write_text(page, encoding="utf-8")
+    (ROOT / "codecheck.yml").write_text(listed, encoding="utf-8")

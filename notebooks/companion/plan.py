@@ -56,8 +56,8 @@ def groups(profile: str, dataset: str) -> list[str]:
 
 
 def jobs(parameters: dict, profile: str, present: Collection[str] | None = None) -> list[Job]:
-    """Return what a notebook with these parameters reads: backbones x data sets x splits x groups,
-    where it declares them and their sizes. ``present``: only these backbones and data sets.
+    """Return what a notebook with these parameters reads: backbones x data sets x splits x seeds x
+    groups, where it declares them and their sizes. ``present``: only these backbones and data sets.
     """
     if not {"backbones", "datasets", "n_train", "n_test", "seed"} <= parameters.keys():
         return []
@@ -65,12 +65,14 @@ def jobs(parameters: dict, profile: str, present: Collection[str] | None = None)
         [name for name in parameters[kind] if present is None or name in present]
         for kind in ("backbones", "datasets")
     )
-    sizes = [parameters[name] for name in ("n_train", "n_test", "seed")]
+    sizes = [parameters[name] for name in ("n_train", "n_test")]
+    seeds = range(parameters["seed"], parameters["seed"] + parameters.get("seeds", 1))
     return [
-        Job(backbone, dataset, split, *sizes, group)
+        Job(backbone, dataset, split, *sizes, seed, group)
         for backbone in backbones
         for dataset in sets
         for split in ("train", "test")
+        for seed in seeds
         for group in groups(profile, dataset)
     ]
 
