@@ -17,6 +17,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -98,7 +99,7 @@ def attempt(root: Path, log: Path, count: int, rows: int | None) -> tuple[int, L
         if ended:
             return os.waitstatus_to_exitcode(status), parsed(lines)
         blocks = parsed(lines[:-1])  # the last line may be in the writing
-        if rows is not None and sum(length for _, length in computed(blocks)) >= max(1, rows):
+        if rows is not None and sum(length for _, _, length, _ in blocks) >= max(1, rows):
             os.kill(child, signal.SIGKILL)
             rows = None
         time.sleep(0.02)
@@ -108,24 +109,16 @@ def parsed(lines: list[str]) -> Log:
     return [(key, *map(int, numbers)) for key, *numbers in map(str.split, lines)]
 
 
-def computed(blocks: Log) -> list[tuple[int, int]]:
-    """Return (first row, rows) of every batch.
-
-    Embeddings and gradients are written one after the other, one key each.
-    """
-    return [(first, length) for key, first, length, _ in blocks if key == blocks[0][0]]
-
-
 def on_disk(root: Path) -> dict[str, bytes]:
     return {str(file.relative_to(root)): file.read_bytes() for file in sorted(root.rglob("*.npy"))}
 
 
-def complete(root: Path, count: int) -> np.ndarray:
-    """Return which rows are on disk, embedding and gradient, by the files' names: (count,) bool."""
-    out = np.zeros(count, int)
+def complete(root: Path, count: int) -> dict[str, np.ndarray]:
+    """Return which rows are on disk by the files' names, {key: (count,) bool}."""
+    out = defaultdict(lambda: np.zeros(count, bool))  # trunk, embedding and gradient
     for file in root.glob("*/*.npy"):
-        out[int(file.name[:9]) : int(file.name[:9]) + store.SHARD] += 1
-    return out == 2
+        out[file.parent.name][int(file.name[:9]) :][: store.SHARD] = True
+    return out
 
 
 def mib(blocks: Log) -> float | None:
@@ -138,15 +131,16 @@ def disturbed(root: Path, log: Path, count: int, kills: int, seed: int) -> dict:
     attempts, lost, again = [], 0, 0
     for i in tqdm(range(kills + 1), "attempts", disable=not sys.stderr.isatty()):
         had = complete(root, count)
-        rows = None if i == kills else int(rng.uniform(0, 1.6 * count / (kills + 1)))
+        # Three entries: trunk, embedding and gradient.
+        rows = None if i == kills else int(rng.uniform(0, 1.6 * 3 * count / (kills + 1)))
         status, blocks = attempt(root, log, count, rows)
         if status not in (0, -signal.SIGKILL):
             raise RuntimeError(f"attempt {i} ended with status {status}")
         has = complete(root, count)
-        for first, length in computed(blocks):
+        for key, first, length, _ in blocks:
             part = slice(first, first + length)
-            again += int(had[part].sum())  # was on disk already: must not happen
-            lost += int((~has[part]).sum())  # the kill took it
+            again += int(had[key][part].sum())  # was on disk already: must not happen
+            lost += int((~has[key][part]).sum())  # the kill took it
         attempts.append({"killed_after": rows, "status": status, "peak_mib": mib(blocks)})
     return {
         "kills": sum(one["status"] == -signal.SIGKILL for one in attempts),

@@ -56,10 +56,7 @@ class Backbone:
         return replace(self, model=model.to(self.device), dtype=torch.float32, exact=None)
 
     def embed(self, views: torch.Tensor) -> torch.Tensor:
-        """Return embeddings (N, D) of views (N, ...) in the backbone's dtype.
-
-        Images of another size go through the network at that size.
-        """
+        """Return embeddings (N, D), in the backbone's dtype, of views (N, ...) of any size."""
         return self.read(self._for(views).model, views)
 
     def _for(self, views: torch.Tensor) -> "Backbone":
@@ -113,8 +110,7 @@ class Backbone:
     def at_size(self, size: int) -> "Backbone":
         """Return the same network for ``size`` px images, its position embedding interpolated.
 
-        Raises ValueError where that is no multiple of the patch, and for networks other than timm's
-        transformers.
+        Raises ValueError where the patch does not divide it, and for all but timm's transformers.
         """
         if size == self.inputs.size:
             return self
@@ -144,9 +140,9 @@ class Backbone:
     ) -> tuple[torch.Tensor, list[Factors]]:
         """Return embeddings (B, V, D) float32, and the factors of a loss at every layer.
 
-        ``views``: (B, V, ...), a list of views of several sizes, or what `trunk` made of them; the
-        loss maps (B, V, D) to (B,). None: the embeddings alone, by the pass that gradients take.
-        Raises ValueError for views at their own sizes where the class-token path does not apply.
+        ``views``: (B, V, ...), a list of several sizes, or what `trunk` made of them. The loss maps
+        (B, V, D) to (B,); None: the embeddings alone, by the same pass. Raises ValueError for views
+        at their own sizes where the class-token path does not apply.
         """
         layers = list(layers or [self.layer])
         if self.reads_class_token(layers):

@@ -25,6 +25,7 @@ from .gradients import Factors, linear_layer
 from .objectives import Heads, Objective
 from .projection import factors_of
 from .rows import (
+    batch_size,
     chosen_negatives,
     draw_parts,
     embedding_rows,
@@ -162,18 +163,18 @@ def fill_gradients(
     if not gaps(targets, len(data), part):
         return  # neither heads nor negatives are drawn
     parts = [draw_parts(backbone, objective, seed, layer, projection) for layer in layers]
-    label, held = f"{data.name} {data.split} {backbone.name} {objective.name}", None
-    own = layers == [backbone.layer]
-    if trunk := _open_trunk(data, backbone, objective, seed, root) if own else None:
+    label, own = f"{data.name} {data.split} {backbone.name} {objective.name}", [backbone.layer]
+    trunk = _open_trunk(data, backbone, objective, seed, root) if layers == own else None
+    if trunk:
         seen = lambda some: trunk_rows(backbone, objective, some, seed)
-        write([Target(trunk, source=None)], data, label, seen, part)
-        held = trunk.read(*part)
+        for absent in gaps(targets, len(data), part):
+            write([Target(trunk, source=None)], data, label, seen, absent)
     negatives = stored_negatives(backbone, objective, parts[0].heads, train, seed, root)
     parts = [replace(one, negatives=negatives) for one in parts]
 
-    def rows(some: Subset):
-        known = None if held is None else held[np.array(some.indices) - part[0]]
-        return gradient_rows(backbone, objective, parts, some, seed, known)
+    def rows(some: Subset) -> Iterator[tuple[int, np.ndarray | None, list[np.ndarray]]]:
+        held = trunk and trunk.files(some.indices.start, some.indices.stop)
+        return gradient_rows(backbone, objective, parts, some, seed, held)
 
     write(targets, data, label, rows, part)
 
@@ -183,9 +184,10 @@ def _open_trunk(
 ) -> store.Entry | None:
     """Open the entry of `trunk_rows`, from which any head, loss and negative follows in no time.
 
-    None where a loss reads more than the class token, or the rows would take over `_KEPT` bytes.
+    None where a loss may read more than the class token, or they would take over `_KEPT` bytes.
     """
-    if not (objective.embeds_views and backbone.reads_class_token([backbone.layer])):
+    usual = type(objective).factors is Objective.factors  # another one expects views
+    if not (usual and backbone.reads_class_token([backbone.layer])):
         return None
     views, meta = objective.views, describe(data, backbone)
     meta |= {"feature": "trunk", "views": [type(views).__name__, asdict(objective)["views"]]}
@@ -213,13 +215,19 @@ def stored_negatives(
     dim = objective.latents(blank, heads).shape[1]
     meta = describe(train, backbone, objective, train, seed) | {"rows": "latents of negatives"}
     entry = store.open_entry(meta, len(chosen), views * dim, root)
-
     trunk = _open_trunk(train, backbone, objective, seed, root)
 
     def rows(some: Subset) -> Iterator[tuple[int, None, list[np.ndarray]]]:
-        held = None
+        wanted, held = chosen[some.indices], None
         if trunk and trunk.complete:
-            held = trunk.read()[chosen[some.indices]]
+            held = [trunk.read()[wanted]]
+        elif trunk:
+            # Whole batches: rounding depends on what an item shares its batch with, and the order
+            # of jobs must not change a byte.
+            size = batch_size(backbone, objective.views)
+            near = np.flatnonzero(np.isin(np.arange(len(train)) // size, wanted // size))
+            passed = trunk_rows(backbone, objective, Subset(train, near.tolist()), seed)
+            held = [np.concatenate([block for _, block, _ in passed])[np.isin(near, wanted)]]
         for start, latents in negative_latents(backbone, objective, heads, some, seed, held):
             yield start, None, [latents.flatten(1).cpu().numpy()]  # (B, V, C) -> (B, V * C)
 

@@ -1,7 +1,7 @@
 """One generator of rows: embeddings and projected gradients of any items, batch by batch."""
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,19 +67,20 @@ def negative_latents(
     heads: Heads,
     items: Sequence,
     seed: int,
-    held: np.ndarray | None = None,
+    held: Iterable[np.ndarray] | None = None,
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """Yield (start, latents (B, V, C) float32) of the items that serve as negatives.
 
-    ``held``: what `trunk_rows` gave for them, where it is kept.
+    ``held``: what `trunk_rows` gave for them, see `_batches`.
     """
+    views = slice(objective.negative_views or None)
     for start, batch in _batches(backbone, objective, items, seed, held):
-        if held is None:
-            batch = batch[:, : objective.negative_views or None]
+        if isinstance(batch, torch.Tensor):  # else they are of several sizes, or passed already
+            batch = batch[:, views]
         embeddings, _ = backbone.factors(batch, None)  # (B, V, D)
         with torch.inference_mode():
             latents = objective.latents(embeddings, heads)
-        yield start, latents[:, : objective.negative_views or None]
+        yield start, latents[:, views]
 
 
 @default_modes()
@@ -93,6 +94,16 @@ def draw_negatives(
     chosen = Subset(items, rows.tolist())
     latents = [z for _, z in negative_latents(backbone, objective, heads, chosen, seed)]
     return objective.memory(torch.cat(latents).clone(), rng)
+
+
+def batch_size(backbone: Backbone, kind: Views, most: int = 256) -> int:
+    """Return how many items make a batch of `view_batches`.
+
+    It divides the store's files: a resumed run has the same batches, so the same bytes.
+    """
+    inputs = backbone.inputs
+    size = max(1, min(most, inputs.at_once(kind.count(inputs), backbone.device)))
+    return 1 << size.bit_length() - 1
 
 
 @steps_in_default_modes
@@ -109,9 +120,7 @@ def view_batches(
         views = f"{key} takes {type(kind).__name__}, views of {kind.of} data"
         raise ValueError(f"{views}; {backbone.name} reads {inputs.kind} data")
     fixed_teams()
-    size = max(1, min(most, inputs.at_once(kind.count(inputs), backbone.device)))
-    # A divisor of the store's files: a resumed run has the same batches, so the same bytes.
-    size = 1 << size.bit_length() - 1
+    size = batch_size(backbone, kind, most)
 
     def prepare(start: int) -> torch.Tensor:
         made = []
@@ -170,19 +179,24 @@ def _batches(
     objective: Objective,
     items: Sequence,
     seed: int,
-    held: np.ndarray | None,
+    held: Iterable[np.ndarray] | None,
     most: int = 256,
 ) -> Iterator[tuple[int, torch.Tensor | list[torch.Tensor] | Trunk]]:
-    """Yield views of the items, or what is held of them, in batches."""
+    """Yield (start, views of the items, or what is held of them), in batches.
+
+    ``held``: all rows that `trunk_rows` gives for the items, in blocks such as the store's files.
+    """
     if held is None:
         yield from view_batches(backbone, objective.views, objective.name, items, seed, most)
         return
     layer = linear_layer(backbone.model, backbone.layer)
-    sizes = layer.in_features, layer.out_features
-    for start in range(0, len(held), 32):  # a divisor of the store's files, as in `view_batches`
-        rows = torch.from_numpy(held[start : start + 32]).to(backbone.device)
-        rows = rows.unflatten(1, (-1, sum(sizes)))  # (B, V * (D_in + D)) -> (B, V, D_in + D)
-        yield start, Trunk(*rows.split(sizes, -1))
+    sizes, start = (layer.in_features, layer.out_features), 0
+    for block in held:
+        for rows in torch.from_numpy(block).split(32):  # divides files, as in `batch_size`
+            # (B, V * (D_in + D)) -> (B, V, D_in + D)
+            rows = rows.to(backbone.device).unflatten(1, (-1, sum(sizes)))
+            yield start, Trunk(*rows.split(sizes, -1))
+            start += len(rows)
 
 
 @steps_in_default_modes
@@ -192,13 +206,13 @@ def gradient_rows(
     parts: Sequence[Parts],
     items: Sequence,
     seed: int,
-    held: np.ndarray | None = None,
+    held: Iterable[np.ndarray] | None = None,
 ) -> Iterator[tuple[int, np.ndarray | None, list[np.ndarray]]]:
     """Yield (start, what is seen (B, D) or None, projected gradients (B, d) of each of ``parts``).
 
     All parts share heads, negatives, views and the forward pass: they differ in their layers. What
     is seen is the embedding of the whole item, or the mean over several views, see `_seen`.
-    ``held``: what `trunk_rows` gave for the items, where it is kept. Eq. 1, before normalisation.
+    ``held``: what `trunk_rows` gave for them, see `_batches`. Eq. 1, before normalisation.
     """
     given, layers = (parts[0].heads, parts[0].negatives), [part.layer for part in parts]
     # Few items at a time where the activations of many layers are held.

@@ -131,8 +131,15 @@ class Entry:
             if not np.isnan(shard).any():
                 self._save(first, self._filling.pop(first))
 
-    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Return rows start..stop (whole shards; default: all), float32; no lock is needed.
+    def read(self) -> np.ndarray:
+        """Return all rows, (n, width) float32, as `files` yields them."""
+        out = np.empty((self.n, self.width), np.float32)
+        for i, rows in enumerate(self.files()):
+            out[i * SHARD : (i + 1) * SHARD] = rows
+        return out
+
+    def files(self, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
+        """Yield rows start..stop (whole shards; default: all), shard by shard; needs no lock.
 
         Raises StoreCorrupt naming a bad file, LookupError counting missing rows.
         """
@@ -140,16 +147,14 @@ class Entry:
         if absent := sum(high - low for low, high in self.missing(start, stop)):
             lack = f"{absent} of {self.n} rows are missing"
             raise LookupError(f"{self.path}: {lack}; finish their extraction")
-        shards, out = self._shards(), np.empty((stop - start, self.width), np.float32)
+        shards = self._shards()
         for first in range(start, stop, SHARD):
             file = self.path / shards[first]
             data = file.read_bytes()
             if self._name(first, data) != shards[first]:
                 state = f"{file} is truncated, altered or foreign"
                 raise StoreCorrupt(f"{state}; drop_corrupt() removes it for the next extraction")
-            array = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
-            out[first - start : first - start + SHARD] = array
-        return out
+            yield np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
 
     def corrupt(self) -> list[str]:
         """Return the names of the shards that `read` refuses; reads every one, changes nothing."""

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import Subset
 
 from companion import features as named
 from companion import paths
@@ -71,7 +72,7 @@ def forbid(monkeypatch):
     def stop(*_args, **_kwargs):
         pytest.fail("something was extracted")
 
-    for rows in ("gradient_rows", "embedding_rows", "negative_latents"):
+    for rows in ("gradient_rows", "embedding_rows", "negative_latents", "trunk_rows"):
         monkeypatch.setattr(extract, rows, stop)
 
 
@@ -109,42 +110,47 @@ def test_a_second_call_extracts_nothing(monkeypatch, workplace):
     assert contents(workplace) == before
 
 
+@pytest.mark.parametrize("passing", ["trunk_rows", "gradient_rows"])
 @pytest.mark.parametrize("stop_at", range(3), ids=[o.name for o in SMALL])
-def test_a_resumed_run_gives_identical_bytes(stop_at, monkeypatch, tmp_path):
-    """Stopped in the second batch of one objective: shards already there stay, the rest comes out
+def test_a_resumed_run_gives_identical_bytes(stop_at, passing, monkeypatch, tmp_path):
+    """Stopped in the second shard of one objective: shards already there stay, the rest comes out
     to the bit.
     """
     monkeypatch.setenv("FUNGI_STORE", str(tmp_path / "whole"))
     digits(n_train=300)
     monkeypatch.setenv("FUNGI_STORE", str(tmp_path / "resumed"))
-    intact = extract.gradient_rows
+    intact = {name: getattr(extract, name) for name in ("trunk_rows", "gradient_rows")}
 
-    def stopped(backbone, objective, parts, images, *rest):
-        for start, *blocks in intact(backbone, objective, parts, images, *rest):
-            if objective.name == SMALL[stop_at].name and start:
+    def stopped(backbone, objective, *rest):
+        for start, *blocks in intact[passing](backbone, objective, *rest):
+            if objective.name == SMALL[stop_at].name and start >= store.SHARD:
                 raise KeyboardInterrupt
             yield start, *blocks
 
     with monkeypatch.context() as patch:
-        patch.setattr(extract, "gradient_rows", stopped)
+        patch.setattr(extract, passing, stopped)
         with pytest.raises(KeyboardInterrupt):
             digits(n_train=300)
-    partial, extracted = contents(tmp_path / "resumed"), []
+    partial, extracted = contents(tmp_path / "resumed"), {name: [] for name in intact}
 
-    def counted(backbone, objective, parts, images, *rest):
-        extracted.append((images.dataset.split, objective.name, len(images)))
-        return intact(backbone, objective, parts, images, *rest)
+    def counting(name):
+        def counted(backbone, objective, *rest):
+            images = next(one for one in rest if isinstance(one, Subset))
+            extracted[name].append((images.dataset.split, objective.name, len(images)))
+            return intact[name](backbone, objective, *rest)
 
-    monkeypatch.setattr(extract, "gradient_rows", counted)
+        return counted
+
+    for name in intact:
+        monkeypatch.setattr(extract, name, counting(name))
     digits(n_train=300)
-    assert extracted[0] == (
-        "train",
-        SMALL[stop_at].name,
-        300 - store.SHARD,
-    )  # not one row of the first shard again
-    assert [name for split, name, _ in extracted if split == "train"] == [
-        o.name for o in SMALL[stop_at:]
-    ]
+    # Not one row of the first shard again.
+    assert extracted[passing][0] == ("train", SMALL[stop_at].name, 300 - store.SHARD)
+    for name, found in extracted.items():
+        # Where gradients are torn, the trunk of their objective is there.
+        first = stop_at + (name != passing and passing == "gradient_rows")
+        wanted = [one.name for one in SMALL[first:]]
+        assert [objective for split, objective, _ in found if split == "train"] == wanted
     whole = contents(tmp_path / "whole")
     assert contents(tmp_path / "resumed") == whole
     assert partial and all(whole[name] == data for name, data in partial.items())
@@ -397,7 +403,7 @@ def test_the_command_writes_one_split_and_says_so(capsys, monkeypatch, workplace
     named.main([NAME, "digits", "test", "embedding", "kl", *rows])
     assert capsys.readouterr().out == f"digits test {NAME}: 8 rows of embedding, kl in the store\n"
     found = {(*e["meta"]["data"][:2], e["meta"]["feature"], e["done"]) for e in stored()}
-    assert found == {("digits", "test", "embedding", 8), ("digits", "test", "kl", 8)}
+    assert found == {("digits", "test", name, 8) for name in ("embedding", "kl", "trunk")}
     before = contents(workplace)
     # The same rows as the call in Python.
     assert set(digits(["kl"])[1].keys) <= {name.split("/")[0] for name in before}

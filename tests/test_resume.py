@@ -26,9 +26,8 @@ def test_killed_and_resumed_is_byte_for_byte_the_undisturbed_one(images, kills, 
     )
     assert done.returncode == 0, done.stderr[-2000:]
     record = json.loads((tmp_path / "record.json").read_text())
-    assert record["identical"] and record["files"] == 2 * -(
-        -images // store.SHARD
-    )  # embedding and gradient
+    # The trunk, the embedding and the gradient.
+    assert record["identical"] and record["files"] == 3 * -(-images // store.SHARD)
     assert record["computed_though_on_disk"] == record["temporary_files_left"] == 0
     assert 0 < record["kills"] <= kills
     assert (

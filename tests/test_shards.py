@@ -32,7 +32,7 @@ from companion.encoders import objectives
 from fungi_core import KL, SimCLR, load
 from fungi_core.views import Patches
 features.load = lambda name: load(name, arguments={"img_size": 32}, device="cpu", dtype="float32")
-objectives.PAPER["image"] = (KL(), SimCLR(Patches(stride=1), dim=16, negatives=3))
+objectives.PAPER["image"] = (KL(), SimCLR(Patches(stride=2), dim=16, negatives=3))
 rename = os.replace
 
 def run(root, kill, arguments, out):
@@ -133,7 +133,7 @@ def test_a_wrong_shard_is_one_line(text, capsys):
 
 
 def test_four_shards_in_any_order_two_at_once_one_killed_are_the_bytes_of_one_run(tmp_path, ended):
-    """Negatives too: drawn by whichever job comes first, and the same."""
+    """Negatives too: drawn by whichever job comes first, with or without a trunk, and the same."""
     names = "embedding, kl, simclr, simclr_views"
     all_rows = [0, f"digits train {NAME}: 1000 rows of {names} in the store\n"]
     assert ended((tmp_path / "one", 0)) == [all_rows]
@@ -143,11 +143,12 @@ def test_four_shards_in_any_order_two_at_once_one_killed_are_the_bytes_of_one_ru
     assert status == 0
     assert text.endswith(f": 232 rows (768 to 1000 of 1000, shard 4/4) of {names} in the store\n")
     assert [status for status, _ in ended((root, 0, shard(3)), (root, 0, shard(1)))] == [0, 0]
-    ((status, _),) = ended(
-        (root, 3, shard(2))
-    )  # embedding and KL are stored, SimCLR is about to be
+    # Embedding, KL and both trunks are stored, SimCLR is about to be.
+    ((status, _),) = ended((root, 5, shard(2)))
     assert status == -signal.SIGKILL and len(list(root.glob("*/*.tmp"))) == 1
-    assert sorted(e["n"] - e["done"] for e in entries(root)) == [0, 0, 0, SHARD, SHARD]
+    lacking = {e["meta"]["feature"] for e in entries(root) if e["done"] < e["n"]}
+    assert lacking == {"simclr", "simclr_views"}
+    assert sorted(e["n"] - e["done"] for e in entries(root)) == [0] * 5 + [SHARD] * 2
     assert ended((root, 0, shard(2)))[0][0] == 0
     assert contents(root) == contents(tmp_path / "one")
     assert ended((root, 0)) == [all_rows]  # the final check
@@ -165,7 +166,8 @@ def test_the_last_job_fills_what_is_left_and_refuses_a_torn_file(tmp_path, ended
     root = tmp_path / "store"
     assert [ended((root, 0, *part))[0][0] for part in (["--shard=1/2"], [])] == [0, 0]
     assert all(entry["done"] == entry["n"] for entry in entries(root))
-    torn = next(root.glob(f"*/{SHARD:09d}-*.npy"))
+    (kl,) = (entry["key"] for entry in entries(root) if entry["meta"]["feature"] == "kl")
+    torn = next(root.glob(f"{kl}/{SHARD:09d}-*.npy"))
     torn.write_bytes(torn.read_bytes()[:-1])
     ((status, text),) = ended((root, 0))
     assert status == 1 and torn.name in text and "Traceback" not in text

@@ -311,8 +311,8 @@ def test_rows_resume_in_the_same_batches_and_keys_hold_the_reading(encoder, monk
     monkeypatch.setenv("FUNGI_STORE", str(tmp_path / "b"))
     intact, seen = rows.gradient_rows, []
 
-    def stopped(backbone, objective, given, items, seed):
-        for start, *blocks in intact(backbone, objective, given, items, seed):
+    def stopped(backbone, objective, given, items, *rest):
+        for start, *blocks in intact(backbone, objective, given, items, *rest):
             if objective.name == "simclr" and start > 256 and not seen:
                 seen.append(len(items))
                 raise KeyboardInterrupt
