@@ -92,6 +92,7 @@ NOTEBOOKS = {
     "19_scoreboard",
     "20_your_own_data",
     "22_clustering",
+    "23_controls",
 }
 
 
@@ -280,9 +281,9 @@ def test_claims():
     assert set(frame["expected"]) <= {"+", "-", ""}
     assert (frame[["id", "item", "claim", "paper_number"]] != "").all(axis=None)
     figures, tabled = (2, 3, 5, 6, 8, 9, 10, 11, 12), (*range(1, 12), 13, 14, 15, 16, 22)
-    assert set(frame["item"]) == {f"Fig. {n}" for n in figures} | {f"Table {n}" for n in tabled} | {
-        "Clustering"
-    }
+    ours = {"Clustering", "Controls"}
+    items = {f"Fig. {n}" for n in figures} | {f"Table {n}" for n in tabled}
+    assert set(frame["item"]) == items | ours
     numbers = frame[frame["paper_delta"].notna()]
     assert (numbers[numbers["expected"] == "+"]["paper_delta"] > 0).all()
     assert (numbers[numbers["expected"] == "-"]["paper_delta"] < 0).all()
@@ -342,7 +343,7 @@ def test_every_figure_and_table_has_its_notebook():
     assert set(items["item"]) == printed and items["item"].is_unique
     assert set(items["notebook"]) <= NOTEBOOKS and (items["shows"].str.len() > 5).all()
     claims = paper.claims().merge(items, on="item", suffixes=("", "_of_item"))
-    assert len(claims) == (paper.claims()["item"] != "Clustering").sum()
+    assert len(claims) == (~paper.claims()["item"].isin(["Clustering", "Controls"])).sum()
     assert (claims["notebook"] == claims["notebook_of_item"]).all()
 
 
@@ -480,7 +481,7 @@ def test_a_page_lists_claims_by_verdict_and_what_was_written(tmp_path, monkeypat
         if drawn:
             (tmp_path / "mini" / f"{name}.png").touch()
     page = paper.as_markdown("mini")
-    assert "disagrees 1, undecided 0, agrees 1, not testable here 0, not run 44." in page
+    assert "disagrees 1, undecided 0, agrees 1, not testable here 0, not run 49." in page
     lines = [line.split(" | ") for line in page.splitlines() if line.startswith("| Table 2 ")]
     assert [line[2:5] for line in lines[:2]] == [
         ["+1.0", "−1.0 [−1.5, −0.5]", "disagrees"],
