@@ -189,8 +189,8 @@ def _open_trunk(
     usual = type(objective).factors is Objective.factors  # another one expects views
     if not (usual and backbone.reads_class_token([backbone.layer])):
         return None
-    views, meta = objective.views, describe(data, backbone)
-    meta |= {"feature": "trunk", "views": [type(views).__name__, asdict(objective)["views"]]}
+    views = objective.views
+    meta = describe(data, backbone) | {"feature": "trunk", "views": _settings(objective)[0]}
     if views.random:  # drawn by both
         meta |= {"seed": seed, "objective": objective.name}
     layer = linear_layer(backbone.model, backbone.layer)
@@ -263,10 +263,10 @@ def describe(
         meta["skipped"] = sorted(skipped)
     if objective is None:
         return meta | {"feature": "embedding"}
-    settings = asdict(objective)
+    views, settings = _settings(objective)
     return meta | {
         "feature": objective.name,
-        "views": [type(objective.views).__name__, settings.pop("views")],
+        "views": views,
         "settings": settings,
         "seed": seed,
         "layer": layer,
@@ -284,8 +284,14 @@ def _describe_seen(data, backbone: Backbone, objective: Objective, seed: int) ->
     meta = describe(data, backbone)
     if objective.sees_whole:
         return meta
-    views = [type(objective.views).__name__, asdict(objective)["views"]]
+    views, _ = _settings(objective)
     return meta | {"feature": f"{objective.name}_views", "views": views, "seed": seed}
+
+
+def _settings(objective: Objective) -> tuple[list, dict]:
+    """Return an objective's views, by name and settings, and its own settings."""
+    settings = asdict(objective)
+    return [type(objective.views).__name__, settings.pop("views")], settings
 
 
 def shard_rows(n: int, i: int, count: int) -> tuple[int, int]:

@@ -135,9 +135,7 @@ def test_one_seed_gives_the_interval_over_images_to_the_bit():
     train, test = rows(200, 0), rows(117, 1)
     one = protocol.over_seeds([(train, test)], k=5, shots=5)
     pd.testing.assert_frame_equal(one, protocol.knn(train, test, k=5, shots=5))
-    text = protocol.outcomes(
-        protocol.seeded_hits([(train, test)], ["E+K"], k=5), protocol.metric(test), 7
-    )
+    text = protocol.outcomes(protocol.hits([(train, test)], ["E+K"], k=5), protocol.metric(test), 7)
     assert text["features"].tolist() == ["E", "E+K"] and set(text["seed"]) == {7}
     right = protocol.right_or_wrong(train, test, "E+K", 5, None)
     assert [digit == "1" for digit in text["correct"][1]] == right.tolist()

@@ -1,7 +1,7 @@
 """The controls of notebook 23: what else could stand where FUNGI's gradients stand.
 
-Each function says which test images are right, {control: (seeds, N) bool}, as
-`protocol.seeded_hits` does; `contrasts` compares two controls with an interval.
+Each function says which test images are right, {control: one (N,) bool a seed}, as
+`protocol.hits` does; `contrasts` compares two controls with an interval.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,29 +13,28 @@ import pandas as pd
 from companion import paths
 from companion.data.images import Images
 from companion.evaluate.knn import bootstrap, knn_by_similarity, knn_predict
-from companion.protocol import GAIN, Pair, metric, right_or_wrong, similarity
+from companion.protocol import GAIN, Pair, metric, reduced, right_or_wrong, similarity
 from fungi_core import KL, projection
 from fungi_core.backbones import Backbone
 from fungi_core.extract import Features, extract
-from fungi_core.features import apply_pca, fit_pca, join
 from fungi_core.seeds import generator
 
 GRADIENTS = ("kl", "dino", "simclr")
 ALL = "E+K+D+S"
 
+Hits = list[np.ndarray]  # (N,) bool for each seed
 
-def stand_in_hits(pairs: Sequence[Pair], *, k: int, pca: int, seed: int) -> dict[str, np.ndarray]:
+
+def stand_in_hits(pairs: Sequence[Pair], *, k: int, pca: int, seed: int) -> dict[str, Hits]:
     """Put other vectors in the gradients' place, joined and reduced as the gradients are."""
     hits = {}
     for i, (train, test) in enumerate(pairs):
         a, b = stand_ins(train, seed + i), stand_ins(test, seed + i)
         for name in a:
-            rows, queries = (join(blocks[name], list(blocks[name])) for blocks in (a, b))
-            fitted = fit_pca(rows, pca)
-            rows, queries = apply_pca(fitted, rows), apply_pca(fitted, queries)
+            rows, queries = reduced(a[name], b[name], list(a[name]), pca)
             right = knn_predict(rows, train.labels, queries, k=k) == test.labels
             hits.setdefault(name, []).append(right)
-    return {name: np.array(found) for name, found in hits.items()}
+    return hits
 
 
 def stand_ins(rows: Features, seed: int) -> dict[str, dict[str, np.ndarray]]:
@@ -60,7 +59,7 @@ def stand_ins(rows: Features, seed: int) -> dict[str, dict[str, np.ndarray]]:
 
 def shuffled_hits(
     pairs: Sequence[Pair], backbone: Backbone, *, k: int, pca: int, seed: int
-) -> dict[str, np.ndarray]:
+) -> dict[str, Hits]:
     """Join KL gradients of the images with their pixels shuffled, beside those of the images."""
     hits = {"E+K": [], "E+K, shuffled pixels": []}
     mixed = [shuffled(rows.data) for rows in pairs[0]]
@@ -73,7 +72,7 @@ def shuffled_hits(
         ]
         for name, both in zip(hits, (pair, swapped), strict=True):
             hits[name].append(right_or_wrong(*both, "E+K", k, pca))
-    return {name: np.array(found) for name, found in hits.items()}
+    return hits
 
 
 def shuffled(data: Images) -> Images:
@@ -90,7 +89,7 @@ def shuffled(data: Images) -> Images:
 
 def projected_hits(
     exact: Sequence[Pair], multiples: Sequence[int], *, k: int, seed: int
-) -> dict[str, np.ndarray]:
+) -> dict[str, Hits]:
     """Compare inner products of projected gradients with the exact ones that they stand for.
 
     ``exact``: pairs whose gradients are factors. No PCA: neighbours by the sum of cosines.
@@ -100,11 +99,10 @@ def projected_hits(
         right = lambda a, b: knn_by_similarity(similarity(b, a, ALL), a.labels, k) == b.labels
         for multiple in multiples:
             both = [projected(rows, multiple, seed + i) for rows in (train, test)]
-            hits.setdefault(f"projected to {multiple} d".replace(" 1 d", " d"), []).append(
-                right(*both)
-            )
+            size = "d" if multiple == 1 else f"{multiple} d"
+            hits.setdefault(f"projected to {size}", []).append(right(*both))
         hits.setdefault("exact products", []).append(right(train, test))
-    return {name: np.array(found) for name, found in hits.items()}
+    return hits
 
 
 def projected(rows: Features, multiple: int, seed: int) -> Features:
@@ -118,13 +116,13 @@ def projected(rows: Features, multiple: int, seed: int) -> Features:
 
 
 def contrasts(
-    hits: Mapping[str, np.ndarray], against: Mapping[str, str], test: Features, seed: int
+    hits: Mapping[str, Hits], compared: Sequence[tuple[str, str]], test: Features, seed: int
 ) -> pd.DataFrame:
     """Return the paired difference of controls: variant, against, value, gain with its interval."""
     _, labels = metric(test)
     rows = []
-    for name, other in against.items():
+    for name, other in compared:
         draw = generator("bootstrap", seed, "control", name, other)
         gain = bootstrap(hits[name], hits[other], generator=draw, labels=labels)
-        rows.append((name, other, 100 * hits[name].mean(), *gain))
+        rows.append((name, other, 100 * np.mean(hits[name]), *gain))
     return pd.DataFrame(rows, columns=["variant", "against", "value", *GAIN])

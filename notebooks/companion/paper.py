@@ -15,6 +15,7 @@ know of single tables.
 
 import json
 import re
+from functools import cache
 
 import pandas as pd
 import yaml
@@ -143,11 +144,17 @@ def scale(on: object) -> str:
     sets, _, networks = str(on).partition(" (")[0].partition("; ")
     if not networks:
         return ""
-    known = pd.read_csv(ROOT / "data" / "datasets.csv").query("profile == 'paper'")["name"]
-    named = {*known, "voc2012", "ade20k"}  # a part of one is called "NAME_..."
-    alike = all(name in named or name.split("_")[0] in named for name in sets.split(", "))
+    known = _data_sets()  # a part of one is called "NAME_..."
+    alike = all(name in known or name.split("_")[0] in known for name in sets.split(", "))
     alike &= not any(name.startswith(STAND_INS) for name in networks.split(", "))
     return "paper's kind" if alike else "stand-in"
+
+
+@cache
+def _data_sets() -> frozenset[str]:
+    """Return the names of the paper's data sets."""
+    table = pd.read_csv(ROOT / "data" / "datasets.csv")
+    return frozenset({*table.query("profile == 'paper'")["name"], "voc2012", "ade20k"})
 
 
 def decided(row) -> str:

@@ -140,75 +140,70 @@ def over_seeds(
     pairs: Sequence[Pair],
     letters: Sequence[str] = COMBINATIONS,
     *,
-    k: int = 20,
     shots: int | None = None,
-    pca: int | None = None,
     seed: int = 0,
+    **options,
 ) -> pd.DataFrame:
     """Return `over_folds`'s table for one data set whose features were drawn with several seeds.
 
     ``pairs``: (train, test) of each seed, the same images. Intervals cover images and seeds.
     """
-    hits = seeded_hits(pairs, letters, k=k, shots=shots, pca=pca)
-    return compare(hits, letters, *metric(pairs[0][1], shots), seed)
-
-
-def seeded_hits(
-    pairs: Sequence[Pair],
-    letters: Sequence[str],
-    *,
-    k: int = 20,
-    shots: int | None = None,
-    pca: int | None = None,
-) -> dict[str, np.ndarray]:
-    """Say for the embedding and each feature set which test images are right: (seeds, N) bool."""
-    if shots:
-        pairs = [(train.take(few_shot_indices(train.labels, shots)), test) for train, test in pairs]
-    sets = each(dict.fromkeys(("E", *letters)), f"{pairs[0][1].data.name} feature sets")
-    return {
-        name: np.array([right_or_wrong(*pair, name, k, pca) for pair in pairs]) for name in sets
-    }
+    found = hits(pairs, letters, shots=shots, **options)
+    return compare(found, letters, *metric(pairs[0][1], shots), seed)
 
 
 def over_folds(
     folds: Sequence[Pair],
     letters: Sequence[str] = COMBINATIONS,
     *,
-    k: int = 20,
     shots: int | None = None,
-    pca: int | None = None,
     seed: int = 0,
+    **options,
 ) -> pd.DataFrame:
     """Return kNN accuracies in percent over all folds; each test row of each fold counts once.
 
     Columns: features, setting, value, low, high; the gain over "E" and the step from the set before
-    it in ``letters``, in points, each with its interval. ``shots``: only the first so many training
-    images of each class. ``pca``: PCA size, fitted on each fold's own training rows (None: no PCA).
-    The metric is the data set's (accuracy or mean per class).
+    it in ``letters``, in points, each with its interval. ``options`` go to `hits`. The metric is
+    the data set's (accuracy or mean per class).
     """
-    correct = {name: [] for name in dict.fromkeys(("E", *letters))}
-    for train, test in folds:
-        train = train.take(few_shot_indices(train.labels, shots)) if shots else train
-        for name, hits in correct.items():
-            hits.append(right_or_wrong(train, test, name, k, pca))
-    correct = {name: np.concatenate(hits) for name, hits in correct.items()}
+    found = hits(folds, letters, shots=shots, **options)
+    correct = {name: np.concatenate(each_fold) for name, each_fold in found.items()}
     setting, labels = metric(folds[0][1], shots)
     if labels is not None:
         labels = np.concatenate([test.labels for _, test in folds])
     return compare(correct, letters, setting, labels, seed)
 
 
+def hits(
+    pairs: Sequence[Pair],
+    letters: Sequence[str],
+    *,
+    k: int = 20,
+    shots: int | None = None,
+    pca: int | None = None,
+) -> dict[str, list[np.ndarray]]:
+    """Say for the embedding and each feature set which test images of each pair are right.
+
+    ``shots``: only the first so many training images of each class. ``pca``: PCA size, fitted on
+    the training rows of each pair that are used (None: no PCA).
+    """
+    if shots:
+        pairs = [(train.take(few_shot_indices(train.labels, shots)), test) for train, test in pairs]
+    sets = each(dict.fromkeys(("E", *letters)), f"{pairs[0][1].data.name} feature sets")
+    return {name: [right_or_wrong(*pair, name, k, pca) for pair in pairs] for name in sets}
+
+
 def outcomes(
-    hits: Mapping[str, np.ndarray], asked: tuple[str, np.ndarray | None], seed: int
+    found: Mapping[str, Sequence[np.ndarray]], asked: tuple[str, np.ndarray | None], seed: int
 ) -> pd.DataFrame:
-    """Return `seeded_hits` as text, so that anything can score them again.
+    """Return `hits` of several seeds as text, so that anything can score them again.
 
     Columns: setting, features, seed, and correct, a 0 or 1 for each test image; where the metric is
     the mean per class (``asked``: what `metric` says), a row "class" names each image's class.
     """
     setting, labels = asked
     digits = lambda row: "".join(map(str, row.astype(int)))
-    rows = [(x, seed + i, digits(row)) for x, found in hits.items() for i, row in enumerate(found)]
+    rows = [(x, seed + i, digits(row)) for x, rows in found.items() for i, row in enumerate(rows)]
     if labels is not None:
         rows.append(("class", seed, " ".join(map(str, labels))))
     return pd.DataFrame(rows, columns=["features", "seed", "correct"]).assign(setting=setting)
@@ -362,7 +357,17 @@ def fungi_features(
         raise ValueError(
             f"{letters} holds unprojected gradients, which have no feature vector; use similarity"
         )
-    a, b = (join(rows.blocks, names) for rows in (train, test))
+    return reduced(train.blocks, test.blocks, names, size)
+
+
+def reduced(
+    train: Mapping[str, np.ndarray],
+    test: Mapping[str, np.ndarray],
+    names: Sequence[str],
+    size: int | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Normalise and join blocks of both splits, then reduce them by a PCA fitted on ``train``."""
+    a, b = (join(blocks, names) for blocks in (train, test))
     fitted = fit_pca(a, size)
     return apply_pca(fitted, a), apply_pca(fitted, b)
 

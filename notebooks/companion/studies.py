@@ -25,10 +25,10 @@ from companion.protocol import (
     compare,
     each,
     fungi_features,
+    hits,
     metric,
     names_of,
     right_or_wrong,
-    seeded_hits,
     similarity,
 )
 from fungi_core import projection
@@ -61,8 +61,8 @@ def linear(
         for train, test in pairs if name != "E" else pairs[:1]:  # no seed changes the embedding
             a, b = fungi_features(train, test, name, pca)
             done.append(probe.predict(a, train.labels, b, seed=seed))
-        hits = [found.labels == pairs[0][1].labels for found in done]
-        correct[name] = np.array(hits if name != "E" else hits * len(pairs))  # (seeds, N)
+        right = [found.labels == pairs[0][1].labels for found in done]
+        correct[name] = np.array(right if name != "E" else right * len(pairs))  # (seeds, N)
         strength[name] = done[0].strength
     table = compare(correct, letters, *metric(pairs[0][1], shots), seed)
     return table.assign(strength=[strength[name] for name in letters])
@@ -133,10 +133,10 @@ def cluster(
         spaces = [fungi_features(*pair, name, pca)[1] for pair in pairs]
         found = [[clustering.kmeans(x, clusters, s) for s in starts] for x in spaces]
         # (seeds, runs, N)
-        hits = np.array([[clustering.match(c, labels) == labels for c in one] for one in found])
+        matched = np.array([[clustering.match(c, labels) == labels for c in one] for one in found])
         nmi = [100 * normalized_mutual_info_score(labels, c) for one in found for c in one]
-        right[name] = hits.mean(1)
-        rows[name] = 100 * hits.mean(2).std(), np.mean(nmi), np.std(nmi)
+        right[name] = matched.mean(1)
+        rows[name] = 100 * matched.mean(2).std(), np.mean(nmi), np.std(nmi)
     columns = ["spread", "nmi", "nmi_spread"]
     extra = pd.DataFrame([rows[name] for name in letters], columns=columns)
     return pd.concat([compare(right, letters, "k-means", None, seed), extra], axis=1)
@@ -160,7 +160,8 @@ def seed_spread(
     groups = [np.arange(len(pairs[0][1].labels))]
     if per_class is not None:
         groups = [per_class == c for c in np.unique(per_class)]
-    correct = seeded_hits(pairs, letters, k=k, pca=pca)
+    found = hits(pairs, letters, k=k, pca=pca)
+    correct = {name: np.array(each_seed) for name, each_seed in found.items()}  # (seeds, N)
     # (seeds,)
     score = {x: 100 * np.mean([h[:, g].mean(1) for g in groups], 0) for x, h in correct.items()}
     rows = []
@@ -188,15 +189,15 @@ def shot_hits(
     for each seed, in turn. PCA goes to the embedding's width; k is at most the number of labelled
     images.
     """
-    (train, test), hits = pairs[0], {}
-    width = train.blocks["embedding"].shape[1]
-    for count in each(shots, f"{test.data.name} shots"):
-        for name, d in product(letters, range(draws)):
-            few = few_shot_indices(train.labels, count, generator("shots", seed, d))
-            some = pairs[d % len(pairs)][0].take(few)
-            right = right_or_wrong(some, pairs[d % len(pairs)][1], name, min(k, len(few)), width)
-            hits.setdefault((name, count), []).append(right)
-    return {key: np.array(found) for key, found in hits.items()}
+    right = {(name, count): [] for count in shots for name in letters}
+    width = pairs[0][0].blocks["embedding"].shape[1]
+    for count, d in each(product(shots, range(draws)), f"{pairs[0][1].data.name} shots"):
+        train, test = pairs[d % len(pairs)]
+        few = train.take(few_shot_indices(train.labels, count, generator("shots", seed, d)))
+        for name in letters:
+            found = right_or_wrong(few, test, name, min(k, len(few.labels)), width)
+            right[name, count].append(found)
+    return {key: np.array(found) for key, found in right.items()}
 
 
 def shot_curve(hits: dict[tuple[str, int], np.ndarray]) -> pd.DataFrame:
@@ -219,10 +220,10 @@ def pca_curve(
     """Return Table 16: features, size (None: no PCA), accuracy, and its paired gain over no PCA."""
     rows = []
     for name in each(letters, f"{pairs[0][1].data.name} PCA sizes"):
-        hits = lambda size, n=name: np.array([right_or_wrong(*pair, n, k, size) for pair in pairs])
-        plain = hits(None)
+        right = lambda size, n=name: np.array([right_or_wrong(*pair, n, k, size) for pair in pairs])
+        plain = right(None)
         for size in sizes:
-            correct = plain if size is None else hits(size)
+            correct = plain if size is None else right(size)
             draw = lambda kind, n=name, s=size: generator("bootstrap", seed, kind, n, s)
             value = bootstrap(correct, generator=draw("own"))
             gain = bootstrap(correct, plain, generator=draw("paired"))
@@ -322,12 +323,12 @@ def joined_pairs(
 
     unit = [{LETTERS[x]: normalize(block) for x, block in test.blocks.items()} for _, test in pairs]
     names, cka = list(unit[0]), np.mean([cka_matrix(blocks) for blocks in unit], 0)
-    hits = lambda x: np.array([right_or_wrong(*pair, x, k, pca) for pair in pairs])  # (seeds, N)
-    correct, rows = {x: hits(x) for x in names}, []
+    right = lambda x: np.array([right_or_wrong(*pair, x, k, pca) for pair in pairs])  # (seeds, N)
+    correct, rows = {x: right(x) for x in names}, []
     both_of = combinations_with_replacement(range(len(names)), 2)
     for i, j in each(both_of, f"{pairs[0][1].data.name} pairs"):
         a, b = names[i], names[j]
-        both = correct[a] if i == j else hits(f"{a}+{b}")
+        both = correct[a] if i == j else right(f"{a}+{b}")
         better = max((correct[a], correct[b]), key=np.mean)
         gain = bootstrap(both, better, generator=generator("bootstrap", seed, "pair", a, b))
         rows.append((a, b, cka[i, j], 100 * both.mean(), *gain))

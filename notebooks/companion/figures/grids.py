@@ -18,7 +18,7 @@ from matplotlib.patches import Patch, Rectangle
 from PIL import Image
 
 from companion.figures import style
-from companion.figures.panels import DASHED, curves_of, key, lines_of, panels
+from companion.figures.panels import DASHED, curves_of, key, lines_of, panels, wrapped
 from companion.figures.style import NAMES, PAGE, SMALL, colour, figure
 
 Matrices = Mapping[str, tuple[Sequence[str], np.ndarray]]  # {title: (labels, (n, n) array)}
@@ -30,6 +30,7 @@ MASKS = (  # after Tol's muted scheme, safe for colour-blind readers
 
 def cka_heatmaps(matrices: Matrices) -> Figure:
     """Draw Fig. 2, top: the linear CKA of each pair of features; at most nine matrices."""
+    matrices = _wrapped(matrices)
     fig, axes = panels(list(matrices), 2.1)
     for title, [ax] in axes.items():
         labels, values = matrices[title]
@@ -46,6 +47,7 @@ def pair_matrix(acc: Matrices, combined: Mapping[str, float]) -> Figure:
     Colour is the difference from the embedding alone. `combined` gives, for each title,
     the accuracy of all features together, drawn as the framed cell in the empty corner.
     """
+    acc, combined = _wrapped(acc), _wrapped(combined)
     fig, axes = panels(list(acc), 2.1)
     numbers, shade = {}, {}
     for title in axes:
@@ -62,6 +64,11 @@ def pair_matrix(acc: Matrices, combined: Mapping[str, float]) -> Figure:
         ax.text(last - 0.12, 0.5, "all", ha="right", va="center_baseline", size=SMALL)
     _colour_bar(fig, "points above the embedding alone")
     return fig
+
+
+def _wrapped(by_title: Mapping) -> dict:
+    """Return what belongs to each title, with the titles' long lines in two."""
+    return {"\n".join(map(wrapped, title.split("\n"))): x for title, x in by_title.items()}
 
 
 def source_layers(df: pd.DataFrame) -> Figure:

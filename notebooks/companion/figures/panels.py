@@ -75,9 +75,13 @@ def titles_of(df: pd.DataFrame, columns: Sequence[str], between: str = "\n") -> 
     """Return a title for each row: its values in the columns, `between` one another; columns that
     the frame lacks are left out. A long name of a backbone goes on in a new line after its dot.
     """
-    wrap = lambda name: name if len(name) < 28 else name.replace(".", ".\n", 1)
-    have = [df[column].astype(str).map(wrap) for column in columns if column in df]
+    have = [df[column].astype(str).map(wrapped) for column in columns if column in df]
     return have[0].str.cat(have[1:], sep=between) if have else pd.Series("", df.index)
+
+
+def wrapped(name: str) -> str:
+    """Return a long name of a backbone in two lines."""
+    return name if len(name) < 28 else name.replace(".", ".\n", 1)
 
 
 def head(ax: Axes, text: str) -> None:
