@@ -37,7 +37,7 @@ def test_the_metadata_lists_what_was_skipped(plain, encoder):
     found, _ = own.from_folder(plain)
     extract(found, encoder, [KL(dim=32)], root=paths.store_dir())
     entries = stored.entries(paths.store_dir())
-    assert len(entries) == 2
+    assert len(entries) == 3  # the embedding, the gradients and the trunk they are made from
     for entry in entries:
         assert entry["meta"]["skipped"] == ["broken.png"]
         assert entry["n"] == entry["done"] == len(found) == 3
