@@ -5,40 +5,29 @@ import torch
 _GROUP = 16  # columns whose largest similarity alone is sorted in a search's first pass
 
 
-def _similarities(
-    queries: torch.Tensor, keys: torch.Tensor, parts: tuple[int, int] | None = None
-) -> torch.Tensor:
-    """Return the inner products (..., Q, M) of (..., Q, W) and (..., M, W).
+def nearest(queries: torch.Tensor, keys: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the ``k`` keys (M, W) of largest inner product with each query (Q, W).
 
-    ``parts`` = (D, D_out): rows are [token | d | a], each of unit length, and the similarity is the
-    mean of the tokens' cosine and the gradients', which is the product of those of their factors:
-    the exact kernel of eq. 8, without a projection.
-    """
-    if parts is None:
-        return queries @ keys.mT
-    cuts = parts[0], sum(parts)
-    (e, d, a), (f, c, b) = (x.tensor_split(cuts, -1) for x in (queries, keys))
-    return (d @ c.mT).mul_(a @ b.mT).add_(e @ f.mT).div_(2)
-
-
-def nearest(
-    queries: torch.Tensor, keys: torch.Tensor, k: int, parts: tuple[int, int] | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the ``k`` most similar rows of each query: similarities (Q, k) descending, indices.
-
-    Memory: 256 MiB of similarities at once on a CPU, 4 GiB on a GPU, whatever the sizes. Raises
-    ValueError when the memory has fewer than k rows.
+    Returns similarities (Q, k), descending, and indices. Raises ValueError when the memory has
+    fewer than k rows.
     """
     if not 1 <= k <= len(keys):
         raise ValueError(f"{k} neighbours asked for; the memory has {len(keys)} rows")
-    at_once = (2**26 if keys.device.type == "cpu" else 2**30) // len(keys)
-    found = [_top(_similarities(q, keys, parts), k) for q in queries.split(max(1, at_once))]
+    found = [largest(q @ keys.mT, k) for q in queries.split(rows_at_once(keys))]
     values, indices = zip(*found, strict=True)
     return torch.cat(values), torch.cat(indices)
 
 
-def _top(block: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return ``block.topk(k)`` in two passes over (Q, M).
+def rows_at_once(keys: torch.Tensor) -> int:
+    """Return for how many queries the similarities to ``keys`` are held at once.
+
+    They take 256 MiB on a CPU, 4 GiB on a GPU, whatever the sizes.
+    """
+    return max(1, (2**26 if keys.device.type == "cpu" else 2**30) // len(keys))
+
+
+def largest(block: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ``block.topk(k)`` of (Q, M), several times faster, in two passes.
 
     The k groups of columns with the largest maxima hold the k largest columns.
     """

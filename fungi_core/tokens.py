@@ -1,6 +1,6 @@
 """Features of every patch: tokens after the final norm, and a SimCLR gradient at each of them.
 
-The tokens of one image are the views of SimCLR's loss, their nearest neighbours in a support memory
+The tokens of one image are the views of SimCLR's loss, their nearest neighbours in a support index
 the negatives (section B.2, Table 18). At the last block's attention output projection the gradient
 of token t is the outer product G_t = d_t [a_t; 1]^T of its own output gradient and activation, for
 nothing behind that layer mixes tokens. It is projected block by block; an image's gradients (1.2 GB
@@ -18,40 +18,77 @@ from .backbones import Backbone
 from .devices import default_modes, fixed_teams
 from .gradients import Factors, tapped_factors
 from .objectives import Heads, SimCLR
-from .rows import draw_parts
+from .rows import Parts
 from .search import nearest
 from .seeds import generator
-
-KINDS = ("embedding", "rademacher", "khatri-rao", "sketch", "exact")
 
 
 @dataclass(frozen=True)
 class Loss:
-    """Describe the per-image SimCLR loss of section B.2.
+    """Describe the per-image SimCLR loss of section B.2; defaults are Table 18's.
 
     ``negatives`` neighbours are retrieved for each token, and half of them dropped.
-    ``denominator``: "eq5" or "published" (no temperature in it). ``neighbours``: "fixed", or
-    "published", where a reshape (T, k, D) -> (T, D, k) -> (T, k, D) scrambles the retrieved
-    vectors.
+    ``denominator``: "published", as in the paper's segmentation scripts, without the temperature,
+    or "eq5". The scripts' reshape of the retrieved vectors, which mixes them, is not taken over.
     """
 
     temperature: float = 0.07
     dim: int = 96
     negatives: int = 2
-    denominator: str = "eq5"
-    neighbours: str = "fixed"
+    denominator: str = "published"
 
     def objective(self) -> SimCLR:
         """Return the loss as an objective."""
         return SimCLR(temperature=self.temperature, dim=self.dim, denominator=self.denominator)
 
 
-def _patches(backbone: Backbone, tokens: torch.Tensor) -> torch.Tensor:
-    """Return the patches' rows of all tokens, (B, P + T, .) -> (B, T, .).
+@default_modes()
+def unit_tokens(backbone: Backbone, pictures: Sequence[np.ndarray]) -> torch.Tensor:
+    """Return the tokens of uint8 pictures (S, S, 3), each of unit length: (B, P + T, D) float32.
 
-    P prefix tokens (the class token, registers) come first, then T patches.
+    P prefix tokens (the class token, registers) come first, then T patches, row by row. Raises
+    ValueError for a backbone that is no timm vision transformer.
     """
-    return tokens[:, backbone.model.num_prefix_tokens :]
+    fixed_teams()
+    batch = _batch(backbone, pictures)
+    with torch.inference_mode():
+        return F.normalize(backbone.model.forward_features(batch).float(), dim=-1)
+
+
+@default_modes()
+def unit_gradients(
+    backbone: Backbone,
+    pictures: Sequence[np.ndarray],
+    ids: Sequence[str],
+    support: torch.Tensor,
+    loss: Loss,
+    part: Parts,
+    seed: int = 0,
+) -> torch.Tensor:
+    """Return the projected gradient of every patch, each of unit length: (B, T, D) float32.
+
+    ``support``: (M, D) unit tokens that negatives are retrieved from. ``part``: head and projection
+    of ``loss.objective()`` (`rows.draw_parts`). ``ids`` and ``seed`` draw which neighbours are
+    dropped. Joined with the patch's unit token and divided by the root of 2 it is eq. 8.
+    """
+    fixed_teams()
+    objective, batch = loss.objective(), _batch(backbone, pictures)
+
+    def negatives(i: int, tokens: torch.Tensor) -> torch.Tensor:  # (P + T, D) -> (M, dim)
+        _, index = nearest(F.normalize(tokens, dim=-1), support, loss.negatives)
+        rng = generator("dropped negatives", seed, ids[i])
+        return objective.latents(_drop_half(support[index], rng), part.heads)
+
+    factors = _factors(backbone, batch, negatives, part.heads, loss)
+    return F.normalize(part.projection.apply_tokens(factors, backbone.dtype), dim=-1)
+
+
+def _batch(backbone: Backbone, pictures: Sequence[np.ndarray]) -> torch.Tensor:
+    """Return pictures as the network takes them, (B, 3, S, S)."""
+    if not hasattr(backbone.model, "num_prefix_tokens"):
+        raise ValueError(f"{backbone.name}: patch features need a timm vision transformer")
+    pixels = torch.from_numpy(np.stack(pictures))[:, None].to(backbone.device)
+    return backbone.inputs.finish(pixels, backbone.dtype)[:, 0]
 
 
 def _factors(
@@ -60,11 +97,11 @@ def _factors(
     negatives: Callable[[int, torch.Tensor], torch.Tensor],
     heads: Heads,
     loss: Loss,
-) -> tuple[torch.Tensor, Factors]:
-    """Return tokens (B, P + T, D) and the factors of their gradients (B, P + T, .), float32.
+) -> Factors:
+    """Return the factors of the patches' gradients (B, T, .), float32.
 
     ``negatives``: number and tokens (P + T, D) of one image -> latents (M, dim), called in order.
-    Tokens go to the head as they are, not normalised (Table 17).
+    Tokens go to the head as they are, not normalised (Table 17), the class token among them.
     """
     objective, model = loss.objective(), backbone.model
 
@@ -74,85 +111,13 @@ def _factors(
         return torch.cat(losses)
 
     views, layers = batch[:, None], [backbone.layer]
-    tokens, (made,) = tapped_factors(model, model.forward_features, views, of_images, layers)
-    return tokens[:, 0], made
+    _, (made,) = tapped_factors(model, model.forward_features, views, of_images, layers)
+    prefix = model.num_prefix_tokens
+    return Factors(made.activations[:, prefix:], made.output_gradients[:, prefix:], made.bias)
 
 
-def _drop_half(retrieved: torch.Tensor, loss: Loss, rng: np.random.Generator) -> torch.Tensor:
+def _drop_half(retrieved: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
     """Keep half of the retrieved vectors (T, k, D), drawn without replacement: (T * k // 2, D)."""
     t, k, d = retrieved.shape
-    if loss.neighbours == "published":  # the same numbers, dealt out to other vectors
-        retrieved = retrieved.reshape(t, d, k).transpose(1, 2)
-    elif loss.neighbours != "fixed":
-        raise ValueError(f"neighbours {loss.neighbours!r} is unknown; use 'fixed' or 'published'")
     kept = np.sort(rng.permutation(t * k)[: t * k // 2])
     return retrieved.reshape(t * k, d)[torch.from_numpy(kept).to(retrieved.device)]
-
-
-class Extractor:
-    """Turn images into patch features for one backbone, loss and seed; ``kinds`` of `KINDS`.
-
-    ``support``: (M, D) L2-normalised patches that negatives are retrieved from, needed for all
-    kinds but "embedding". As published, an image's own tokens go to the head as they are.
-    """
-
-    def __init__(
-        self,
-        backbone: Backbone,
-        kinds: Sequence[str],
-        loss: Loss = Loss(),
-        seed: int = 0,
-        support: torch.Tensor | None = None,
-    ):
-        if unknown := [kind for kind in kinds if kind not in KINDS]:
-            raise ValueError(f"unknown kind {unknown[0]!r}; there are {', '.join(KINDS)}")
-        if support is None and set(kinds) != {"embedding"}:
-            raise ValueError("gradient features need a support memory: (M, D) normalised patches")
-        if not hasattr(backbone.model, "num_prefix_tokens"):
-            raise ValueError(f"{backbone.name}: patch features need a timm vision transformer")
-        self.backbone, self.kinds, self.loss = backbone, tuple(kinds), loss
-        self.seed, self.support = seed, support
-        self.objective = loss.objective()
-        drawn = set(kinds) - {"embedding", "exact"} | {"rademacher"}
-        parts = {kind: draw_parts(backbone, self.objective, seed, None, kind) for kind in drawn}
-        self.projections = {kind: part.projection for kind, part in parts.items()}
-        self.heads = parts["rademacher"].heads
-
-    @default_modes()
-    def __call__(self, pictures: Sequence[np.ndarray], ids: Sequence[str]) -> dict:
-        """Return {kind: (B, T, W) float32} of uint8 (S, S, 3) images; ``ids`` seed what is dropped.
-
-        Every row is of unit length: the normalised token, or the normalised token joined to the
-        normalised gradient and normalised again (eq. 8), W = 2 D. For "exact" the token, d and
-        [a; 1], each normalised, W = 3 D + 1, to be compared by `search.similarities`.
-        """
-        fixed_teams()
-        backbone = self.backbone
-        pixels = torch.from_numpy(np.stack(pictures))[:, None].to(backbone.device)
-        batch = backbone.inputs.finish(pixels, backbone.dtype)[:, 0]  # (B, 3, S, S)
-        if self.kinds == ("embedding",):
-            with torch.inference_mode():
-                e = _patches(backbone, backbone.model.forward_features(batch).float())
-            return {"embedding": F.normalize(e, dim=-1)}
-        negatives = lambda i, tokens: self._negatives(tokens, ids[i])
-        tokens, made = _factors(backbone, batch, negatives, self.heads, self.loss)
-        e = F.normalize(_patches(backbone, tokens), dim=-1)
-        a, d = (_patches(backbone, x) for x in (made.activations, made.output_gradients))
-        made, out = Factors(a, d, made.bias), {}
-        for kind in self.kinds:
-            if kind == "embedding":
-                out[kind] = e
-            elif kind == "exact":
-                parts = [F.normalize(x, dim=-1) for x in made.appended()]
-                out[kind] = torch.cat([e, *parts], -1)
-            else:
-                g = self.projections[kind].apply_tokens(made, backbone.dtype)  # (B, T, D)
-                out[kind] = F.normalize(torch.cat([e, F.normalize(g, dim=-1)], -1), dim=-1)
-        return out
-
-    def _negatives(self, tokens: torch.Tensor, name: str) -> torch.Tensor:
-        queries = F.normalize(tokens, dim=-1)
-        _, index = nearest(queries, self.support, self.loss.negatives)
-        rng = generator("dropped negatives", self.seed, name)
-        kept = _drop_half(self.support[index], self.loss, rng)
-        return self.objective.latents(kept, self.heads)

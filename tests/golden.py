@@ -117,17 +117,12 @@ def audio() -> dict[str, np.ndarray]:
 def patches() -> dict[str, np.ndarray]:
     encoder = load(MICRO, device="cpu", dtype="float32").at_size(32)
     pixels = [np.asarray(image.resize((32, 32))) for image in pictures()]
-    embedding = tokens.Extractor(encoder, ["embedding"], seed=SEED)
-    support = embedding(pixels[1:], ["1", "2"])["embedding"].flatten(0, 1)
-    losses = {
-        "": tokens.Loss(),
-        ", published": tokens.Loss(denominator="published", neighbours="published"),
-    }
-    found = {}
-    for name, loss in losses.items():
-        kinds = tokens.KINDS if not name else ("rademacher",)
-        blocks = tokens.Extractor(encoder, kinds, loss, SEED, support)(pixels[:1], ["0"])
-        found |= {f"patches, {kind}{name}": block[0].numpy() for kind, block in blocks.items()}
+    support = tokens.unit_tokens(encoder, pixels[1:])[:, 1:].flatten(0, 1)
+    found = {"patches, embedding": tokens.unit_tokens(encoder, pixels[:1])[0, 1:].numpy()}
+    loss = tokens.Loss(denominator="eq5")
+    part = draw_parts(encoder, loss.objective(), SEED)
+    rows = tokens.unit_gradients(encoder, pixels[:1], ["0"], support, loss, part, SEED)
+    found["patches, gradient"] = rows[0].numpy()
     return found
 
 

@@ -90,13 +90,19 @@ def test_what_is_stored_is_the_same(mode, tmp_path):
 def test_patches_are_the_same(mode):
     pixels = [np.asarray(image.resize((32, 32))) for image in pictures(2)]
     support = torch.nn.functional.normalize(torch.arange(640.0).sin().reshape(10, 64), dim=-1)
-    made = lambda: tokens.Extractor(small(), tokens.KINDS, support=support)(pixels, ["0", "1"])
+
+    def made():
+        encoder, loss = small(), tokens.Loss()
+        part = draw_parts(encoder, loss.objective(), 0)
+        gradients = tokens.unit_gradients(encoder, pixels, ["0", "1"], support, loss, part)
+        return tokens.unit_tokens(encoder, pixels), gradients
+
     expected = made()
     with MODES[mode]():
         found = made()
-    for kind, block in expected.items():
+    for block, same in zip(expected, found, strict=True):
         assert block.dtype == torch.float32
-        np.testing.assert_array_equal(found[kind].numpy(), block.numpy())
+        np.testing.assert_array_equal(same.numpy(), block.numpy())
 
 
 def test_heads_and_a_saved_file_that_come_from_inference_mode_serve_outside(tmp_path):

@@ -1,6 +1,7 @@
 """In-context segmentation: memory, label transfer, mIoU and the tables of its notebook."""
 
 import itertools
+from types import SimpleNamespace
 
 import helpers
 import numpy as np
@@ -9,13 +10,13 @@ import torch
 from PIL import Image
 from torchmetrics.classification import MulticlassJaccardIndex
 
-from companion import segmentation, stored
-from companion.data import masks
-from companion.evaluate import iou, scenes
+from companion import paths, segmentation, stored
+from companion.data import datasets, masks, mosaics
+from companion.evaluate import incontext, iou, scenes
 from companion.figures import grids, plots, style
 from fungi_core import filling, store
-from fungi_core.search import nearest
-from fungi_core.tokens import KINDS, Extractor, Loss
+from fungi_core.search import largest
+from fungi_core.tokens import Loss, unit_tokens
 
 SIZE = 64  # 4 x 4 patches of 16 px
 
@@ -31,11 +32,11 @@ def encoder():
 def test_transfer_on_a_hand_made_memory():
     keys = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8], [-1.0, 0.0]])
     labels = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5], [0.0, 1.0]])
-    value, index = nearest(torch.tensor([[1.0, 0.0]]), keys, 2)
+    value, index = largest(torch.tensor([[1.0, 0.0]]) @ keys.T, 2)
     assert index.tolist() == [[0, 2]]
     weight = 1 / (1 + np.exp((0.6 - 1.0) / 0.5))  # softmax of 1 and 0.6 at temperature 0.5
     expected = [[weight + 0.5 * (1 - weight), 0.5 * (1 - weight)]]
-    np.testing.assert_allclose(scenes.transfer(value, labels[index], 0.5), expected, rtol=1e-6)
+    np.testing.assert_allclose(incontext.transfer(value, labels[index], 0.5), expected, rtol=1e-6)
 
 
 def test_patch_labels_by_hand():
@@ -70,119 +71,162 @@ def toy(count=3, split="train", classes=3, size=SIZE):
     return masks.Scenes("toy", split, [f"c{i}" for i in range(classes)], names, images, labels)
 
 
+def views(data, role="query", epochs=1):
+    return scenes.Views(data, SIZE, 16, role, epochs)
+
+
+def lookup(encoder, train, test, each=16, **more):
+    roles = [views(train, "memory"), views(train, "support"), views(test)]
+    return incontext.Lookup(*roles, encoder, each, **more)
+
+
+@pytest.fixture(autouse=True)
+def store_of_the_test(monkeypatch, tmp_path):
+    monkeypatch.setenv("FUNGI_STORE", str(tmp_path / "store"))
+
+
 def test_a_perfect_memory_reaches_the_ceiling_of_patch_labels(encoder):
-    data = toy()
-    setup = scenes.Setup(size=SIZE, k=1, epochs=0)
-    found, _ = scenes.soft_labels(data, data, encoder, setup, ["embedding"])
-    ceiling = np.stack([scenes.patch_labels(data[i][1], 16, 3) for i in range(3)])
-    np.testing.assert_allclose(found["embedding"], ceiling, atol=1e-6)
-    score = segmentation.confusions(found["embedding"], data, SIZE)
-    assert iou.miou(score.sum(0)) == iou.miou(segmentation.confusions(ceiling, data, SIZE).sum(0))
-    assert 30 < iou.miou(score.sum(0)) < 60  # patches of 16 px cannot draw cells of 8 px
+    whole = views(toy())
+    found, _ = incontext.Lookup(whole, whole, whole, encoder, 16, k=1).confusions(["embedding"])
+    for i, counts in enumerate(found["embedding"]):
+        truth = whole[i][1]
+        ceiling = incontext.segment(scenes.patch_labels(truth, 16, 3), truth.shape)
+        assert np.array_equal(counts, iou.confusion(truth, ceiling, 3))
+    # patches of 16 px cannot draw cells of 8 px
+    assert 30 < iou.miou(found["embedding"].sum(0)) < 60
 
 
-def test_the_store_answers_the_second_time(encoder, tmp_path, monkeypatch):
-    monkeypatch.setenv("FUNGI_STORE", str(tmp_path))
-    data, other = toy(), toy(2, "test")
-    setup = scenes.Setup(size=SIZE, k=3, memory=24, loss=Loss(dim=16))
-    kinds = ["embedding", "rademacher", "exact"]
-    first, keys = scenes.soft_labels(data, other, encoder, setup, kinds)
-    assert {entry["key"] for entry in stored.entries(tmp_path)} == set(keys)
-    assert first["exact"].shape == (2, 16, 3)
-    monkeypatch.setattr(scenes, "predictions", lambda *_: pytest.fail("computed again"))
-    second, _ = scenes.soft_labels(data, other, encoder, setup, kinds)
-    for kind in first:
-        assert np.array_equal(first[kind], second[kind])
+@pytest.mark.parametrize("each", [3, 16])
+def test_every_kind_looks_up_its_joined_vectors(encoder, each):
+    """Against rows of eq. 8, built and sorted whole, as no product code does it."""
+    train, test = toy(4), toy(2, "test")
+    one = lookup(encoder, train, test, each, draw=1, head=2, k=5)
+    kept = scenes.choose_all(one.memory.labels, each, "memory", 1)
+    labels = one.memory.labels.reshape(-1, 3)[kept].astype(np.float64)
+    soft = list(one.soft_labels(scenes.KINDS, range(2)))
+
+    def rows(kind, of):
+        part = scenes.vectors(kind, of, encoder, 2, one.support)
+        np.testing.assert_allclose(np.linalg.norm(part, axis=-1), 1, rtol=1e-5)
+        return np.broadcast_to(part, (len(of), 16, encoder.width)).reshape(-1, encoder.width)
+
+    for kind in scenes.KINDS:
+        parts = ["embedding"] if kind == "embedding" else ["embedding", kind]
+        memory, queries = (
+            np.concatenate([rows(part, of) for part in parts], 1) / len(parts) ** 0.5
+            for of in (one.memory, one.queries)
+        )
+        similarity = queries.astype(np.float64) @ memory[kept].T
+        index = np.argsort(-similarity, 1)[:, :5]
+        weights = np.exp(np.take_along_axis(similarity, index, 1) / 0.02)
+        expected = (weights[..., None] * labels[index]).sum(1) / weights.sum(1)[:, None]
+        found = np.concatenate([labels_of[kind] for labels_of in soft])
+        np.testing.assert_allclose(found, expected, atol=1e-3)
 
 
-def test_only_the_kinds_that_the_store_lacks_are_computed(encoder, tmp_path, monkeypatch):
-    monkeypatch.setenv("FUNGI_STORE", str(tmp_path))
-    data, other = toy(), toy(2, "test")
-    setup, asked = scenes.Setup(size=SIZE, k=3, memory=24, loss=Loss(dim=16)), []
-    whole, full = scenes.predictions, scenes.soft_labels
-    watched = lambda *args: asked.append(args[-1]) or whole(*args)
-    monkeypatch.setattr(scenes, "predictions", watched)
-    first, _ = full(data, other, encoder, setup, ["embedding"])
-    both, _ = full(data, other, encoder, setup, ["embedding", "exact"])
-    assert asked == [["embedding"], ["exact"]]
+def test_controls_are_what_they_are_called(encoder):
+    some = views(toy(2))
+    tokens = scenes.tokens(some, encoder)
+    assert tokens.shape == (2, 17, encoder.width)
+    vector = lambda kind, head=0: scenes.vectors(kind, some, encoder, head, some)
+    assert np.array_equal(vector("class token")[:, 0], tokens[:, 0])
+    mean = tokens[:, 1:].mean(1)
+    np.testing.assert_allclose(
+        vector("mean token")[:, 0], mean / np.linalg.norm(mean, axis=1, keepdims=True), rtol=1e-5
+    )
+    assert vector("image noise").shape == (2, 1, encoder.width)
+    assert vector("patch noise").shape == (2, 16, encoder.width)
+    for kind in ("image noise", "patch noise", "FUNGI", "FUNGI, eq. 5"):
+        assert np.array_equal(vector(kind), vector(kind))
+        assert not np.allclose(vector(kind), vector(kind, 1), atol=1e-3)
+    assert not np.allclose(vector("FUNGI"), vector("FUNGI, eq. 5"), atol=1e-3)
+
+
+def test_only_the_kinds_that_the_store_lacks_are_computed(encoder, monkeypatch):
+    one, asked = lookup(encoder, toy(), toy(2, "test"), 8), []
+    whole = incontext.Lookup.soft_labels
+    watched = lambda self, kinds, images: asked.append(list(kinds)) or whole(self, kinds, images)
+    monkeypatch.setattr(incontext.Lookup, "soft_labels", watched)
+    first, _ = one.confusions(["embedding"])
+    both, keys = one.confusions(["embedding", "mean token"])
+    again, _ = one.confusions(["embedding", "mean token"])
+    assert asked == [["embedding"], ["mean token"]]
     assert np.array_equal(first["embedding"], both["embedding"])
+    assert set(keys) < {entry["key"] for entry in stored.entries(paths.store_dir())}
+    assert all(np.array_equal(both[kind], again[kind]) for kind in both)
 
 
-def test_a_killed_run_goes_on_where_its_shards_end(encoder, tmp_path, monkeypatch):
-    monkeypatch.setenv("FUNGI_STORE", str(tmp_path))
+def test_head_draw_and_memory_size_are_part_of_the_key_where_they_matter(encoder):
+    train, test = toy(), toy(2, "test")
+    key = lambda kind, **more: store.key(lookup(encoder, train, test, **more).describe(kind))
+    for kind in scenes.KINDS:
+        keys = {key(kind, **more) for more in ({}, {"draw": 1}, {"each": 3}, {"k": 5})}
+        assert len(keys) == 4
+        drawn = kind.startswith("FUNGI") or "noise" in kind
+        assert (key(kind, head=1) != key(kind)) == drawn
+
+
+def test_a_killed_run_goes_on_with_the_image_it_was_at(encoder, monkeypatch):
     for module in (store, filling):
-        monkeypatch.setattr(module, "SHARD", 2)
-    data, other = toy(), toy(5, "test")
-    setup = scenes.Setup(size=SIZE, k=3, memory=24)
-    full = scenes.predictions
-    whole = list(full(data, other, range(5), encoder, setup, ["embedding"]))
+        monkeypatch.setattr(module, "SHARD", 5)  # no divisor of an image's 16 patches
+    some, seen = views(toy(4)), []
+    expected = scenes.gradients(some, encoder, Loss(), 0, some)
+    monkeypatch.setenv("FUNGI_STORE", str(paths.store_dir().with_name("killed")))
+    encode = scenes.unit_gradients
 
-    def killed(*args):
-        yield from itertools.islice(full(*args), 3)
-        raise KeyboardInterrupt
+    def killed(backbone, pictures, names, *rest):
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        seen.extend(names)
+        return encode(backbone, pictures, names, *rest)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(scenes, "predictions", killed)
-        scenes.soft_labels(data, other, encoder, setup, ["embedding"])
-    seen = []
-
-    def watched(train, test, images, *rest):
-        seen.extend(images)
-        return full(train, test, images, *rest)
-
-    monkeypatch.setattr(scenes, "predictions", watched)
-    found, _ = scenes.soft_labels(data, other, encoder, setup, ["embedding"])
-    assert seen == [2, 3, 4]
-    for labels, expected in zip(found["embedding"], whole, strict=True):
-        np.testing.assert_array_equal(labels, expected["embedding"])
+        patch.setattr(scenes, "unit_gradients", killed)
+        scenes.gradients(some, encoder, Loss(), 0, some)
+    watched = lambda backbone, pictures, names, *rest: (
+        seen.extend(names) or encode(backbone, pictures, names, *rest)
+    )
+    monkeypatch.setattr(scenes, "unit_gradients", watched)
+    found = scenes.gradients(some, encoder, Loss(), 0, some)
+    assert np.array_equal(found, expected)
+    # The second image's last rows were in a file that was not full.
+    assert seen == [some.name(v) for v in (0, 1, 1, 2, 3)]
 
 
-def test_memory_size_origin_and_augmentation(encoder):
-    data, setup = toy(), scenes.Setup(size=SIZE, memory=4 * 3 * 2 + 3, epochs=2)
-    plain = Extractor(encoder, ["embedding"])
-    memory = scenes.build(data, encoder, setup, plain)
-    assert memory.features["embedding"].shape == (24, encoder.width)
-    assert memory.labels.shape == (24, 3)
-    assert np.bincount(memory.origin[:, 0]).tolist() == [8, 8, 8]
-    assert set(memory.origin[:, 1]) == {0, 1}
-    i, turn, patch = memory.origin[13]
-    pixels, mask = scenes.training_view(data, i, turn, setup, "memory")
-    expected = plain([pixels], [""])["embedding"][0, patch]
-    torch.testing.assert_close(memory.features["embedding"][13], expected)
-    assert memory.labels[13].tolist() == scenes.patch_labels(mask, 16, 3)[patch].tolist()
-    again = scenes.build(data, encoder, setup, plain)
-    assert torch.equal(memory.features["embedding"], again.features["embedding"])
-    other = scenes.build(data, encoder, setup, plain, "support")
-    assert not torch.equal(memory.features["embedding"], other.features["embedding"])
-    with pytest.raises(ValueError, match="has none for each"):
-        scenes.build(data, encoder, scenes.Setup(size=SIZE, memory=2), plain)
+def test_patches_are_those_of_the_views(encoder):
+    data = toy()
+    memory, support = views(data, "memory", 2), views(data, "support", 2)
+    assert (len(memory), memory.patches, memory.labels.shape) == (6, 16, (6, 16, 3))
+    pixels, mask = memory[4]
+    assert np.array_equal(memory.labels[4], scenes.patch_labels(mask, 16, 3))
+    torch.testing.assert_close(
+        torch.from_numpy(scenes.tokens(memory, encoder)[4]), unit_tokens(encoder, [pixels])[0]
+    )
+    assert np.array_equal(memory[4][0], views(data, "memory", 2)[4][0])
+    assert not np.array_equal(memory[4][0], memory[1][0])  # another crop of the same image
+    assert not np.array_equal(memory[4][0], support[4][0])
+    kept = scenes.choose_all(memory.labels, 5, "memory", 0)
+    assert np.bincount(kept // 16).tolist() == [5] * 6
+    assert not np.array_equal(kept, scenes.choose_all(memory.labels, 5, "memory", 1))
 
 
-def test_features_of_a_view_do_not_depend_on_the_views_beside_it(encoder):
-    data, setup = toy(11), scenes.Setup(size=SIZE, epochs=0)
-    plain = Extractor(encoder, ["embedding"])
-    views = [(*scenes.training_view(data, i, 0, setup, "memory"), "") for i in range(len(data))]
-    one_at_a_time = list(scenes.encode(plain, views))
-    card = Batched(plain)
-    as_on_a_card = list(scenes.encode(card, views))
-    assert card.sizes == [8, 3]
-    assert len(one_at_a_time) == len(as_on_a_card) == 11
-    for (mask, a), (same, b), view in zip(one_at_a_time, as_on_a_card, views, strict=True):
-        assert mask is same is view[1]
-        torch.testing.assert_close(a["embedding"], b["embedding"])
+def test_a_card_takes_eight_images_at_once(encoder, monkeypatch):
+    some, sizes = views(toy(11)), []
+    one_at_a_time = scenes.tokens(some, encoder)
+    monkeypatch.setenv("FUNGI_STORE", str(paths.store_dir().with_name("card")))
+    about = "name fingerprint layer inputs dtype width model".split()
+    card = SimpleNamespace(device="cuda", **{name: getattr(encoder, name) for name in about})
+    encode = lambda _, pictures: sizes.append(len(pictures)) or unit_tokens(encoder, pictures)
+    monkeypatch.setattr(scenes, "unit_tokens", encode)
+    np.testing.assert_allclose(scenes.tokens(some, card), one_at_a_time, atol=1e-5)
+    assert sizes == [8, 3]
 
 
-class Batched:
-    """An extractor whose backbone says that it is on a card."""
-
-    backbone = type("Backbone", (), {"device": "cuda"})
-
-    def __init__(self, extractor):
-        self.extractor, self.sizes = extractor, []
-
-    def __call__(self, pixels, names):
-        self.sizes.append(len(pixels))
-        return self.extractor(pixels, names)
+def test_what_cannot_be_viewed_says_so():
+    with pytest.raises(ValueError, match="epochs 0: each image is seen at least once"):
+        views(toy(), "memory", 0)
+    with pytest.raises(ValueError, match="size 64 is no multiple of the patch, 14 px"):
+        scenes.Views(toy(), 64, 14)
 
 
 def test_augmentation_keeps_image_and_mask_together():
@@ -225,20 +269,32 @@ def test_matching_undoes_a_permutation():
 
 def test_intervals_are_paired():
     rng = np.random.default_rng(0)
-    a = rng.integers(1, 50, (20, 3, 3))
+    a = rng.integers(1, 50, (1, 20, 3, 3))
     b = a.copy()
-    b[:, 0, 0] += 40
+    b[:, :, 0, 0] += 40
     interval = lambda *terms: iou.bootstrap(terms, np.random.default_rng(1))
     assert interval((1, a), (-1, a)) == (0, 0, 0)
     gain, alone = interval((1, b), (-1, a)), interval((1, b))
     assert gain.low < gain.mean < gain.high and gain.low > 0
     assert gain.high - gain.low < alone.high - alone.low
-    assert alone.mean == iou.miou(b.sum(0))
-    assert gain.mean == pytest.approx(alone.mean - iou.miou(a.sum(0)))
+    assert alone.mean == iou.miou(b[0].sum(0))
+    assert gain.mean == pytest.approx(alone.mean - iou.miou(a[0].sum(0)))
     less = interval((1, b), (-1, a), (-1, b), (1, a))
     assert less == pytest.approx((0, 0, 0), abs=1e-9)  # a difference of two equal gains
     with pytest.raises(ValueError, match="same images"):
-        interval((1, a), (-1, a[:3]))
+        interval((1, a), (-1, a[:, :3]))
+
+
+def test_intervals_cover_runs():
+    """Runs that differ by +-d: a mean of S draws of them varies by d / sqrt(S - 1)."""
+    counts = np.tile(np.array([[50, 50], [0, 100]]), (4, 30, 1, 1))  # images are all alike
+    counts[:2, :, 0] = [70, 30]
+    each = iou.miou(counts.sum(1))
+    assert each[0] == each[1] > each[2] == each[3]
+    found = iou.bootstrap([(1, counts)], np.random.default_rng(0))
+    assert found.mean == pytest.approx(each.mean())
+    spread = np.std(each, ddof=1) / np.sqrt(4)  # of the mean of four runs
+    assert (found.high - found.low) / 2 == pytest.approx(1.96 * spread, rel=0.2)
 
 
 def test_segment_is_bilinear():
@@ -246,7 +302,7 @@ def test_segment_is_bilinear():
     soft[[0, 2], 0] = 1
     soft[[1, 3], 1] = 1  # left half class 0, right half class 1
     expected = np.repeat([[0, 0, 0, 1, 1, 1]], 4, 0)
-    assert np.array_equal(scenes.segment(soft, (4, 6)), expected)
+    assert np.array_equal(incontext.segment(soft, (4, 6)), expected)
 
 
 # ---- the notebook's tables
@@ -254,28 +310,28 @@ def test_segment_is_bilinear():
 
 def test_tables_and_figures_of_a_toy_case(encoder):
     case = segmentation.Case("toy", "tiny", encoder, toy(6), toy(4, "test"))
-    assert (case.patches, case.memory(0.25), case.memory(0.001)) == (16, 24, 6)
-    assert (case.memory(32), case.memory(10**6)) == (30, 96)  # above 1: patches, as in the paper
-    table, found, soft = segmentation.by_memory(case, [0.1, 0.9])
-    assert table["memory"].tolist() == [12, 12, 84, 84]
-    assert table["features"].tolist() == ["E", "FUNGI"] * 2
-    base = table[table["features"] == "E"]
+    assert [case.kept(share) for share in (0.25, 0.001, 32, 10**6)] == [4, 1, 5, 16]
+    table, found = segmentation.by_memory(case, [0.1, 0.9], 3, 2)
+    assert table["memory"].tolist() == [12] * 7 + [84] * 6
+    assert table["runs"].tolist() == [3] * 7 + [2] * 6
+    assert [counts.shape for counts in found[0.9].values()] == [(2, 4, 3, 3)] * 6
+    base = table[table["features"] == "embedding"]
     assert (base[segmentation.GAIN] == 0).all(axis=None) and (table["low"] <= table["high"]).all()
+    # Six runs of one kind with the same images and the same memory are told apart by their heads.
+    assert not np.array_equal(found[0.9]["FUNGI"][0], found[0.9]["FUNGI"][1])
+    assert np.array_equal(found[0.9]["embedding"][0], found[0.9]["embedding"][1])
     change = segmentation.memory_contrast(case, found[0.1], found[0.9])
-    gains = table[table["features"] == "FUNGI"]["gain"].tolist()
-    assert change.mean == pytest.approx(gains[0] - gains[1])
-    rows, each = segmentation.examples(case, soft[0.9], found[0.9])
-    gain = each["rademacher"] - each["embedding"]
+    assert change.low <= change.mean <= change.high
+    rows, each = segmentation.examples(case, 0.9, found[0.9])
+    gain = each["FUNGI"] - each["embedding"]
     shown = [float(row["title"].split()[1].replace("−", "-")) for row in rows]
     assert shown[0] == round(gain.max()) and shown[2] == round(gain.min())
     assert shown[0] >= shown[1] >= shown[2]
-    few = segmentation.few_shot(case, [2, 0.5])
-    assert few["setting"].tolist() == ["2 images"] * 2 + ["3 images"] * 2
-    assert few["images"][0].count(",") == 1
-    choices = segmentation.choices(case, 0.1)
-    names = {"exact", "sketch", "published denominator", "published neighbours"}
-    assert names < set(choices["name"])
-    assert len(choices["value"].round(6).unique()) > 4  # each of them changes something
+    assert [list(row["masks"])[-1] for row in rows] == ["truth"] * 3
+    few = segmentation.few_shot(case, [2, 0.5], 2)
+    assert few["setting"].tolist() == ["2 images"] * 3 + ["3 images"] * 3
+    parts = segmentation.by_classes(case, found[0.9])
+    assert parts["images"].tolist() == [4] * 6  # too few images of each number of classes
     classes = segmentation.by_class(case, found[0.1])
     assert classes.groupby("features")["share"].sum().tolist() == pytest.approx([100, 100])
     query, near = segmentation.explorer(case, 2)(1, 1, 1)
@@ -288,21 +344,38 @@ def test_tables_and_figures_of_a_toy_case(encoder):
         assert style.photographs(fig).data[:2] == b"\xff\xd8"  # draws, as JPEG
 
 
-def test_the_cost_of_each_kind_is_measured(encoder):
-    case = segmentation.Case("toy", "tiny", encoder, toy(3), toy(1, "test"))
-    found = segmentation.cost(case, 0.5)
-    assert found["features"].tolist() == list(KINDS)
-    assert (found["ms an image"] > 0).all()
-
-
 def test_cases_are_what_can_be_run_here(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("FUNGI_DATA", str(tmp_path))
-    sizes = dict(size=64, n_train=3, n_test=2, seed=0)
+    sizes = dict(side=8, n_train=3, n_test=2, seed=0)
     name = "vit_micro.sup_tin100"
-    (case,) = segmentation.collect([name], ["composed", "voc2012"], **sizes)
+    (case,) = segmentation.collect([name, name], ["composed", "voc2012"], **sizes)
     assert (case.dataset, case.backbone) == ("composed", name)
-    assert (len(case.train), len(case.test), case.patches) == (3, 2, 64)
+    assert (len(case.train), len(case.test), case.memory.patches) == (3, 2, 64)
     assert "Not run for want of voc2012 (Pascal VOC 2012" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="1 backbones and 2 sets"):
+        segmentation.collect([name], ["composed", "voc2012"], **sizes)
+
+
+# ---- mosaics
+
+
+def test_mosaics_of_any_number_of_classes_hold_the_same_images():
+    tiles = datasets.load("digits", "train", limit=200)
+    made = {count: mosaics.mosaics(tiles, count, 2, 32) for count in mosaics.COUNTS}
+    quarters = lambda x: [x[r : r + 16, c : c + 16] for r in (0, 16) for c in (0, 16)]
+    bags = []
+    for count, scene in made.items():
+        assert len(scene) == 2 * 4 * 2 and len(scene.classes) == 8  # two groups of four classes
+        found = []
+        for i in range(len(scene)):
+            image, mask = scene[i]
+            assert len(np.unique(mask)) == count
+            parts = zip(quarters(np.asarray(image)), quarters(mask), strict=True)
+            found += [(pixels.tobytes(), int(label[0, 0])) for pixels, label in parts]
+        bags.append(sorted(found))
+    assert bags[0] == bags[1] == bags[2] and len(set(bags[0])) == len(bags[0])
+    with pytest.raises(ValueError, match="are needed for 50 rounds"):
+        mosaics.mosaics(tiles, 1, 50, 32)
 
 
 def test_class_colours_are_distinct():

@@ -1,8 +1,8 @@
-"""The paper's segmentation tables over data sets and backbones, with intervals over images.
+"""The paper's segmentation tables, and what their gain is made of, with intervals.
 
 Chosen before any result was seen: Table 18's settings, the paper's three shares of the training
-patches, gains as paired differences on the same images. FUNGI is the embedding joined with the
-projected SimCLR gradient ("rademacher").
+patches, five choices of patches at the two smaller ones with a head each, three heads at the
+largest. Gains are paired differences on the same images, crops, patches and heads.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,31 +10,30 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
-import torch
 
-from companion import explore, paper, throughput
-from companion.data import masks
+from companion import explore, paper
+from companion.data import datasets, masks, mosaics
 from companion.encoders.table import load
-from companion.evaluate import iou, scenes
+from companion.evaluate import incontext, iou, scenes
 from companion.evaluate.knn import Interval
+from companion.evaluate.scenes import KINDS, Views
 from companion.protocol import GAIN, here
 from fungi_core.backbones import Backbone
 from fungi_core.extract import Features
 from fungi_core.seeds import generator
-from fungi_core.tokens import KINDS, Extractor, Loss
 
-PAIR = {"embedding": "embedding", "rademacher": "FUNGI"}  # what the paper compares: kind, name
-CHOICES = {  # readings of the loss that the sources leave open
-    "published denominator": Loss(denominator="published"),
-    "published neighbours": Loss(neighbours="published"),
-}
+FUNGI = "FUNGI"
+FEW = {"k": 90, "temperature": 0.1}  # Table 18, few-shot column; all patches are kept
+FEW_EPOCHS = 8
+LARGEST = tuple(kind for kind in KINDS if kind != "FUNGI, eq. 5")  # at the largest memory
+Outcomes = dict[str, np.ndarray]  # {kind: pixel counts (runs, images, C, C)}
 
 
 @dataclass
 class Case:
     """Hold one data set and one backbone at one input size.
 
-    ``stores`` collects the keys of what was read for it.
+    ``seed`` draws crops. ``stores`` collects the keys of what was read for it.
     """
 
     dataset: str
@@ -45,114 +44,111 @@ class Case:
     seed: int = 0
     stores: list[str] = field(default_factory=list, repr=False)
 
-    def setup(self, **changes) -> scenes.Setup:
-        """Return Table 18's settings with some ``changes``."""
-        return scenes.Setup(size=self.encoder.inputs.size, seed=self.seed, **changes)
+    def __post_init__(self):
+        self.memory, self.support = (self.views(self.train, role) for role in ("memory", "support"))
+        self.queries = self.views(self.test, "query")
 
-    @property
-    def side(self) -> int:
-        """Return the number of patches on a side of an image."""
-        return self.encoder.inputs.size // scenes.patch_size(self.encoder)
+    def views(self, data: masks.Scenes, role: str, epochs: int = 1) -> Views:
+        """Return images as this case's backbone sees them."""
+        size, patch = self.encoder.inputs.size, scenes.patch_size(self.encoder)
+        return Views(data, size, patch, role, epochs, self.seed)
 
-    @property
-    def patches(self) -> int:
-        """Return the number of patches of an image."""
-        return self.side**2
+    def kept(self, share: float) -> int:
+        """Return how many patches of an image a memory keeps that keeps a ``share``, at least one.
 
-    def memory(self, share: float) -> int:
-        """Return the size of a memory that keeps a ``share`` of the training patches.
-
-        At least one patch of each image is kept. A share above 1 is the number of patches at most
-        (the paper's 102,400 and so on).
+        A share above 1 is the number of all patches (the paper's 102,400 and so on).
         """
-        each = round(share * self.patches) if share <= 1 else int(share) // len(self.train)
-        return min(max(1, each), self.patches) * len(self.train)
+        patches = self.memory.patches
+        each = round(share * patches) if share <= 1 else int(share) // len(self.train)
+        return min(max(1, each), patches)
+
+    def lookup(self, each: int, draw: int = 0, head: int = 0) -> incontext.Lookup:
+        """Return the memory that keeps ``each`` patches of an image, with the test images."""
+        views = self.memory, self.support, self.queries
+        return incontext.Lookup(*views, self.encoder, each, draw, head)
+
+    def vectors(self, kind: str, views: Views) -> np.ndarray:
+        """Return one kind's unit vectors of every patch, (V, T, D), by the first head."""
+        return scenes.vectors(kind, views, self.encoder, 0, self.support)
 
 
 def collect(
-    names: Sequence[str], sets: Sequence[str], *, size: int, n_train: int, n_test: int, seed: int
+    names: Sequence[str], sets: Sequence[str], *, side: int, n_train: int, n_test: int, seed: int
 ) -> list[Case]:
-    """Return a case for every pair that can be run here; a notebook's first call.
+    """Return a case for each backbone and the set at its place; a notebook's first call.
 
-    What is missing is named; where nothing can be run the notebook ends there (`explore.end`).
+    ``side``: patches a side of an image. What is missing is named; where nothing can be run the
+    notebook ends there (`explore.end`). Raises ValueError for lists of different lengths.
     """
-    names = here(names)[0]
+    if len(names) != len(sets):
+        raise ValueError(f"{len(names)} backbones and {len(sets)} sets; each backbone has its set")
+    present = here(dict.fromkeys(names))[0]
     lacking = {name: reason for name in sets if (reason := masks.unavailable(name))}
     for reason in lacking.values():
         print(f"Not run for want of {reason}")
-    if not (sets := [name for name in sets if name not in lacking]):
-        explore.end("Nothing can be run here without these data sets; see README, Profiles.")
-    encoders = {name: load(name).at_size(size) for name in names}
     cases = []
-    for data in sets:
-        train, test = (
-            masks.load(data, "train", n_train, seed),
-            masks.load(data, "test", n_test, seed),
-        )
-        cases += [
-            Case(data, name, encoder, train, test, seed) for name, encoder in encoders.items()
-        ]
+    for name, data in zip(names, sets, strict=True):
+        if name in present and data not in lacking:
+            encoder = load(name)
+            encoder = encoder.at_size(side * scenes.patch_size(encoder))
+            sizes = {"train": n_train, "test": n_test}
+            both = [masks.load(data, split, n, seed) for split, n in sizes.items()]
+            cases.append(Case(data, name, encoder, *both, seed))
+    if not cases:
+        explore.end("Nothing can be run here without these data sets; see README, Profiles.")
     return cases
 
 
-def predict(
-    case: Case, kinds: Sequence[str] = tuple(PAIR), train: masks.Scenes | None = None, **changes
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Return mixed labels {kind: (N, T, C)} and confusions {kind: (N, C, C)} of the test images.
-
-    ``train``: other training images than the case's; ``changes``: to Table 18's settings.
-    """
-    train, setup = case.train if train is None else train, case.setup(**changes)
-    soft, keys = scenes.soft_labels(train, case.test, case.encoder, setup, kinds)
-    case.stores += keys
-    return soft, {kind: confusions(labels, case.test, setup.size) for kind, labels in soft.items()}
-
-
-def confusions(soft: np.ndarray, test: masks.Scenes, size: int) -> np.ndarray:
-    """Compare mixed labels (N, T, C) with the masks, resized to (size, size): (N, C, C)."""
+def outcomes(case: Case, lookups: Sequence[incontext.Lookup], kinds: Sequence[str]) -> Outcomes:
+    """Return the pixel counts of each lookup, {kind: (runs, images, C, C)}."""
     found = []
-    for i, labels in enumerate(soft):
-        truth = scenes.squeeze(*test[i], size)[1]
-        found.append(iou.confusion(truth, scenes.segment(labels, truth.shape), len(test.classes)))
-    return np.stack(found)
+    for one in lookups:
+        counts, keys = one.confusions(kinds)
+        case.stores += keys
+        found.append(counts)
+    return {kind: np.stack([counts[kind] for counts in found]) for kind in kinds}
 
 
-def scores(found: dict[str, np.ndarray], case: Case, **columns) -> pd.DataFrame:
-    """Return the mIoU and gain over the embedding of each of ``found``, a row for each.
+def scores(found: Outcomes, case: Case, **columns) -> pd.DataFrame:
+    """Return the mIoU and gain over the embedding of each kind, a row for each.
 
-    ``found``: {name: confusions (N, C, C)}, "embedding" among them. Columns: name; value, low, high
-    in percent; gain with its paired interval in points; matched mIoU and its gain; the case; and
-    further ``columns``.
+    Columns: features; value, low, high in percent; gain with its paired interval in points; the
+    same after matching (`iou.matched_miou`); the case; and further ``columns``.
     """
     base, rows = found["embedding"], []
-    for name, counts in found.items():
-        draw = lambda kind, n=name: generator("bootstrap", case.seed, "scenes", kind, n)
+    matched = lambda counts: np.mean([iou.matched_miou(run) for run in counts.sum(1)])
+    for kind, counts in found.items():
+        draw = lambda what, n=kind: generator("bootstrap", case.seed, "scenes", what, n)
         own = iou.bootstrap([(1, counts)], draw("own"))
         gain = iou.bootstrap([(1, counts), (-1, base)], draw("paired"))
-        matched, plain = (iou.matched_miou(x.sum(0)) for x in (counts, base))
-        rows.append((name, *own, *gain, matched, matched - plain))
-    names = ["name", "value", "low", "high", *GAIN, "matched", "matched_gain"]
+        rows.append((kind, *own, *gain, matched(counts), matched(counts) - matched(base)))
+    names = ["features", "value", "low", "high", *GAIN, "matched", "matched_gain"]
     about = {"dataset": case.dataset, "backbone": case.backbone}
     return pd.DataFrame(rows, columns=names).assign(**about, **columns)
 
 
 def by_memory(
-    case: Case, shares: Sequence[float]
-) -> tuple[pd.DataFrame, dict[float, dict], dict[float, dict]]:
-    """Return Tables 3 and 7 for one case, {share: confusions} and {share: mixed labels}.
+    case: Case, shares: Sequence[float], draws: int, heads: int
+) -> tuple[pd.DataFrame, dict[float, Outcomes]]:
+    """Return Tables 3 and 7 for one case, with the controls, and {share: outcomes}.
 
-    In the table ``asked`` is the share as it was given, ``paper`` the gain that the paper prints
-    for that one of its three memory sizes.
+    All but the largest memory are drawn ``draws`` times, with head = draw mod ``heads``; the
+    largest once, with every head. In the table ``paper`` is the gain that the paper prints for that
+    one of its three memory sizes.
     """
-    frames, found, soft = [], {}, {}
+    frames, found = [], {}
     printed = [*printed_gains(case), *[np.nan] * len(shares)]
-    for asked, gain in zip(shares, printed, strict=False):
-        memory = case.memory(asked)
-        soft[asked], found[asked] = predict(case, memory=memory)
-        share = memory / case.patches / len(case.train)
-        frame = scores(found[asked], case, memory=memory, asked=asked, share=share)
-        frames.append(frame.assign(features=["E", "FUNGI"], paper=[np.nan, gain]))
-    return pd.concat(frames, ignore_index=True), found, soft
+    for share, gain in zip(shares, printed, strict=False):
+        runs = [(draw, draw % heads) for draw in range(draws)]
+        kinds = KINDS
+        if share == max(shares):
+            runs, kinds = [(0, head) for head in range(heads)], LARGEST
+        each = case.kept(share)
+        found[share] = outcomes(case, [case.lookup(each, *run) for run in runs], kinds)
+        about = dict(memory=each * len(case.train), asked=share, runs=len(runs))
+        frame = scores(found[share], case, **about, share=each / case.memory.patches)
+        frames.append(frame.assign(paper=np.where(frame["features"] == FUNGI, gain, np.nan)))
+    return pd.concat(frames, ignore_index=True), found
 
 
 def printed_gains(case: Case) -> list[float]:
@@ -165,89 +161,115 @@ def printed_gains(case: Case) -> list[float]:
     return table[(table["row"] == "FUNGI") & (table["column"] == column)]["delta"].tolist()
 
 
-def memory_contrast(case: Case, small: dict, large: dict) -> Interval:
-    """Return FUNGI's gain with the smaller memory minus that with the larger, paired, in points."""
-    terms = [(1, small["rademacher"]), (-1, small["embedding"])]
-    terms += [(-1, large["rademacher"]), (1, large["embedding"])]
-    return iou.bootstrap(
-        terms, generator("bootstrap", case.seed, "memory", case.dataset, case.backbone)
-    )
+def memory_contrast(case: Case, small: Outcomes, large: Outcomes) -> Interval:
+    """Return FUNGI's gain with the smaller memory minus that with the larger, paired, in points.
+
+    Runs of the two memories differ, so the first of each is taken as often as the other has.
+    """
+    runs = min(len(small[FUNGI]), len(large[FUNGI]))
+    a, b = ({kind: counts[:runs] for kind, counts in one.items()} for one in (small, large))
+    terms = [(1, a[FUNGI]), (-1, a["embedding"]), (-1, b[FUNGI]), (1, b["embedding"])]
+    names = "bootstrap", case.seed, "memory", case.dataset, case.backbone
+    return iou.bootstrap(terms, generator(*names))
 
 
-def few_shot(case: Case, counts: Sequence[float]) -> pd.DataFrame:
-    """Return Table 4 for one case: `scores` with few labelled images, which are named.
+def few_shot(case: Case, counts: Sequence[float], draws: int) -> pd.DataFrame:
+    """Return Table 4 for one case: `scores` with few labelled images, the mean over ``draws``.
 
-    ``counts``: how many images, or, below 1, which share of the training images. The settings are
-    those of Table 18's few-shot column.
+    ``counts``: how many images, or, below 1, which share of the training images. Each draw takes
+    other images and another head; the settings are those of Table 18's few-shot column.
     """
     frames = []
     for asked in counts:
         count = int(asked) if asked >= 1 else max(1, round(asked * len(case.train)))
-        train = case.train.draw(count, case.seed)
-        _, found = predict(case, train=train, **scenes.FEW)
-        images = ", ".join(train.names)
-        frames.append(scores(found, case, setting=f"{count} images", images=images))
+        lookups = []
+        for draw in range(draws):
+            train = case.train.draw(count, draw)
+            memory, support = (case.views(train, x, FEW_EPOCHS) for x in ("memory", "support"))
+            views = memory, support, case.queries
+            lookups.append(incontext.Lookup(*views, case.encoder, memory.patches, head=draw, **FEW))
+        found = outcomes(case, lookups, ["embedding", FUNGI, "mean token"])
+        frames.append(scores(found, case, setting=f"{count} images", runs=draws))
     return pd.concat(frames, ignore_index=True)
 
 
-def choices(case: Case, share: float) -> pd.DataFrame:
-    """Return `scores` of cheaper projections and of what the sources leave open, for one memory."""
-    memory = case.memory(share)
-    _, found = predict(case, KINDS, memory=memory)
-    for label, loss in CHOICES.items():
-        found[label] = predict(case, ["rademacher"], memory=memory, loss=loss)[1]["rademacher"]
-    return scores(found, case, setting=f"{memory:,} patches")
+# ---- what the gain is made of
 
 
-def examples(
-    case: Case, soft: dict[str, np.ndarray], found: dict[str, np.ndarray]
-) -> tuple[list[dict], pd.DataFrame]:
-    """Return what `grids.mask_rows` draws, and every image's own mIoU.
+def by_mosaic(case: Case, tiles: str, rounds: int, heads: int) -> pd.DataFrame:
+    """Return `scores` on scenes of one, two and four classes made of the same images.
+
+    ``tiles``: an image data set; `mosaics` says how scenes are laid out. A tile has 8 x 8 patches,
+    and the memory keeps all of them.
+    """
+    encoder = case.encoder.at_size(16 * scenes.patch_size(case.encoder))
+    frames = []
+    for count in mosaics.COUNTS:
+        train, test = (
+            mosaics.mosaics(datasets.load(tiles, split), count, rounds, encoder.inputs.size)
+            for split in ("train", "test")
+        )
+        scene = Case(train.name, case.backbone, encoder, train, test, case.seed, case.stores)
+        lookups = [scene.lookup(scene.memory.patches, 0, head) for head in range(heads)]
+        found = outcomes(scene, lookups, LARGEST)
+        frames.append(scores(found, scene, classes=count, images=len(test)))
+    return pd.concat(frames, ignore_index=True)
+
+
+def by_classes(case: Case, found: Outcomes) -> pd.DataFrame:
+    """Return `scores` of the test images with one, two, three and more classes.
+
+    A set's first class does not count where it is the background.
+    """
+    first = 1 if case.train.classes[0] == "background" else 0
+    present = found["embedding"][0].sum(2)[:, first:] > 0  # (N, C)
+    number, frames = np.clip(present.sum(1), 1, None), []
+    steps = [n for n in (1, 2, 3) if (number == n).sum() >= 10] or [1]
+    for n in steps:
+        rows = number >= n if n == steps[-1] else number == n
+        part = {kind: counts[:, rows] for kind, counts in found.items()}
+        frames.append(scores(part, case, classes=n, images=int(rows.sum())))
+    return pd.concat(frames, ignore_index=True)
+
+
+# ---- figures
+
+
+def examples(case: Case, share: float, found: Outcomes) -> tuple[list[dict], pd.DataFrame]:
+    """Return what `grids.mask_rows` draws, and every image's own mIoU with the first run.
 
     Drawn are the images where FUNGI's mIoU minus the embedding's is largest, median and smallest;
     the label maps have the image's own size.
     """
-    each = pd.DataFrame({"image": case.test.names} | {kind: iou.miou(found[kind]) for kind in PAIR})
-    gain = each["rademacher"] - each["embedding"]
-    order, rows = gain.sort_values(ascending=False, kind="stable").index, []
-    for title, place in (("best", 0), ("median", len(order) // 2), ("worst", -1)):
-        i = order[place]
+    shown = {"embedding": "embedding", FUNGI: FUNGI, "mean token": "mean token"}
+    numbers = {kind: iou.miou(found[kind][0]) for kind in shown}
+    each = pd.DataFrame({"image": case.test.names} | numbers)
+    gain = each[FUNGI] - each["embedding"]
+    order = gain.sort_values(ascending=False, kind="stable").index
+    places = {"best": order[0], "median": order[len(order) // 2], "worst": order[-1]}
+    made = case.lookup(case.kept(share)).soft_labels(list(shown), list(places.values()))
+    rows = []
+    for (title, i), soft in zip(places.items(), made, strict=True):
         image, truth = case.test[i]
         maps = {
-            f"{name}: {each[kind][i]:.0f} %": scenes.segment(soft[kind][i], truth.shape)
-            for kind, name in PAIR.items()
+            f"{name}: {each[kind][i]:.0f} %": incontext.segment(soft[kind], truth.shape)
+            for kind, name in shown.items()
         }
         text = f"{title}: {gain[i]:+.0f} points".replace("-", "−")
-        maps["ground truth"] = truth
-        rows.append({"title": text, "image": np.asarray(image), "masks": maps})
+        rows.append({"title": text, "image": np.asarray(image), "masks": maps | {"truth": truth}})
     return rows, each
 
 
-def by_class(case: Case, found: dict[str, np.ndarray]) -> pd.DataFrame:
+def by_class(case: Case, found: Outcomes) -> pd.DataFrame:
     """Return what `plots.class_iou` draws: each class's IoU and share of the pixels, in percent."""
     about = {"dataset": case.dataset, "backbone": case.backbone}
     frames = []
-    for kind, name in zip(PAIR, ("E", "FUNGI"), strict=True):
-        total = found[kind].sum(0)
+    for kind, name in {"embedding": "E", FUNGI: FUNGI}.items():
+        total = found[kind].sum((0, 1))
         place = about | {"features": name, "class": case.test.classes}
         numbers = {"share": 100 * total.sum(1) / total.sum(), "value": iou.iou(total)}
         frames.append(pd.DataFrame(place | numbers))
     return pd.concat(frames, ignore_index=True)
-
-
-def cost(case: Case, share: float) -> pd.DataFrame:
-    """Measure one test image's features: kind, fastest of three in ms, peak memory in MiB."""
-    device, setup = case.encoder.device, case.setup(memory=case.memory(share))
-    picture = scenes.squeeze(*case.test[0], setup.size)[0]
-    support = scenes.prepare(case.train, case.encoder, setup, list(PAIR)).support
-    rows = []
-    for kind in KINDS:
-        extractor = Extractor(case.encoder, [kind], support=support)
-        call = lambda run=extractor: [x.cpu() for x in run([picture], ["cost"]).values()]
-        call()
-        fastest = min(throughput.seconds(call, device) for _ in range(3))
-        rows.append((kind, 1000 * fastest, throughput.peak_memory(call, device)))
-    return pd.DataFrame(rows, columns=["features", "ms an image", "peak MiB"])
 
 
 def explorer(case: Case, images: int) -> Callable[[int, int, int], tuple]:
@@ -257,33 +279,34 @@ def explorer(case: Case, images: int) -> Callable[[int, int, int], tuple]:
     and column, and returns the query and its eight neighbours by each kind of feature, as
     `grids.neighbours` draws them, with the class of most pixels and the similarity as titles.
     """
-    train = case.train.draw(min(images, len(case.train)), case.seed)
-    setup, patch, classes = case.setup(), scenes.patch_size(case.encoder), case.test.classes
-    extractor = scenes.prepare(train, case.encoder, setup, list(PAIR))
-    memory = scenes.build(train, case.encoder, setup, extractor)
+    memory = case.views(case.train.draw(min(images, len(case.train)), case.seed), "memory")
+    queries, patch, classes = case.queries, case.memory.patch, case.test.classes
+    side = queries.size // patch
+    joined = {}  # {title: (memory rows, query rows)}
+    for title, kinds in {"embedding": ["embedding"], FUNGI: ["embedding", FUNGI]}.items():
+        joined[title] = [
+            np.concatenate([case.vectors(kind, views) for kind in kinds], -1) / len(kinds) ** 0.5
+            for views in (memory, queries)
+        ]
 
-    def label(shares: np.ndarray | torch.Tensor) -> str:
+    def label(shares: np.ndarray) -> str:
         return classes[int(shares.argmax())] if shares.max() > 0 else "void"
 
-    def framed(pixels: np.ndarray, at: int, title: str) -> dict:
-        row, column = divmod(at, case.side)
-        return {"image": pixels, "box": (column * patch, row * patch, patch), "title": title}
+    def framed(views: Views, v: int, at: int, title: str) -> dict:
+        row, column = divmod(at, side)
+        return {"image": views[v][0], "box": (column * patch, row * patch, patch), "title": title}
 
     def look(image: int, row: int, column: int) -> tuple[dict, dict[str, list[dict]]]:
-        name, at = case.test.names[image], row * case.side + column
-        pixels, mask = scenes.squeeze(*case.test[image], setup.size)
-        features, found = extractor([pixels], [name]), {}
-        for kind, title in PAIR.items():
-            query = features[kind][0, at][None]  # (1, W)
-            similarity, index = scenes.search(query, memory, kind, case.encoder, 8)
+        at, found = row * side + column, {}
+        for title, (keys, asked) in joined.items():
+            similarity = keys.reshape(-1, keys.shape[-1]) @ asked[image, at]
             found[title] = []
-            for value, m in zip(similarity[0].tolist(), index[0].tolist(), strict=True):
-                i, turn, there = map(int, memory.origin[m])
-                tile = scenes.training_view(train, i, turn, setup, "memory")[0]
-                text = f"{label(memory.labels[m])}\n{value:.2f}"
-                found[title].append(framed(tile, there, text))
-        truth = label(scenes.patch_labels(mask, patch, len(classes))[at])
-        return framed(pixels, at, f"{name}: {truth}"), found
+            for m in np.argsort(-similarity, kind="stable")[:8]:
+                v, there = divmod(int(m), memory.patches)
+                text = f"{label(memory.labels[v, there])}\n{similarity[m]:.2f}"
+                found[title].append(framed(memory, v, there, text))
+        truth = label(queries.labels[image, at])
+        return framed(queries, image, at, f"{case.test.names[image]}: {truth}"), found
 
     return look
 

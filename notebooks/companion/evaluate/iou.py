@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from companion.evaluate.knn import Interval
+from companion.evaluate.knn import Interval, run_weights
 
 DRAWS = 2000  # bootstrap resamples
 
@@ -48,18 +48,24 @@ def matched_miou(confusion: np.ndarray) -> float:
 
 
 def bootstrap(terms: Sequence[tuple[int, np.ndarray]], generator: np.random.Generator) -> Interval:
-    """Return a sum of sign x data-set mIoU, with a 95 % interval over images.
+    """Return a sum of sign x data-set mIoU, with a 95 % interval over images and runs.
 
-    ``terms``: (sign, confusions (N, C, C)) of the same images. Images are drawn with replacement,
-    and all terms see the same draws: the interval of a difference is paired.
+    ``terms``: (sign, confusions (S, N, C, C)) of the same images under S runs, which differ in head
+    or in the patches that the memory keeps; the value is the mean over runs. Images and runs are
+    drawn with replacement, and all terms see the same draws: the interval of a difference is
+    paired. A few runs drawn with replacement vary too little, so deviations from their mean are
+    stretched (`knn.run_weights`).
     """
     shapes = {confusions.shape for _, confusions in terms}
     if len(shapes) > 1:
         raise ValueError(f"paired differences need the same images, not {sorted(shapes)}")
-    n, *square = shapes.pop()
-    weights = generator.multinomial(n, np.full(n, 1 / n), size=DRAWS).astype(np.float64)
-    value, draws = 0.0, np.zeros(DRAWS)
+    runs, n, *square = shapes.pop()
+    images = generator.multinomial(n, np.full(n, 1 / n), size=DRAWS).astype(np.float64)
+    weights = run_weights(runs, DRAWS, generator)  # (DRAWS, S)
+    values, draws = np.zeros(runs), np.zeros((DRAWS, runs))
     for sign, confusions in terms:
-        value += sign * float(miou(confusions.sum(0)))
-        draws += sign * miou((weights @ confusions.reshape(n, -1)).reshape(DRAWS, *square))
-    return Interval(value, *map(float, np.percentile(draws, [2.5, 97.5])))
+        for run, counts in enumerate(confusions.reshape(runs, n, -1)):
+            values[run] += sign * miou(counts.sum(0).reshape(square))
+            draws[:, run] += sign * miou((images @ counts).reshape(DRAWS, *square))
+    low, high = np.percentile((weights * draws).sum(1), [2.5, 97.5])
+    return Interval(float(values.mean()), float(low), float(high))

@@ -81,11 +81,10 @@ def bootstrap(
     """Return the mean of ``correct``, or of ``correct - other``, paired, with its interval.
 
     The 95 % percentile bootstrap over test samples, ``correct`` (N,), and over seeds as well where
-    it is (S, N): both are redrawn in every draw. S seeds drawn with replacement vary by a share of
-    (S - 1) / S too little, so their deviations from the mean are stretched by sqrt(S / (S - 1))
-    (Rao and Wu, 1988). With ``labels`` (N,) the mean is the mean per class, samples being redrawn
-    within each class. Values are booleans or lie in [0, 1]; drawing N samples with replacement is
-    drawing how often each distinct column occurs, a multinomial, so memory is ``n`` x their number.
+    it is (S, N): both are redrawn in every draw, seeds as in `run_weights`. With ``labels`` (N,)
+    the mean is the mean per class, samples being redrawn within each class. Values are booleans or
+    lie in [0, 1]; drawing N samples with replacement is drawing how often each distinct column
+    occurs, a multinomial, so memory is ``n`` x their number.
     """
     values = np.asarray(correct, np.float64)
     for name, array, shape in (
@@ -103,10 +102,7 @@ def bootstrap(
     seeds, groups = len(values), [values]
     if labels is not None:
         groups = [values[:, np.asarray(labels) == label] for label in np.unique(labels)]
-    weights = np.ones((n, 1))
-    if seeds > 1:
-        weights = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=n) / seeds  # (n, S)
-        weights = 1 / seeds + (weights - 1 / seeds) * np.sqrt(seeds / (seeds - 1))
+    weights = run_weights(seeds, n, generator)
     means = np.zeros(n)
     for group in groups:
         distinct, counts = np.unique(group, axis=1, return_counts=True)  # (S, P), (P,)
@@ -115,6 +111,18 @@ def bootstrap(
         means += (draws * (weights @ distinct)).sum(1) / size
     low, high = np.percentile(100 * means / len(groups), [2.5, 97.5])
     return Interval(100 * float(np.mean([g.mean() for g in groups])), float(low), float(high))
+
+
+def run_weights(runs: int, n: int, generator: np.random.Generator) -> np.ndarray:
+    """Draw the weights of S runs (seeds, choices) in n bootstrap draws, (n, S); rows sum to one.
+
+    S runs drawn with replacement vary by a share of (S - 1) / S too little, so their deviations
+    from the mean are stretched by sqrt(S / (S - 1)) (Rao and Wu, 1988).
+    """
+    if runs == 1:
+        return np.ones((n, 1))
+    weights = generator.multinomial(runs, np.full(runs, 1 / runs), size=n) / runs
+    return 1 / runs + (weights - 1 / runs) * np.sqrt(runs / (runs - 1))
 
 
 class Pooled(NamedTuple):

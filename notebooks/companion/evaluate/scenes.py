@@ -1,62 +1,91 @@
-"""In-context scene understanding: segmentation by retrieval from a memory of labelled patches.
+"""Patches of scenes: cropped views, class shares, tokens and gradients of every patch, stored.
 
-A memory keeps patch features of training images with the class shares of their pixels; a test patch
-mixes the labels of its nearest ones, without any training. The protocol is that of sections 4.3 and
-B.2 and Table 18, with what the published scripts add.
+Sections 4.3 and B.2 and Table 18, with what the published scripts add. Patches are encoded once
+for a head and serve every choice and size of a memory (`retrieval.Memory`).
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from itertools import islice
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torchvision.transforms.v2 import functional as TF
 
 from companion import paths
 from companion.data.masks import Scenes
 from fungi_core.backbones import Backbone
-from fungi_core.filling import Target, progress, write
-from fungi_core.search import nearest
+from fungi_core.filling import Target, write
+from fungi_core.rows import draw_parts
 from fungi_core.seeds import generator
 from fungi_core.store import open_entry
-from fungi_core.tokens import Extractor, Loss
+from fungi_core.tokens import Loss, unit_gradients, unit_tokens
 from fungi_core.views import crop_boxes
 
-SCENES = 2  # raise when the same settings would give other predictions than before
-FEW = {"k": 90, "temperature": 0.1, "epochs": 8}  # Table 18, few-shot column; all patches are kept
+SCENES = 3  # raise when the same settings would give other predictions than before
+SUPPORT = 0.1  # the support index keeps this share of the patches, whatever the memory keeps
+# What joins the embedding (eq. 8): a gradient, or a control that is none.
+LOSSES = {"FUNGI": Loss(), "FUNGI, eq. 5": Loss(denominator="eq5")}
+CONTROLS = ("mean token", "class token", "image noise", "patch noise")
+KINDS = ("embedding", *LOSSES, *CONTROLS)
 
 
-@dataclass(frozen=True)
-class Setup:
-    """Hold everything that changes a prediction besides data and backbone.
+@dataclass(frozen=True, eq=False)
+class Views:
+    """Hold the images of a set as they are encoded, (size, size) pixels each.
 
-    Defaults are Table 18's for the full data set. ``memory``: patches in the memory and in the
-    support index, None: all; ``epochs``: augmented passes over the training images, 0: one pass as
-    they are.
+    ``role``: "query", every image whole; "memory" or "support", ``epochs`` random crops of each,
+    drawn by ``seed``. The two roles see other crops: else every training patch would find itself in
+    the support index, and no test patch would. ``patch`` is the side of a patch in pixels.
     """
 
-    size: int = 512
-    memory: int | None = None
-    k: int = 30
-    temperature: float = 0.02
+    data: Scenes
+    size: int
+    patch: int
+    role: str = "query"
     epochs: int = 1
-    loss: Loss = Loss()
     seed: int = 0
 
+    def __post_init__(self):
+        if self.epochs < 1:
+            raise ValueError(f"epochs {self.epochs}: each image is seen at least once")
+        if self.size % self.patch:
+            raise ValueError(f"size {self.size} is no multiple of the patch, {self.patch} px")
 
-@dataclass
-class Memory:
-    """Hold patches: ``features`` {kind: (M, W)}, ``labels`` (M, C) class shares of their pixels.
+    def __len__(self) -> int:
+        return self.epochs * len(self.data)
 
-    ``origin`` (M, 3): training image, pass and patch that a row comes from.
-    """
+    def __getitem__(self, v: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return a view's pixels (S, S, 3) and mask (S, S), uint8; all images, epoch by epoch."""
+        image, mask = self.data[v % len(self.data)]
+        if self.role == "query":
+            return squeeze(image, mask, self.size)
+        return augment(image, mask, self.size, generator("crop", self.seed, self.name(v)))
 
-    features: dict[str, torch.Tensor]
-    labels: torch.Tensor
-    origin: np.ndarray = field(repr=False)
+    def name(self, v: int) -> str:
+        """Return a name that no other view of any role has; it seeds what is random in a view."""
+        turn, i = divmod(v, len(self.data))
+        return f"{self.data.name} {self.role} {self.data.names[i]} {turn}"
+
+    @property
+    def patches(self) -> int:
+        """Return the number of patches of a view, T."""
+        return (self.size // self.patch) ** 2
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """Return the class shares of every patch, (V, T, C) float32."""
+        classes, background = len(self.data.classes), self.data.background
+        return np.stack(
+            [patch_labels(self[v][1], self.patch, classes, background) for v in range(len(self))]
+        )
+
+    def identity(self) -> list:
+        """Return what decides the pixels and labels: a part of keys in the store."""
+        data = [self.data.name, self.data.split, self.data.fingerprint]
+        crops = [] if self.role == "query" else [self.epochs, self.seed]
+        return [*data, self.size, self.role, *crops]
 
 
 def patch_size(backbone: Backbone) -> int:
@@ -65,11 +94,8 @@ def patch_size(backbone: Backbone) -> int:
 
 
 def squeeze(image: Image.Image, mask: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Resize an image (bicubic) and its mask (nearest) to (S, S, 3) and (S, S) uint8.
-
-    The published code resizes both bilinearly.
-    """
-    pixels = np.asarray(image.resize((size, size), Image.BICUBIC))
+    """Resize an image (bilinear, as published) and its mask (nearest) to (S, S, 3) and (S, S)."""
+    pixels = np.asarray(image.resize((size, size), Image.BILINEAR))
     return pixels, np.asarray(Image.fromarray(mask).resize((size, size), Image.NEAREST))
 
 
@@ -91,21 +117,6 @@ def augment(
     image = TF.adjust_saturation(image, 1 + saturation)
     image = TF.adjust_hue(image, hue) if hue else image  # a hue of 0 would round the colours
     return np.asarray(image), mask
-
-
-def training_view(
-    data: Scenes, i: int, turn: int, setup: Setup, role: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return training image i as the memory sees it in pass ``turn``.
-
-    The support index (``role``) sees other crops: else every training patch would find itself
-    there, and no test patch would.
-    """
-    image, mask = data[i]
-    if not setup.epochs:
-        return squeeze(image, mask, setup.size)
-    rng = generator(role, setup.seed, data.name, data.names[i], turn)
-    return augment(image, mask, setup.size, rng)
 
 
 def patch_labels(
@@ -141,150 +152,100 @@ def choose(labels: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarr
     return np.sort(np.argsort(score, kind="stable")[:count])
 
 
-def encode(
-    extractor: Extractor, views: Iterable[tuple[np.ndarray, np.ndarray, str]]
-) -> Iterator[tuple[np.ndarray, dict[str, torch.Tensor]]]:
-    """Yield the mask and the patch features {kind: (T, W)} of each view (pixels, mask, name).
+def choose_all(labels: np.ndarray, each: int, role: str, draw: int) -> np.ndarray:
+    """Return which of all patches a memory keeps, ``each`` of a view: indices into V * T rows.
 
-    On a CPU one image fills the cores with its tokens; a GPU takes eight at once.
+    ``labels``: (V, T, C). ``role`` and ``draw`` say which choice this is.
     """
-    size, views = 1 if extractor.backbone.device == "cpu" else 8, iter(views)
-    while some := list(islice(views, size)):
-        pixels, masks, names = zip(*some, strict=True)
-        features = extractor(pixels, names)
-        for n, mask in enumerate(masks):
-            yield mask, {kind: block[n] for kind, block in features.items()}
+    chosen = [
+        v * len(shares) + choose(shares, each, generator("choose", role, draw, v))
+        for v, shares in enumerate(labels)
+    ]
+    return np.concatenate(chosen)
 
 
-def build(
-    data: Scenes, backbone: Backbone, setup: Setup, extractor: Extractor, role: str = "memory"
-) -> Memory:
-    """Build the memory of the training images; it is bounded by its size, whatever their number.
+# ---- what is stored of every patch
 
-    Raises ValueError for a memory with less than one patch for each pass over each image.
+
+def encoded(
+    views: Views, backbone: Backbone, about: dict, each: int, encode: Callable
+) -> np.ndarray:
+    """Return (V, each, D) unit rows from the store; what it lacks is encoded into it.
+
+    ``encode(pictures, names)`` returns the rows of some views; ``about`` says of what kind they
+    are. A killed run goes on with the image it was at. On a CPU one image fills the cores with its
+    tokens; a GPU takes eight at once.
     """
-    visits = [(turn, i) for turn in range(max(1, setup.epochs)) for i in range(len(data))]
-    patch, classes = patch_size(backbone), len(data.classes)
-    grid = (setup.size // patch) ** 2
-    each = grid if setup.memory is None else min(grid, setup.memory // len(visits))
-    if each < 1:
-        raise ValueError(
-            f"a memory of {setup.memory} patches has none for each of {len(visits)} image passes"
-        )
-    rows = each * len(visits)
-    labels = torch.empty(rows, classes, device=backbone.device)
-    memory = Memory({}, labels, np.empty((rows, 3), np.int64))
-    views = (
-        (*training_view(data, i, turn, setup, role), f"{role} {data.names[i]} {turn}")
-        for turn, i in visits
-    )
-    with progress(len(visits), f"{data.name} {role} {', '.join(extractor.kinds)}") as bar:
-        for n, (mask, features) in enumerate(encode(extractor, views)):
-            turn, i = visits[n]
-            place = slice(n * each, (n + 1) * each)
-            shares = patch_labels(mask, patch, classes, data.background)
-            rng = generator("choose", role, setup.seed, data.name, data.names[i], turn)
-            chosen = choose(shares, each, rng)
-            for kind, block in features.items():
-                kept = memory.features.setdefault(kind, block.new_empty(rows, block.shape[1]))
-                kept[place] = block[torch.from_numpy(chosen).to(block.device)]
-            memory.labels[place] = torch.from_numpy(shares[chosen])
-            memory.origin[place] = np.stack([np.full(each, i), np.full(each, turn), chosen], 1)
-            bar.update()
-    return memory
+    network = [backbone.name, backbone.fingerprint, backbone.layer, backbone.inputs.identity()]
+    dtype = str(backbone.dtype).removeprefix("torch.")
+    meta = {"scenes": SCENES, "views": views.identity(), "backbone": network, "dtype": dtype}
+    total, batch = each * len(views), 1 if backbone.device == "cpu" else 8
+    entry = open_entry(meta | about, total, backbone.width, paths.store_dir())
+
+    def rows(some: Sequence[int]) -> Iterator[tuple]:
+        first, stop = some[0], some[-1] + 1  # rows; views that are only partly absent are cut
+        wanted = range(first // each, -(-stop // each))
+        for some in (wanted[i : i + batch] for i in range(0, len(wanted), batch)):
+            blocks = encode([views[v][0] for v in some], [views.name(v) for v in some])
+            flat = blocks.flatten(0, 1).numpy(force=True)
+            start = some[0] * each
+            cut = slice(max(first - start, 0), stop - start)
+            yield max(start - first, 0), None, [flat[cut]]
+
+    write([Target(entry)], range(total), f"{views.data.name} {views.role}", rows)
+    return entry.read().reshape(len(views), each, -1)
 
 
-def search(
-    queries: torch.Tensor, memory: Memory, kind: str, backbone: Backbone, k: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the nearest memory patches of queries (N, W): similarities and indices (N, k).
+def tokens(views: Views, backbone: Backbone) -> np.ndarray:
+    """Return the unit tokens of every view, prefix tokens first, (V, P + T, D)."""
+    encode = lambda pictures, _: unit_tokens(backbone, pictures)
+    each = views.patches + backbone.model.num_prefix_tokens
+    return encoded(views, backbone, {"kind": "tokens"}, each, encode)
 
-    k is at most the memory's size. The kind "exact" compares tokens and gradient factors.
+
+def patches_of(views: Views, backbone: Backbone) -> np.ndarray:
+    """Return the unit tokens of the patches alone, (V, T, D)."""
+    return tokens(views, backbone)[:, backbone.model.num_prefix_tokens :]
+
+
+def gradients(
+    views: Views, backbone: Backbone, loss: Loss, head: int, support: Views
+) -> np.ndarray:
+    """Return the unit gradients of every patch, (V, T, D).
+
+    Negatives come from the support index, a tenth of the patches of ``support``.
     """
-    parts = (backbone.width, backbone.gradient_shape()[0]) if kind == "exact" else None
-    return nearest(queries, memory.features[kind], min(k, len(memory.labels)), parts)
+    about = {"kind": asdict(loss), "head": head, "support": [*support.identity(), SUPPORT]}
+    made = []  # the index and the projection, once something is absent
+
+    def encode(pictures: Sequence[np.ndarray], names: Sequence[str]) -> torch.Tensor:
+        if not made:
+            each = max(1, round(SUPPORT * support.patches))
+            at = choose_all(support.labels, each, "support", 0)
+            rows = patches_of(support, backbone).reshape(-1, backbone.width)[at]
+            made.append(torch.from_numpy(rows).to(backbone.device))
+            made.append(draw_parts(backbone, loss.objective(), head))
+        return unit_gradients(backbone, pictures, names, made[0], loss, made[1], head)
+
+    return encoded(views, backbone, about, views.patches, encode)
 
 
-def transfer(similarity: torch.Tensor, labels: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Mix labels by attention: similarities (T, k), neighbours' labels (T, k, C) -> (T, C)."""
-    weights = (similarity / temperature).softmax(-1)
-    return (weights[:, None] @ labels)[:, 0]
+def vectors(kind: str, views: Views, backbone: Backbone, head: int, support: Views) -> np.ndarray:
+    """Return one kind's vectors: of every patch, (V, T, D), or of a whole view, (V, 1, D).
 
-
-def segment(soft: np.ndarray | torch.Tensor, shape: tuple[int, int]) -> np.ndarray:
-    """Return a label map (H, W) uint8 of mixed patch labels (T, C): bilinear, then the largest."""
-    side = int(len(soft) ** 0.5)
-    grid = torch.as_tensor(soft).T.unflatten(1, (side, side))[None].float()  # (1, C, side, side)
-    large = F.interpolate(grid, size=shape, mode="bilinear")[0]  # (C, H, W)
-    return large.argmax(0).to(torch.uint8).numpy(force=True)
-
-
-def soft_labels(
-    train: Scenes, test: Scenes, backbone: Backbone, setup: Setup, kinds: Sequence[str]
-) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Return {kind: (N, T, C)} mixed labels of every patch of every test image, and their keys.
-
-    What the store lacks is computed into it: support index, memory and queries, once for all kinds.
+    Rows have unit length. Noise is drawn by ``head``.
     """
-    if train.classes != test.classes:
-        raise ValueError(f"{train.name} and {test.name} have different classes")
-    n, grid, classes = len(test), (setup.size // patch_size(backbone)) ** 2, len(test.classes)
-    entries = {}
-    for kind in kinds:
-        meta = description(train, test, backbone, setup, kind)
-        entries[kind] = open_entry(meta, n, grid * classes, paths.store_dir())
-    todo = [kind for kind in kinds if not entries[kind].complete]
-    targets = [Target(entries[kind], source) for source, kind in enumerate(todo)]
-
-    def rows(images: Sequence[int]) -> Iterator[tuple]:
-        for at, found in enumerate(predictions(train, test, images, backbone, setup, todo)):
-            yield at, None, [found[kind].reshape(1, -1).numpy(force=True) for kind in todo]
-
-    write(targets, range(n), f"{test.name} queries {', '.join(todo)}", rows)
-    soft = {kind: entry.read().reshape(n, grid, classes) for kind, entry in entries.items()}
-    return soft, [entry.key for entry in entries.values()]
-
-
-def predictions(
-    train: Scenes,
-    test: Scenes,
-    images: Sequence[int],
-    backbone: Backbone,
-    setup: Setup,
-    kinds: Sequence[str],
-) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield {kind: (T, C) mixed labels} of each of the test set's ``images``."""
-    extractor = prepare(train, backbone, setup, kinds)
-    memory = build(train, backbone, setup, extractor)
-    views = ((*squeeze(*test[i], setup.size), test.names[i]) for i in images)
-    for _, features in encode(extractor, views):
-        mixed = {}
-        for kind, queries in features.items():
-            similarity, index = search(queries, memory, kind, backbone, setup.k)
-            mixed[kind] = transfer(similarity, memory.labels[index], setup.temperature)
-        yield mixed
-
-
-def prepare(train: Scenes, backbone: Backbone, setup: Setup, kinds: Sequence[str]) -> Extractor:
-    """Return the extractor of ``kinds``, with the support index that gradients need.
-
-    The index holds plain embeddings (section B.2, first step).
-    """
-    plain = Extractor(backbone, ["embedding"], setup.loss, setup.seed)
-    if set(kinds) == {"embedding"}:
-        return plain
-    support = build(train, backbone, setup, plain, "support").features["embedding"]
-    return Extractor(backbone, kinds, setup.loss, setup.seed, support)
-
-
-def description(train: Scenes, test: Scenes, backbone: Backbone, setup: Setup, kind: str) -> dict:
-    """Return everything that changes a prediction: its key in the store."""
-    return {
-        "scenes": SCENES,
-        "data": [[data.name, data.split, data.fingerprint] for data in (train, test)],
-        "backbone": [backbone.name, backbone.fingerprint, backbone.layer],
-        "input": backbone.inputs.identity(),
-        "dtype": str(backbone.dtype).removeprefix("torch."),
-        "kind": kind,
-        "setup": asdict(setup) | ({"loss": None} if kind == "embedding" else {}),
-    }
+    if kind == "embedding":
+        return patches_of(views, backbone)
+    if kind in LOSSES:
+        return gradients(views, backbone, LOSSES[kind], head, support)
+    if kind == "class token":
+        return tokens(views, backbone)[:, :1]
+    if kind == "mean token":
+        mean = patches_of(views, backbone).mean(1, keepdims=True)
+        return mean / np.linalg.norm(mean, axis=-1, keepdims=True)
+    count = {"image noise": 1, "patch noise": views.patches}[kind]
+    drawn = np.empty((len(views), count, backbone.width), np.float32)
+    for v in range(len(views)):
+        drawn[v] = generator(kind, head, views.name(v)).normal(size=drawn.shape[1:])
+    return drawn / np.linalg.norm(drawn, axis=-1, keepdims=True)
