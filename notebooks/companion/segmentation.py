@@ -1,7 +1,7 @@
 """The paper's segmentation tables, and what their gain is made of, with intervals.
 
 Chosen before any result was seen: Table 18's settings, the paper's three shares of the training
-patches, five choices of patches at the two smaller ones with a head each, three heads at the
+patches, several choices of patches at the two smaller ones with a head each, three heads at the
 largest. Gains are paired differences on the same images, crops, patches and heads.
 """
 
@@ -23,6 +23,11 @@ from fungi_core.extract import Features
 from fungi_core.seeds import generator
 
 FUNGI = "FUNGI"
+# Shares of the training patches that the paper's 1024 x 10^2, 10^3 and 10^4 patches are: of VOC's
+# trainaug split, and of ADE20K.
+SHARES = (0.0094, 0.0945, 0.945)
+ADE_SHARES = (0.00495, 0.0495, 0.495)
+HEADS = 3  # at most
 FEW = {"k": 90, "temperature": 0.1}  # Table 18, few-shot column; all patches are kept
 FEW_EPOCHS = 8
 LARGEST = tuple(kind for kind in KINDS if kind != "FUNGI, eq. 5")  # at the largest memory
@@ -53,14 +58,14 @@ class Case:
         size, patch = self.encoder.inputs.size, scenes.patch_size(self.encoder)
         return Views(data, size, patch, role, epochs, self.seed)
 
-    def kept(self, share: float) -> int:
-        """Return how many patches of an image a memory keeps that keeps a ``share``, at least one.
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Return the shares of the training patches that the memories keep, ascending."""
+        return ADE_SHARES if self.dataset == "ade20k" else SHARES
 
-        A share above 1 is the number of all patches (the paper's 102,400 and so on).
-        """
-        patches = self.memory.patches
-        each = round(share * patches) if share <= 1 else int(share) // len(self.train)
-        return min(max(1, each), patches)
+    def kept(self, share: float) -> int:
+        """Return how many patches of an image are kept in a memory of a ``share``, at least one."""
+        return max(1, round(share * self.memory.patches))
 
     def lookup(self, each: int, draw: int = 0, head: int = 0) -> incontext.Lookup:
         """Return the memory that keeps ``each`` patches of an image, with the test images."""
@@ -73,12 +78,13 @@ class Case:
 
 
 def collect(
-    names: Sequence[str], sets: Sequence[str], *, side: int, n_train: int, n_test: int, seed: int
+    names: Sequence[str], sets: Sequence[str], *, side: int, limit: int, seed: int
 ) -> list[Case]:
     """Return a case for each backbone and the set at its place; a notebook's first call.
 
-    ``side``: patches a side of an image. What is missing is named; where nothing can be run the
-    notebook ends there (`explore.end`). Raises ValueError for lists of different lengths.
+    ``side``: patches a side of an image; ``limit``: images of a split, 0 for all. What is missing
+    is named; where nothing can be run the notebook ends there (`explore.end`). Raises ValueError
+    for lists of different lengths.
     """
     if len(names) != len(sets):
         raise ValueError(f"{len(names)} backbones and {len(sets)} sets; each backbone has its set")
@@ -91,8 +97,7 @@ def collect(
         if name in present and data not in lacking:
             encoder = load(name)
             encoder = encoder.at_size(side * scenes.patch_size(encoder))
-            sizes = {"train": n_train, "test": n_test}
-            both = [masks.load(data, split, n, seed) for split, n in sizes.items()]
+            both = [masks.load(data, split, limit, seed) for split in ("train", "test")]
             cases.append(Case(data, name, encoder, *both, seed))
     if not cases:
         explore.end("Nothing can be run here without these data sets; see README, Profiles.")
@@ -127,25 +132,21 @@ def scores(found: Outcomes, case: Case, **columns) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=names).assign(**about, **columns)
 
 
-def by_memory(
-    case: Case, shares: Sequence[float], draws: int, heads: int
-) -> tuple[pd.DataFrame, dict[float, Outcomes]]:
+def by_memory(case: Case, runs: int) -> tuple[pd.DataFrame, dict[float, Outcomes]]:
     """Return Tables 3 and 7 for one case, with the controls, and {share: outcomes}.
 
-    All but the largest memory are drawn ``draws`` times, with head = draw mod ``heads``; the
+    All but the largest memory are drawn ``runs`` times, each time with the next of the heads; the
     largest once, with every head. In the table ``paper`` is the gain that the paper prints for that
     one of its three memory sizes.
     """
-    frames, found = [], {}
-    printed = [*printed_gains(case), *[np.nan] * len(shares)]
-    for share, gain in zip(shares, printed, strict=False):
-        runs = [(draw, draw % heads) for draw in range(draws)]
-        kinds = KINDS
-        if share == max(shares):
-            runs, kinds = [(0, head) for head in range(heads)], LARGEST
+    frames, found, heads = [], {}, min(HEADS, runs)
+    for share, gain in zip(case.shares, printed_gains(case), strict=True):
+        drawn, kinds = [(draw, draw % heads) for draw in range(runs)], KINDS
+        if share == case.shares[-1]:
+            drawn, kinds = [(0, head) for head in range(heads)], LARGEST
         each = case.kept(share)
-        found[share] = outcomes(case, [case.lookup(each, *run) for run in runs], kinds)
-        about = dict(memory=each * len(case.train), asked=share, runs=len(runs))
+        found[share] = outcomes(case, [case.lookup(each, *one) for one in drawn], kinds)
+        about = dict(memory=each * len(case.train), runs=len(drawn))
         frame = scores(found[share], case, **about, share=each / case.memory.patches)
         frames.append(frame.assign(paper=np.where(frame["features"] == FUNGI, gain, np.nan)))
     return pd.concat(frames, ignore_index=True), found
@@ -164,39 +165,38 @@ def printed_gains(case: Case) -> list[float]:
 def memory_contrast(case: Case, small: Outcomes, large: Outcomes) -> Interval:
     """Return FUNGI's gain with the smaller memory minus that with the larger, paired, in points.
 
-    Runs of the two memories differ, so the first of each is taken as often as the other has.
+    Of each memory the first runs are taken, as many as both have; they have the same heads.
     """
     runs = min(len(small[FUNGI]), len(large[FUNGI]))
-    a, b = ({kind: counts[:runs] for kind, counts in one.items()} for one in (small, large))
-    terms = [(1, a[FUNGI]), (-1, a["embedding"]), (-1, b[FUNGI]), (1, b["embedding"])]
-    names = "bootstrap", case.seed, "memory", case.dataset, case.backbone
-    return iou.bootstrap(terms, generator(*names))
+    terms = [(1, small[FUNGI]), (-1, small["embedding"]), (-1, large[FUNGI])]
+    terms = [(sign, counts[:runs]) for sign, counts in [*terms, (1, large["embedding"])]]
+    return iou.bootstrap(terms, generator("bootstrap", case.seed, "memory", case.dataset))
 
 
-def few_shot(case: Case, counts: Sequence[float], draws: int) -> pd.DataFrame:
-    """Return Table 4 for one case: `scores` with few labelled images, the mean over ``draws``.
+def few_shot(case: Case, counts: Sequence[float], runs: int) -> pd.DataFrame:
+    """Return Table 4 for one case: `scores` with few labelled images, the mean of three runs.
 
-    ``counts``: how many images, or, below 1, which share of the training images. Each draw takes
+    ``counts``: how many images, or, below 1, which share of the training images. Each run takes
     other images and another head; the settings are those of Table 18's few-shot column.
     """
     frames = []
     for asked in counts:
         count = int(asked) if asked >= 1 else max(1, round(asked * len(case.train)))
         lookups = []
-        for draw in range(draws):
+        for draw in range(min(HEADS, runs)):
             train = case.train.draw(count, draw)
             memory, support = (case.views(train, x, FEW_EPOCHS) for x in ("memory", "support"))
             views = memory, support, case.queries
             lookups.append(incontext.Lookup(*views, case.encoder, memory.patches, head=draw, **FEW))
         found = outcomes(case, lookups, ["embedding", FUNGI, "mean token"])
-        frames.append(scores(found, case, setting=f"{count} images", runs=draws))
+        frames.append(scores(found, case, setting=f"{count} images", runs=len(lookups)))
     return pd.concat(frames, ignore_index=True)
 
 
 # ---- what the gain is made of
 
 
-def by_mosaic(case: Case, tiles: str, rounds: int, heads: int) -> pd.DataFrame:
+def by_mosaic(case: Case, tiles: str, rounds: int, runs: int) -> pd.DataFrame:
     """Return `scores` on scenes of one, two and four classes made of the same images.
 
     ``tiles``: an image data set; `mosaics` says how scenes are laid out. A tile has 8 x 8 patches,
@@ -210,9 +210,10 @@ def by_mosaic(case: Case, tiles: str, rounds: int, heads: int) -> pd.DataFrame:
             for split in ("train", "test")
         )
         scene = Case(train.name, case.backbone, encoder, train, test, case.seed, case.stores)
-        lookups = [scene.lookup(scene.memory.patches, 0, head) for head in range(heads)]
+        every, heads = scene.memory.patches, range(min(HEADS, runs))
+        lookups = [scene.lookup(every, head=head) for head in heads]
         found = outcomes(scene, lookups, LARGEST)
-        frames.append(scores(found, scene, classes=count, images=len(test)))
+        frames.append(scores(found, scene, classes=f"{count}", images=len(test)))
     return pd.concat(frames, ignore_index=True)
 
 
@@ -228,7 +229,8 @@ def by_classes(case: Case, found: Outcomes) -> pd.DataFrame:
     for n in steps:
         rows = number >= n if n == steps[-1] else number == n
         part = {kind: counts[:, rows] for kind, counts in found.items()}
-        frames.append(scores(part, case, classes=n, images=int(rows.sum())))
+        name = f"{n} or more" if n == steps[-1] else f"{n}"
+        frames.append(scores(part, case, classes=name, images=int(rows.sum())))
     return pd.concat(frames, ignore_index=True)
 
 
@@ -238,15 +240,15 @@ def by_classes(case: Case, found: Outcomes) -> pd.DataFrame:
 def examples(case: Case, share: float, found: Outcomes) -> tuple[list[dict], pd.DataFrame]:
     """Return what `grids.mask_rows` draws, and every image's own mIoU with the first run.
 
-    Drawn are the images where FUNGI's mIoU minus the embedding's is largest, median and smallest;
-    the label maps have the image's own size.
+    Drawn are the images where FUNGI's mIoU minus the embedding's is largest and smallest; the label
+    maps have the image's own size.
     """
     shown = {"embedding": "embedding", FUNGI: FUNGI, "mean token": "mean token"}
     numbers = {kind: iou.miou(found[kind][0]) for kind in shown}
     each = pd.DataFrame({"image": case.test.names} | numbers)
     gain = each[FUNGI] - each["embedding"]
     order = gain.sort_values(ascending=False, kind="stable").index
-    places = {"best": order[0], "median": order[len(order) // 2], "worst": order[-1]}
+    places = {"best": order[0], "worst": order[-1]}
     made = case.lookup(case.kept(share)).soft_labels(list(shown), list(places.values()))
     rows = []
     for (title, i), soft in zip(places.items(), made, strict=True):

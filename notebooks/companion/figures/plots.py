@@ -241,6 +241,33 @@ def projections(df: pd.DataFrame) -> Figure:
     return fig
 
 
+def by_classes(df: pd.DataFrame) -> Figure:
+    """Draw the mIoU gained over the embedding against the number of classes in a scene, a panel for
+    each data set and backbone.
+
+    `df` has features, classes, images (how many), gain, gain_low, gain_high.
+    """
+    names = list(df["features"].unique())
+    inks = dict(zip(names, (style.FUNGI, "#0072B2", PALE), strict=False))
+    fig, parts = facets(df, CONDITION, 2.6, columns=2, width=style.PAGE)
+    for [ax], here in parts:
+        ticks = here.drop_duplicates("classes").set_index("classes")["images"]
+        for shift, (name, ink) in zip((-0.12, 0, 0.12), inks.items(), strict=False):
+            part = here[here["features"] == name]
+            x = [list(ticks.index).index(count) + shift for count in part["classes"]]
+            ax.plot(x, part["gain"], color=ink, linewidth=0.8, alpha=0.6)
+            for at, r in zip(x, part.itertuples(), strict=True):
+                mark(ax, at, r.gain, ink, y_interval=(r.gain_low, r.gain_high))
+        ax.axhline(0, color=INK, linewidth=0.7, linestyle=DASHED)
+        labels = [f"{count}\n{images} scenes" for count, images in ticks.items()]
+        ax.set(xticks=range(len(ticks)), xticklabels=labels, xlim=(-0.5, len(ticks) - 0.5))
+        ax.grid(axis="y")
+    fig.supxlabel("classes in a scene")
+    fig.supylabel("gain over the embedding (mIoU)")
+    key(fig, {name: {"color": ink} for name, ink in inks.items()})
+    return fig
+
+
 def class_iou(df: pd.DataFrame) -> Figure:
     """Draw the IoU of each class with the embedding and with FUNGI, sorted by their difference, a
     panel for each data set and backbone.
