@@ -243,19 +243,17 @@ def examples(case: Case, share: float, found: Outcomes) -> tuple[list[dict], pd.
     Drawn are the images where FUNGI's mIoU minus the embedding's is largest and smallest; the label
     maps have the image's own size.
     """
-    shown = {"embedding": "embedding", FUNGI: FUNGI, "mean token": "mean token"}
-    numbers = {kind: iou.miou(found[kind][0]) for kind in shown}
-    each = pd.DataFrame({"image": case.test.names} | numbers)
-    gain = each[FUNGI] - each["embedding"]
-    order = gain.sort_values(ascending=False, kind="stable").index
-    places = {"best": order[0], "worst": order[-1]}
-    made = case.lookup(case.kept(share)).soft_labels(list(shown), list(places.values()))
-    rows = []
+    shown = ["embedding", FUNGI, "mean token"]
+    each = pd.DataFrame({kind: iou.miou(found[kind][0]) for kind in shown})
+    each.insert(0, "image", case.test.names)
+    gain, rows = each[FUNGI] - each["embedding"], []
+    places = {"best": gain.argmax(), "worst": gain.argmin()}
+    made = case.lookup(case.kept(share)).soft_labels(shown, list(places.values()))
     for (title, i), soft in zip(places.items(), made, strict=True):
         image, truth = case.test[i]
         maps = {
-            f"{name}: {each[kind][i]:.0f} %": incontext.segment(soft[kind], truth.shape)
-            for kind, name in shown.items()
+            f"{kind}: {each[kind][i]:.0f} %": incontext.segment(soft[kind], truth.shape)
+            for kind in shown
         }
         text = f"{title}: {gain[i]:+.0f} points".replace("-", "−")
         rows.append({"title": text, "image": np.asarray(image), "masks": maps | {"truth": truth}})
