@@ -120,7 +120,7 @@ def scores(found: Outcomes, case: Case, **columns) -> pd.DataFrame:
     Columns: features; value, low, high in percent; gain with its paired interval in points; the
     same after matching (`iou.matched_miou`); the case; and further ``columns``.
     """
-    base, rows = found["embedding"], []
+    base, rows = found.get("embedding"), []
     matched = lambda counts: np.mean([iou.matched_miou(run) for run in counts.sum(1)])
     for kind, counts in found.items():
         draw = lambda what, n=kind: generator("bootstrap", case.seed, "scenes", what, n)
@@ -190,7 +190,7 @@ def few_shot(case: Case, counts: Sequence[float], runs: int) -> pd.DataFrame:
             lookups.append(incontext.Lookup(*views, case.encoder, memory.patches, head=draw, **FEW))
         found = outcomes(case, lookups, ["embedding", FUNGI, "mean token"])
         frames.append(scores(found, case, setting=f"{count} images", runs=len(lookups)))
-    return pd.concat(frames, ignore_index=True)
+    return pd.concat(frames or [scores({}, case, setting="", runs=0)], ignore_index=True)
 
 
 # ---- what the gain is made of
