@@ -9,7 +9,7 @@ A data set is any object with ``name``, ``split``, ``fingerprint`` (a hash of it
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from .rows import (
     draw_parts,
     embedding_rows,
     gradient_rows,
-    negative_latents,
+    latents_of_views,
     trunk_rows,
 )
 
@@ -43,14 +43,12 @@ class Features:
     """Hold a data set and its raw blocks: {"embedding": (N, D), "kl": (N, d), ...} float32.
 
     With ``projection="exact"`` a gradient's block is its `Factors`. ``keys`` name the store's
-    entries. ``views``: the mean of the L2-normalised embeddings of an objective's views, for
-    each with several, {"dino": (N, D), ...}.
+    entries.
     """
 
     data: Any
     blocks: dict[str, np.ndarray | Factors]
     keys: tuple[str, ...]
-    views: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def labels(self) -> np.ndarray:
@@ -59,9 +57,8 @@ class Features:
 
     def take(self, index: np.ndarray) -> "Features":
         """Return some of the rows, in the order given."""
-        pick = lambda blocks: {name: block[index] for name, block in blocks.items()}
-        parts = dict(blocks=pick(self.blocks), views=pick(self.views))
-        return replace(self, data=self.data.take(index), **parts)
+        blocks = {name: block[index] for name, block in self.blocks.items()}
+        return replace(self, data=self.data.take(index), blocks=blocks)
 
 
 def extract(
@@ -83,14 +80,12 @@ def extract(
     """
     options = dict(train=train, seed=seed, layer=layer, projection=projection, root=root)
     entries = fill(data, backbone, objectives, **options)
-    read = {name: entry.read() for name, entry in entries.items()}
-    blocks = {name: read[name] for name in ("embedding", *(one.name for one in objectives))}
-    views = {one.name: read[key] for one in objectives if (key := f"{one.name}_views") in read}
+    blocks = {name: entry.read() for name, entry in entries.items()}
     if projection == "exact":
         linear = linear_layer(backbone.model, layer or backbone.layer)
         for objective in objectives:
             blocks[objective.name] = factors_of(blocks[objective.name], linear)
-    return Features(data, blocks, tuple(entry.key for entry in entries.values()), views)
+    return Features(data, blocks, tuple(entry.key for entry in entries.values()))
 
 
 def fill(
@@ -108,8 +103,7 @@ def fill(
     """Extract what the store lacks, or one ``shard`` (i of n, from 1) of its rows: entries by name.
 
     The embedding comes along with an objective that sees the whole item at the backbone's own
-    layer, the mean of the views' embeddings with one that sees several; another layer takes the
-    general path, whose bf16 embeddings round differently.
+    layer; another layer takes the general path, whose bf16 embeddings round differently.
     """
     train, layer = data if train is None else train, layer or backbone.layer
     names = [objective.name for objective in objectives]
@@ -130,11 +124,8 @@ def fill(
         meta = describe(data, backbone, objective, train, seed, layer, projection)
         entries[objective.name] = store.open_entry(meta, len(data), width, root)
         targets = [Target(entries[objective.name])]
-        if objective.embeds_views and layer == backbone.layer:
-            meta = _describe_seen(data, backbone, objective, seed)
-            seen = store.open_entry(meta, len(data), backbone.width, root)
-            entries[meta["feature"]] = seen
-            targets.append(Target(seen, source=None))
+        if objective.sees_whole and layer == backbone.layer:
+            targets.append(Target(embedding, source=None))
         options = dict(train=train, seed=seed, projection=projection, root=root, part=part)
         fill_gradients(targets, data, backbone, objective, [layer], **options)
     label = f"{data.name} {data.split} {backbone.name} embedding"
@@ -164,7 +155,7 @@ def fill_gradients(
         return  # neither heads nor negatives are drawn
     parts = [draw_parts(backbone, objective, seed, layer, projection) for layer in layers]
     label, own = f"{data.name} {data.split} {backbone.name} {objective.name}", [backbone.layer]
-    trunk = _open_trunk(data, backbone, objective, seed, root) if layers == own else None
+    trunk = open_trunk(data, backbone, objective, seed, root) if layers == own else None
     if trunk:
         seen = lambda some: trunk_rows(backbone, objective, some, seed)
         for absent in gaps(targets, len(data), part):
@@ -179,7 +170,7 @@ def fill_gradients(
     write(targets, data, label, rows, part)
 
 
-def _open_trunk(
+def open_trunk(
     data, backbone: Backbone, objective: Objective, seed: int, root: Path | None
 ) -> store.Entry | None:
     """Open the entry of `trunk_rows`, from which any head, loss and negative follows in no time.
@@ -215,7 +206,7 @@ def stored_negatives(
     dim = objective.latents(blank, heads).shape[1]
     meta = describe(train, backbone, objective, train, seed) | {"rows": "latents of negatives"}
     entry = store.open_entry(meta, len(chosen), views * dim, root)
-    trunk = _open_trunk(train, backbone, objective, seed, root)
+    trunk = open_trunk(train, backbone, objective, seed, root)
 
     def rows(some: Subset) -> Iterator[tuple[int, None, list[np.ndarray]]]:
         wanted, held = chosen[some.indices], None
@@ -228,7 +219,7 @@ def stored_negatives(
             near = np.flatnonzero(np.isin(np.arange(len(train)) // size, wanted // size))
             passed = trunk_rows(backbone, objective, Subset(train, near.tolist()), seed)
             held = [np.concatenate([block for _, block, _ in passed])[np.isin(near, wanted)]]
-        for start, latents in negative_latents(backbone, objective, heads, some, seed, held):
+        for start, latents in latents_of_views(backbone, objective, heads, some, seed, held):
             yield start, None, [latents.flatten(1).cpu().numpy()]  # (B, V, C) -> (B, V * C)
 
     if not entry.complete:
@@ -273,19 +264,6 @@ def describe(
         "projection": projection,
         "negatives": train.fingerprint if objective.negatives else None,
     }
-
-
-def _describe_seen(data, backbone: Backbone, objective: Objective, seed: int) -> dict:
-    """Return `describe` of what comes along with an objective's gradients.
-
-    It is the embedding of the whole item, or the mean over the views, which no head, layer,
-    projection or negative changes.
-    """
-    meta = describe(data, backbone)
-    if objective.sees_whole:
-        return meta
-    views, _ = _settings(objective)
-    return meta | {"feature": f"{objective.name}_views", "views": views, "seed": seed}
 
 
 def _settings(objective: Objective) -> tuple[list, dict]:

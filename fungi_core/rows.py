@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch.utils.data import Subset
 
 from .backbones import Backbone
@@ -61,7 +60,7 @@ def chosen_negatives(
 
 
 @steps_in_default_modes
-def negative_latents(
+def latents_of_views(
     backbone: Backbone,
     objective: Objective,
     heads: Heads,
@@ -69,9 +68,10 @@ def negative_latents(
     seed: int,
     held: Iterable[np.ndarray] | None = None,
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yield (start, latents (B, V, C) float32) of the items that serve as negatives.
+    """Yield (start, latents (B, V, C) float32) of as many views as negatives have of an item.
 
-    ``held``: what `trunk_rows` gave for them, see `_batches`.
+    Empty ``heads``: the embeddings themselves. ``held``: what `trunk_rows` gave for the items, see
+    `_batches`.
     """
     views = slice(objective.negative_views or None)
     for start, batch in _batches(backbone, objective, items, seed, held):
@@ -92,7 +92,7 @@ def draw_negatives(
         return None
     rows, rng = chosen_negatives(objective, len(items), seed)
     chosen = Subset(items, rows.tolist())
-    latents = [z for _, z in negative_latents(backbone, objective, heads, chosen, seed)]
+    latents = [z for _, z in latents_of_views(backbone, objective, heads, chosen, seed)]
     return objective.memory(torch.cat(latents).clone(), rng)
 
 
@@ -208,11 +208,11 @@ def gradient_rows(
     seed: int,
     held: Iterable[np.ndarray] | None = None,
 ) -> Iterator[tuple[int, np.ndarray | None, list[np.ndarray]]]:
-    """Yield (start, what is seen (B, D) or None, projected gradients (B, d) of each of ``parts``).
+    """Yield (start, embeddings (B, D) or None, projected gradients (B, d) of each of ``parts``).
 
-    All parts share heads, negatives, views and the forward pass: they differ in their layers. What
-    is seen is the embedding of the whole item, or the mean over several views, see `_seen`.
-    ``held``: what `trunk_rows` gave for them, see `_batches`. Eq. 1, before normalisation.
+    All parts share heads, negatives, views and the forward pass: they differ in their layers. The
+    embedding comes along where the one view is the whole item. ``held``: what `trunk_rows` gave for
+    them, see `_batches`. Eq. 1, before normalisation.
     """
     given, layers = (parts[0].heads, parts[0].negatives), [part.layer for part in parts]
     # Few items at a time where the activations of many layers are held.
@@ -232,7 +232,8 @@ def gradient_rows(
             few = Subset(items, (start + faint).tolist())
             if len(faint):  # rarely: the network in float32 is not loaded before
                 _replace(projected, faint, backbone.in_float32, objective, parts, few, seed)
-        yield start, _seen(objective, embeddings), projected
+        whole = embeddings[:, 0].cpu().numpy() if objective.sees_whole else None
+        yield start, whole, projected
 
 
 def _replace(
@@ -248,18 +249,6 @@ def _replace(
     for start, _, gradients in gradient_rows(backbone, objective, parts, items, seed):
         for block, found in zip(blocks, gradients, strict=True):
             block[rows[start : start + len(found)]] = found
-
-
-def _seen(objective: Objective, embeddings: torch.Tensor) -> np.ndarray | None:
-    """Return what the views show without any gradient, (B, V, D) -> (B, D).
-
-    It is the embedding of the whole item, else the mean of the L2-normalised embeddings of all
-    views; None where the loss reads tokens.
-    """
-    if not objective.embeds_views:
-        return None
-    whole = objective.sees_whole
-    return (embeddings[:, 0] if whole else F.normalize(embeddings, dim=-1).mean(1)).cpu().numpy()
 
 
 def _name(items: Sequence, i: int, kind: str) -> str:

@@ -7,9 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from small import LAYERS, SMALL, pictures, small
+from small import LAYERS, SMALL, Pictures, pictures, small
 
+from companion import controls
 from fungi_core import rows, store
+from fungi_core.extract import extract
 from fungi_core.filling import Target, write
 from fungi_core.rows import draw_negatives, draw_parts, gradient_rows, view_batches
 from fungi_core.store import SHARD
@@ -64,14 +66,21 @@ def test_embeddings_come_along_whatever_the_parts():
     close(np.concatenate([e for _, e, _ in done]), np.concatenate(alone), 1e-5)
 
 
-def test_the_mean_view_is_that_of_the_embeddings_of_all_views():
-    backbone, images, objective = small(), pictures(5), SMALL[1]
-    done = gradient_rows(backbone, objective, [draw_parts(backbone, objective, 0)], images, 0)
-    (batch,) = (batch for _, batch in view_batches(backbone, objective.views, "dino", images, 0))
+@pytest.mark.parametrize("kept", [True, False], ids=["from the kept trunk", "from the images"])
+def test_the_mean_view_is_that_of_the_embeddings_of_all_views(kept, tmp_path, monkeypatch):
+    backbone, objective = small(), SMALL[1]
+    data = Pictures("train", tuple(range(5)))
+    monkeypatch.setenv("FUNGI_STORE", str(tmp_path))
+    if kept:
+        extract(data, backbone, [objective], root=tmp_path)
+    batches = view_batches(backbone, objective.views, "dino", data, 0)
+    ((_, batch),) = batches
     with torch.inference_mode():
         each = [[backbone.embed(view[None])[0].numpy() for view in views] for views in batch]
     unit = np.stack(each) / np.linalg.norm(each, axis=-1, keepdims=True)  # (B, V, D)
-    close(np.concatenate([seen for _, seen, _ in done]), unit.mean(1), 1e-5)
+    if kept:
+        monkeypatch.setattr(rows, "view_batches", lambda *_: pytest.fail("views were made"))
+    close(controls.mean_view(data, backbone, objective, 0), unit.mean(1), 1e-5)
 
 
 # --- where rows go
