@@ -231,24 +231,11 @@ def gradient_rows(
             faint = np.flatnonzero(objective.faint(embeddings, *given).cpu().numpy())
             few = Subset(items, (start + faint).tolist())
             if len(faint):  # rarely: the network in float32 is not loaded before
-                _replace(projected, faint, backbone.in_float32, objective, parts, few, seed)
+                again = list(gradient_rows(backbone.in_float32, objective, parts, few, seed))
+                for i, block in enumerate(projected):
+                    block[faint] = np.concatenate([gradients[i] for *_, gradients in again])
         whole = embeddings[:, 0].cpu().numpy() if objective.sees_whole else None
         yield start, whole, projected
-
-
-def _replace(
-    blocks: Sequence[np.ndarray],
-    rows: np.ndarray,
-    backbone: Backbone,
-    objective: Objective,
-    parts: Sequence[Parts],
-    items: Sequence,
-    seed: int,
-) -> None:
-    """Put the gradients of ``items`` in the place of ``rows`` of the blocks, one for each part."""
-    for start, _, gradients in gradient_rows(backbone, objective, parts, items, seed):
-        for block, found in zip(blocks, gradients, strict=True):
-            block[rows[start : start + len(found)]] = found
 
 
 def _name(items: Sequence, i: int, kind: str) -> str:
