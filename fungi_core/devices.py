@@ -1,9 +1,9 @@
 """Where the numbers run: devices, precisions, modes of torch, and OpenMP's teams."""
 
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import cache, wraps
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -63,22 +63,6 @@ def default_modes() -> Iterator[None]:
                 modes.callback(setattr, products, "fp32_precision", products.fp32_precision)
                 products.fp32_precision = "ieee"
         yield
-
-
-def steps_in_default_modes(generator: Callable[..., Iterator]) -> Callable[..., Iterator]:
-    """Decorate a generator so that each of its steps runs in `default_modes`.
-
-    Between two steps the caller's modes hold.
-    """
-    advance = default_modes()(next)
-
-    @wraps(generator)
-    def steps(*args, **options):
-        made = generator(*args, **options)
-        while (step := advance(made, None)) is not None:
-            yield step
-
-    return steps
 
 
 def fixed_teams() -> None:

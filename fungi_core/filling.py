@@ -10,6 +10,7 @@ import numpy as np
 from torch.utils.data import Subset
 from tqdm.auto import tqdm
 
+from .devices import default_modes
 from .store import SHARD, Entry
 
 
@@ -39,6 +40,7 @@ def gaps(
     return edges.reshape(-1, 2).tolist()  # (2 gaps,) -> (gaps, 2)
 
 
+@default_modes()
 def write(
     targets: Sequence[Target],
     items: Sequence,

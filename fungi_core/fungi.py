@@ -98,6 +98,7 @@ class Fungi(TransformerMixin, BaseEstimator):
         check_is_fitted(self, "n_features_out_")
         return apply_pca(self.pca_, self._joined(_as_sequence(X)))
 
+    @default_modes()
     def extract(self, X) -> dict[str, np.ndarray]:
         """Return the raw blocks before normalisation, float32.
 

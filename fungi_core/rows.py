@@ -1,4 +1,7 @@
-"""One generator of rows: embeddings and projected gradients of any items, batch by batch."""
+"""One generator of rows: embeddings and projected gradients of any items, batch by batch.
+
+A generator's steps run in the modes of whoever takes them: callers are in `default_modes`.
+"""
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,7 +15,7 @@ from torch.utils.data import Subset
 
 from .backbones import Backbone
 from .class_token import Trunk
-from .devices import default_modes, fixed_teams, steps_in_default_modes
+from .devices import default_modes, fixed_teams
 from .gradients import LossNotFinite, linear_layer
 from .inputs import Views, Whole, readable
 from .objectives import Heads, Objective
@@ -59,7 +62,6 @@ def chosen_negatives(
     return np.sort(rng.permutation(count)[: objective.negatives]), rng
 
 
-@steps_in_default_modes
 def latents_of_views(
     backbone: Backbone,
     objective: Objective,
@@ -106,7 +108,6 @@ def batch_size(backbone: Backbone, kind: Views, most: int = 256) -> int:
     return 1 << size.bit_length() - 1
 
 
-@steps_in_default_modes
 def view_batches(
     backbone: Backbone, kind: Views, key: str, items: Sequence, seed: int, most: int = 256
 ) -> Iterator[tuple[int, torch.Tensor | list[torch.Tensor]]]:
@@ -146,7 +147,6 @@ def view_batches(
             yield finish(*pending.popleft())
 
 
-@steps_in_default_modes
 def embedding_rows(
     backbone: Backbone, items: Sequence
 ) -> Iterator[tuple[int, np.ndarray, list[np.ndarray]]]:
@@ -156,7 +156,6 @@ def embedding_rows(
         yield start, embeddings[:, 0].cpu().numpy(), []
 
 
-@steps_in_default_modes
 def trunk_rows(
     backbone: Backbone, objective: Objective, items: Sequence, seed: int
 ) -> Iterator[tuple[int, np.ndarray, list[np.ndarray]]]:
@@ -199,7 +198,6 @@ def _batches(
             start += len(rows)
 
 
-@steps_in_default_modes
 def gradient_rows(
     backbone: Backbone,
     objective: Objective,
