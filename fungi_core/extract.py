@@ -20,7 +20,7 @@ from torch.utils.data import Subset
 from . import store
 from .backbones import Backbone
 from .devices import default_modes
-from .filling import Target, gaps, write
+from .filling import gaps, write
 from .gradients import Factors, linear_layer
 from .objectives import Heads, Objective
 from .projection import factors_of
@@ -123,19 +123,18 @@ def fill(
             width = views * (linear.out_features + linear.in_features)
         meta = describe(data, backbone, objective, train, seed, layer, projection)
         entries[objective.name] = store.open_entry(meta, len(data), width, root)
-        targets = [Target(entries[objective.name])]
+        both = [entries[objective.name]]
         if objective.sees_whole and layer == backbone.layer:
-            targets.append(Target(embedding, source=None))
+            both.append(embedding)
         options = dict(train=train, seed=seed, projection=projection, root=root, part=part)
-        fill_gradients(targets, data, backbone, objective, [layer], **options)
+        fill_gradients(both, data, backbone, objective, [layer], **options)
     label = f"{data.name} {data.split} {backbone.name} embedding"
-    targets = [Target(embedding, source=None)]
-    write(targets, data, label, lambda some: embedding_rows(backbone, some), part)
+    write([embedding], data, label, lambda some: embedding_rows(backbone, some), part)
     return entries
 
 
 def fill_gradients(
-    targets: Sequence[Target],
+    entries: Sequence[store.Entry],
     data,
     backbone: Backbone,
     objective: Objective,
@@ -147,27 +146,29 @@ def fill_gradients(
     root: Path | None = None,
     part: tuple[int, int | None] = (0, None),
 ) -> None:
-    """Fill targets with one objective's gradients, all from one pass over the items that they lack.
+    """Fill entries with one objective's gradients, all from one pass over the items that they lack.
 
-    ``layers``: of each gradient; targets name theirs by place. ``train``: what negatives are of.
+    ``layers``: of each gradient, in the entries' order; one entry more takes the embedding that
+    comes along. ``train``: what negatives are of.
     """
-    if not gaps(targets, len(data), part):
+    if not gaps(entries, len(data), part):
         return  # neither heads nor negatives are drawn
     parts = [draw_parts(backbone, objective, seed, layer, projection) for layer in layers]
     label, own = f"{data.name} {data.split} {backbone.name} {objective.name}", [backbone.layer]
     trunk = open_trunk(data, backbone, objective, seed, root) if layers == own else None
     if trunk:
         seen = lambda some: trunk_rows(backbone, objective, some, seed)
-        for absent in gaps(targets, len(data), part):
-            write([Target(trunk, source=None)], data, label, seen, absent)
+        for absent in gaps(entries, len(data), part):
+            write([trunk], data, label, seen, absent)
     negatives = stored_negatives(backbone, objective, parts[0].heads, train, seed, root)
     parts = [replace(one, negatives=negatives) for one in parts]
 
-    def rows(some: Subset) -> Iterator[tuple[int, np.ndarray | None, list[np.ndarray]]]:
+    def rows(some: Subset) -> Iterator[tuple[int, list[np.ndarray]]]:
         held = trunk and trunk.files(some.indices.start, some.indices.stop)
-        return gradient_rows(backbone, objective, parts, some, seed, held)
+        done = gradient_rows(backbone, objective, parts, some, seed, held)
+        return ((start, [*gradients, embeddings]) for start, embeddings, gradients in done)
 
-    write(targets, data, label, rows, part)
+    write(entries, data, label, rows, part)
 
 
 def open_trunk(
@@ -208,7 +209,7 @@ def stored_negatives(
     entry = store.open_entry(meta, len(chosen), views * dim, root)
     trunk = open_trunk(train, backbone, objective, seed, root)
 
-    def rows(some: Subset) -> Iterator[tuple[int, None, list[np.ndarray]]]:
+    def rows(some: Subset) -> Iterator[tuple[int, list[np.ndarray]]]:
         wanted, held = chosen[some.indices], None
         if trunk and trunk.complete:
             held = [trunk.read()[wanted]]
@@ -218,14 +219,14 @@ def stored_negatives(
             size = batch_size(backbone, objective.views)
             near = np.flatnonzero(np.isin(np.arange(len(train)) // size, wanted // size))
             passed = trunk_rows(backbone, objective, Subset(train, near.tolist()), seed)
-            held = [np.concatenate([block for _, block, _ in passed])[np.isin(near, wanted)]]
+            held = [np.concatenate([block for _, (block,) in passed])[np.isin(near, wanted)]]
         for start, latents in latents_of_views(backbone, objective, heads, some, seed, held):
-            yield start, None, [latents.flatten(1).cpu().numpy()]  # (B, V, C) -> (B, V * C)
+            yield start, [latents.flatten(1).cpu().numpy()]  # (B, V, C) -> (B, V * C)
 
     if not entry.complete:
         items = Subset(train, chosen.tolist())
         label = f"{train.name} {objective.name} negatives"
-        write([Target(entry)], items, label, rows)
+        write([entry], items, label, rows)
     latents = torch.from_numpy(entry.read()).unflatten(1, (views, dim))  # (N, V * C) -> (N, V, C)
     return objective.memory(latents, rng).to(backbone.device)
 

@@ -113,7 +113,7 @@ class Fungi(TransformerMixin, BaseEstimator):
                 out["embedding"] = np.concatenate([embeddings for _, embeddings, _ in done])
             out[objective.name] = np.concatenate([gradients for _, _, (gradients,) in done])
         if "embedding" not in out:
-            out["embedding"] = np.concatenate([e for _, e, _ in embedding_rows(self.backbone_, X)])
+            out["embedding"] = np.concatenate([e for _, (e,) in embedding_rows(self.backbone_, X)])
         return {name: out[name] for name in ("embedding", *(o.name for o in self.objectives))}
 
     def get_feature_names_out(self, input_features=None) -> np.ndarray:

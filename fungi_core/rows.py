@@ -147,19 +147,17 @@ def view_batches(
             yield finish(*pending.popleft())
 
 
-def embedding_rows(
-    backbone: Backbone, items: Sequence
-) -> Iterator[tuple[int, np.ndarray, list[np.ndarray]]]:
-    """Yield (start, embeddings (B, D) float32, []), by the forward pass that gradients take."""
+def embedding_rows(backbone: Backbone, items: Sequence) -> Iterator[tuple[int, list[np.ndarray]]]:
+    """Yield (start, [embeddings (B, D) float32]), by the forward pass that gradients take."""
     for start, batch in view_batches(backbone, Whole(), "embedding", items, 0):
         embeddings, _ = backbone.factors(batch, None)
-        yield start, embeddings[:, 0].cpu().numpy(), []
+        yield start, [embeddings[:, 0].cpu().numpy()]
 
 
 def trunk_rows(
     backbone: Backbone, objective: Objective, items: Sequence, seed: int
-) -> Iterator[tuple[int, np.ndarray, list[np.ndarray]]]:
-    """Yield (start, what the trunk says of an objective's views, []): see `class_token.Trunk`.
+) -> Iterator[tuple[int, list[np.ndarray]]]:
+    """Yield (start, [what the trunk says of an objective's views]): see `class_token.Trunk`.
 
     A row is (V, D_in + D) flattened, float32. It costs all the time of a gradient, and no head,
     negative, projection or setting of the loss changes it.
@@ -170,7 +168,7 @@ def trunk_rows(
         if bad.any():
             first = int(bad.nonzero()[0])
             raise LossNotFinite(first, np.nan, _name(items, start + first, backbone.inputs.kind))
-        yield start, rows.cpu().numpy(), []
+        yield start, [rows.cpu().numpy()]
 
 
 def _batches(

@@ -20,7 +20,7 @@ from companion.protocol import fungi_features, similarity
 from companion.stored import entries
 from fungi_core import DINO, KL, Fungi, SimCLR, extract, load, projection, store
 from fungi_core.features import apply_pca, fit_pca, join, normalize
-from fungi_core.filling import Target, gaps
+from fungi_core.filling import gaps
 from fungi_core.rows import draw_parts, gradient_rows, view_batches
 from fungi_core.views import Crops, ImageInputs, Patches
 
@@ -214,10 +214,10 @@ def test_a_complete_embedding_is_not_locked_by_the_gradients_of_another_seed(mon
         ([(0, 10), (512, 513), (890, 900)], [(0, 256), (512, 900)]),
     ],
 )
-def test_gaps_are_the_union_of_what_targets_lack_in_whole_files(ranges, joined):
+def test_gaps_are_the_union_of_what_entries_lack_in_whole_files(ranges, joined):
     entry = lambda *gap: SimpleNamespace(n=900, missing=lambda *part: [gap])
-    targets = [Target(entry(*gap)) for gap in ranges]
-    assert list(map(tuple, gaps(targets, 900))) == joined
+    entries = [entry(*gap) for gap in ranges]
+    assert list(map(tuple, gaps(entries, 900))) == joined
 
 
 # --- keys
