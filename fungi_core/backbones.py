@@ -124,7 +124,7 @@ class Backbone:
             for one in filter(None, (model, exact)):
                 one.set_input_size((size, size))
                 one.requires_grad_(False)  # the interpolated position embedding is a new parameter
-            inputs = self.inputs.resized(size)
+            inputs = replace(self.inputs, size=size)
             self._sizes[size] = replace(self, model=model, exact=exact, inputs=inputs)
         return self._sizes[size]
 
@@ -202,8 +202,8 @@ def load(
     else:
         title = str(name)
         model = create(title, head, arguments or {})
-    options = dict(layer=layer, device=device, dtype=dtype, head=head, given=given)
-    return freeze(model, title, inputs or _timm_inputs(model), **options)
+    options = dict(layer=layer, device=device, dtype=dtype, head=head)
+    return replace(freeze(model, title, inputs or _timm_inputs(model), **options), given=given)
 
 
 def freeze(
@@ -216,7 +216,6 @@ def freeze(
     device="auto",
     dtype="auto",
     head: bool = False,
-    given: bool = False,
 ) -> Backbone:
     """Return a `Backbone` around ``model``, moved to a device and dtype, without gradients.
 
@@ -233,8 +232,7 @@ def freeze(
     layer = layer or _last_attention_output(model)
     linear_layer(model, layer)
     read = read or partial(_image_embedding, head)
-    rest = dict(device=device, dtype=dtype, head=head, given=given, exact=exact)
-    return Backbone(name, model, layer, inputs, read, **rest)
+    return Backbone(name, model, layer, inputs, read, device, dtype, head, exact=exact)
 
 
 def _image_embedding(head: bool, model: torch.nn.Module, views: torch.Tensor) -> torch.Tensor:
@@ -264,7 +262,7 @@ def create(name: str, head: bool, arguments: dict) -> torch.nn.Module:
 
 
 def _read_checkpoint(
-    file: Path, head: bool = False, arguments: dict | None = None
+    file: Path, head: bool, arguments: dict | None
 ) -> tuple[torch.nn.Module, ImageInputs]:
     """Read a checkpoint that describes itself: network and inputs.
 

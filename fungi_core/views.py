@@ -8,7 +8,7 @@ enlarging patches, normalisation) happens on the model's device.
 
 import math
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -191,10 +191,6 @@ class ImageInputs(Inputs):
 
     def fits(self, views: torch.Tensor) -> bool:
         return views.shape[-1] == self.size
-
-    def resized(self, size: int) -> "ImageInputs":
-        """Return the same transform for another input size."""
-        return replace(self, size=size)
 
     def blank(self, device: str, dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros(1, 3, self.size, self.size, device=device, dtype=dtype)
