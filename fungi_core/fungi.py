@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
-from sklearn.base import BaseEstimator, TransformerMixin
+from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.decomposition import PCA
 from sklearn.utils.validation import check_is_fitted
 
@@ -24,7 +24,7 @@ from .rows import draw_negatives, draw_parts, embedding_rows, gradient_rows
 _PARTS = ("components", "mean", "explained_variance")  # the arrays that make up a fitted PCA
 
 
-class Fungi(TransformerMixin, BaseEstimator):
+class Fungi(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     """Turn images into FUNGI features (eq. 2 and 3), as a scikit-learn transformer.
 
     Gradients and embedding are L2-normalised, joined and reduced by PCA.
@@ -90,12 +90,12 @@ class Fungi(TransformerMixin, BaseEstimator):
         size = min(PCA_SIZE, self.backbone_.width) if self.pca == "paper" else self.pca
         self.pca_ = fit_pca(features, size)
         features = apply_pca(self.pca_, features)
-        self.n_features_out_ = features.shape[1]
+        self._n_features_out = features.shape[1]
         return features
 
     def transform(self, X) -> np.ndarray:
         """Return FUNGI features of X, (N, d) float32."""
-        check_is_fitted(self, "n_features_out_")
+        check_is_fitted(self, "_n_features_out")
         return apply_pca(self.pca_, self._joined(_as_sequence(X)))
 
     @default_modes()
@@ -116,18 +116,13 @@ class Fungi(TransformerMixin, BaseEstimator):
             out["embedding"] = np.concatenate([e for _, (e,) in embedding_rows(self.backbone_, X)])
         return {name: out[name] for name in ("embedding", *(o.name for o in self.objectives))}
 
-    def get_feature_names_out(self, input_features=None) -> np.ndarray:
-        """Return "fungi0", "fungi1", ..., one name for each column."""
-        check_is_fitted(self, "n_features_out_")
-        return np.array([f"fungi{i}" for i in range(self.n_features_out_)], dtype=object)
-
     def save(self, file: str | Path) -> None:
         """Write settings, negatives and PCA as one safetensors file, without pickle.
 
         The weights are not part of the file. Raises ValueError for what such a file cannot hold:
         heads or a projection passed in, or an objective of one's own.
         """
-        check_is_fitted(self, "n_features_out_")
+        check_is_fitted(self, "_n_features_out")
         if self.heads is not None or not isinstance(self.projection, str):
             given = "a Fungi with heads or a projection passed in"
             raise ValueError(f"{given} cannot be saved; its file holds the seed only")
@@ -137,7 +132,7 @@ class Fungi(TransformerMixin, BaseEstimator):
             "backbone": str(self.backbone) if isinstance(self.backbone, (str, Path)) else None,
             "dtype": str(self.backbone_.dtype).removeprefix("torch."),
             "objectives": [_described(one) for one in self.objectives],
-            "n_features_out": self.n_features_out_,
+            "n_features_out": self._n_features_out,
             "fingerprint": self.backbone_.fingerprint,
             "fitted_with": _identity(self.backbone_),
         }
@@ -187,7 +182,7 @@ class Fungi(TransformerMixin, BaseEstimator):
             self.pca_ = PCA(n_features)
             for name in _PARTS:
                 setattr(self.pca_, f"{name}_", arrays[f"pca.{name}"])
-        self.n_features_out_ = n_features
+        self._n_features_out = n_features
         return self
 
     @default_modes()
