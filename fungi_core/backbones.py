@@ -161,7 +161,8 @@ class Backbone:
     def trunk(self, views: torch.Tensor | list[torch.Tensor]) -> class_token.Trunk:
         """Return what the class-token path knows of views before any loss."""
         groups = views if isinstance(views, list) else [views]
-        return class_token.trunk([self._for(group).model for group in groups], groups)
+        done = [class_token.trunk(self._for(group).model, group) for group in groups]
+        return class_token.Trunk(*(torch.cat(parts, 1) for parts in zip(*done)))
 
     @cached_property
     def _tail(self) -> class_token.Tail:

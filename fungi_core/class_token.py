@@ -84,29 +84,17 @@ def _trunk(model: VisionTransformer, x: torch.Tensor) -> tuple[torch.Tensor, tor
     return out, x[:, 0].clone()  # no view, which would keep all tokens
 
 
-def _chunked_trunk(
-    model: VisionTransformer, views: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run `_trunk` on views (B, V, 3, s, s) in chunks that fill the machine and not its cache.
+@torch.inference_mode()
+def trunk(model: VisionTransformer, views: torch.Tensor) -> Trunk:
+    """Run views (B, V, 3, s, s) as far as no loss, head or seed of theirs matters.
 
-    Returns (B, V, D) twice, float32.
+    They go in chunks that fill the machine and not its cache.
     """
     tokens = model.patch_embed.num_patches + model.num_prefix_tokens
     at_once = max(1, (65536 if views.is_cuda else 3200) // tokens)
     done = [_trunk(model, some) for some in views.flatten(0, 1).split(at_once)]  # (n, D) twice
-    attention, residual = (torch.cat(parts).float() for parts in zip(*done))  # (B * V, D)
-    return attention.unflatten(0, views.shape[:2]), residual.unflatten(0, views.shape[:2])
-
-
-def trunk(models: Sequence[VisionTransformer], groups: Sequence[torch.Tensor]) -> Trunk:
-    """Run views through the network as far as no loss, head or seed of theirs matters.
-
-    ``groups``: views (B, V, 3, s, s), one group for each size, with the network at that size in
-    ``models``.
-    """
-    with torch.inference_mode():
-        done = [_chunked_trunk(model, views) for model, views in zip(models, groups, strict=True)]
-        return Trunk(*(torch.cat(parts, 1) for parts in zip(*done)))
+    parts = (torch.cat(part).float() for part in zip(*done))  # (B * V, D)
+    return Trunk(*(part.unflatten(0, views.shape[:2]) for part in parts))
 
 
 def factors(tail: Tail, seen: Trunk, loss: Loss | None) -> tuple[torch.Tensor, list[Factors]]:
