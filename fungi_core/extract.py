@@ -20,7 +20,7 @@ from torch.utils.data import Subset
 from . import store
 from .backbones import Backbone
 from .devices import default_modes
-from .filling import gaps, write
+from .filling import write
 from .gradients import Factors, linear_layer
 from .objectives import Heads, Objective
 from .projection import factors_of
@@ -151,14 +151,14 @@ def fill_gradients(
     ``layers``: of each gradient, in the entries' order; one entry more takes the embedding that
     comes along. ``train``: what negatives are of.
     """
-    if not gaps(entries, len(data), part):
+    if not store.gaps(entries, *part):
         return  # neither heads nor negatives are drawn
     parts = [draw_parts(backbone, objective, seed, layer, projection) for layer in layers]
     label, own = f"{data.name} {data.split} {backbone.name} {objective.name}", [backbone.layer]
     trunk = open_trunk(data, backbone, objective, seed, root) if layers == own else None
     if trunk:
         seen = lambda some: trunk_rows(backbone, objective, some, seed)
-        for absent in gaps(entries, len(data), part):
+        for absent in store.gaps(entries, *part):
             write([trunk], data, label, seen, absent)
     negatives = stored_negatives(backbone, objective, parts[0].heads, train, seed, root)
     parts = [replace(one, negatives=negatives) for one in parts]

@@ -5,28 +5,11 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 
-import numpy as np
 from torch.utils.data import Subset
 from tqdm.auto import tqdm
 
 from .devices import default_modes
-from .store import SHARD, Entry
-
-
-def gaps(
-    entries: Sequence[Entry], count: int, part: tuple[int, int | None] = (0, None)
-) -> list[tuple[int, int]]:
-    """Return the ranges [start, stop) of ``count`` rows that hold all that any entry lacks.
-
-    They are whole files of the store: a resumed run must have the batches of an undisturbed one, so
-    the same bytes.
-    """
-    files = np.zeros(-(-count // SHARD) + 2, bool)
-    for entry in entries:
-        for start, stop in entry.missing(*part):
-            files[1 + start // SHARD : 1 - (-stop // SHARD)] = True
-    edges = np.minimum(np.flatnonzero(np.diff(files)) * SHARD, count)
-    return edges.reshape(-1, 2).tolist()  # (2 gaps,) -> (gaps, 2)
+from .store import Entry, gaps
 
 
 @default_modes()
@@ -44,12 +27,14 @@ def write(
     """
     # Entries that lack nothing are not locked: others may only be reading them.
     lacking = [entry for entry in entries if entry.missing(*part)]
+    if not lacking:
+        return
     with ExitStack() as locks:
         # One order for all writers: no two wait for each other.
         for entry in sorted(lacking, key=lambda entry: entry.key):
             locks.enter_context(entry.lock(*part))
         # Asked again under the lock: another process may have been faster.
-        absent = gaps(lacking, len(items), part)
+        absent = gaps(lacking, *part)
         with progress(sum(stop - start for start, stop in absent), label) as bar:
             for first, stop in absent:
                 for start, blocks in rows(Subset(items, range(first, stop))):

@@ -20,7 +20,6 @@ from companion.protocol import fungi_features, similarity
 from companion.stored import entries
 from fungi_core import DINO, KL, Fungi, SimCLR, extract, load, projection, store
 from fungi_core.features import apply_pca, fit_pca, join, normalize
-from fungi_core.filling import gaps
 from fungi_core.rows import draw_parts, gradient_rows, view_batches
 from fungi_core.views import Crops, ImageInputs, Patches
 
@@ -206,18 +205,23 @@ def test_a_complete_embedding_is_not_locked_by_the_gradients_of_another_seed(mon
 
 
 @pytest.mark.parametrize(
-    ("ranges", "joined"),
+    ("lacking", "joined"),
     [
-        ([], []),
-        ([(256, 512), (0, 512)], [(0, 512)]),
-        ([(0, 256), (256, 300), (512, 600)], [(0, 768)]),  # 300 and 600 are in the middle of files
-        ([(0, 10), (512, 513), (890, 900)], [(0, 256), (512, 900)]),
+        ([[], []], []),
+        ([[256], [0, 256]], [(0, 512)]),
+        ([[0, 256], [512]], [(0, 768)]),
+        ([[0], [512, 768]], [(0, 256), (512, 900)]),
     ],
 )
-def test_gaps_are_the_union_of_what_entries_lack_in_whole_files(ranges, joined):
-    entry = lambda *gap: SimpleNamespace(n=900, missing=lambda *part: [gap])
-    entries = [entry(*gap) for gap in ranges]
-    assert list(map(tuple, gaps(entries, 900))) == joined
+def test_gaps_are_the_union_of_what_entries_lack_in_whole_files(lacking, joined, tmp_path):
+    entries = [store.open_entry({"i": i}, 900, 1, tmp_path) for i in range(len(lacking))]
+    for entry, absent in zip(entries, lacking, strict=True):
+        with entry.lock():
+            for first in {0, 256, 512, 768} - {*absent}:
+                entry.write(first, np.ones((min(256, 900 - first), 1)))
+    assert store.gaps(entries) == joined
+    part = [(256, 512)] if 256 in {*lacking[0], *lacking[1]} else []
+    assert store.gaps(entries, 256, 512) == part
 
 
 # --- keys
