@@ -70,9 +70,8 @@ class Backbone:
             with torch.inference_mode():
                 out = self.embed(views)
         except Exception as error:  # a module raises anything for views that it cannot take
-            shape = tuple(views.shape)
-            message = f"{self.name} cannot take views of shape {shape}: {one_line(error)}"
-            raise ValueError(message) from error
+            refused = f"{self.name} cannot take views of shape {tuple(views.shape)}"
+            raise ValueError(f"{refused}: {one_line(error)}") from error
         if not isinstance(out, torch.Tensor) or out.ndim != 2:
             kind = type(out).__name__
             if isinstance(out, torch.Tensor):

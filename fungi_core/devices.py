@@ -3,7 +3,6 @@
 import ctypes
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -65,14 +64,7 @@ def fixed_teams() -> None:
     """Switch OpenMP's dynamic teams off in this thread.
 
     With them (OMP_DYNAMIC, or a library that sets them) torch's bf16 products on a busy CPU are
-    silently wrong.
+    silently wrong. Torch brings GNU's OpenMP on Linux; other platforms have another one.
     """
-    for library in _openmp():
-        library.omp_set_dynamic(0)
-
-
-@cache
-def _openmp() -> list[ctypes.CDLL]:
-    """Return GNU's OpenMP as torch brings it on Linux; other platforms have another one."""
-    folder = Path(torch.__file__).parent / "lib"
-    return [ctypes.CDLL(str(file)) for file in folder.glob("libgomp*.so*")]
+    for file in (Path(torch.__file__).parent / "lib").glob("libgomp*.so*"):
+        ctypes.CDLL(str(file)).omp_set_dynamic(0)
