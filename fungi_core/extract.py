@@ -9,7 +9,7 @@ A data set is any object with ``name``, ``split``, ``fingerprint`` (a hash of it
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +182,7 @@ def open_trunk(
     if not (usual and backbone.reads_class_token([backbone.layer])):
         return None
     views = objective.views
-    meta = describe(data, backbone) | {"feature": "trunk", "views": _settings(objective)[0]}
+    meta = describe(data, backbone) | {"feature": "trunk", "views": objective.settings()[0]}
     if views.random:  # drawn by both
         meta |= {"seed": seed, "objective": objective.name}
     layer = linear_layer(backbone.model, backbone.layer)
@@ -255,7 +255,7 @@ def describe(
         meta["skipped"] = sorted(skipped)
     if objective is None:
         return meta | {"feature": "embedding"}
-    views, settings = _settings(objective)
+    views, settings = objective.settings()
     return meta | {
         "feature": objective.name,
         "views": views,
@@ -265,12 +265,6 @@ def describe(
         "projection": projection,
         "negatives": train.fingerprint if objective.negatives else None,
     }
-
-
-def _settings(objective: Objective) -> tuple[list, dict]:
-    """Return an objective's views, by name and settings, and its own settings."""
-    settings = asdict(objective)
-    return [type(objective.views).__name__, settings.pop("views")], settings
 
 
 def shard_rows(n: int, i: int, count: int) -> tuple[int, int]:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from numbers import Integral
 from pathlib import Path
 
@@ -274,8 +274,7 @@ def _described(objective: objectives.Objective) -> dict:
     if known.get(objective.name) is not kind or known.get(seen.__name__) is not seen:
         yours = f"{kind.__name__} with {seen.__name__} is your own"
         raise ValueError(f"{yours} and cannot be saved; there are {', '.join(known)}")
-    settings = asdict(objective)
-    views = [seen.__name__, settings.pop("views")]
+    views, settings = objective.settings()
     return {"name": objective.name, "views": views, "settings": settings}
 
 

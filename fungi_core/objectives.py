@@ -8,7 +8,7 @@ draw their heads: plain dictionaries of tensors that a caller may replace.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -127,6 +127,11 @@ class Objective:
     head: bool = True
     negatives: int = 0
     negative_views: int = 0
+
+    def settings(self) -> tuple[list, dict]:
+        """Return the views, by name and settings, and the objective's own settings."""
+        own = asdict(self)
+        return [type(self.views).__name__, own.pop("views")], own
 
     @property
     def sees_whole(self) -> bool:
