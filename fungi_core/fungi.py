@@ -245,11 +245,8 @@ def _as_sequence(X) -> Sequence:
         X = list(X.iloc[:, 0] if X.ndim == 2 else X)
     elif isinstance(X, np.ndarray) and X.dtype == object and X.ndim == 2 and X.shape[1] == 1:
         X = list(X[:, 0])  # what a ColumnTransformer passes on
-    if (
-        not hasattr(X, "__len__")
-        or not hasattr(X, "__getitem__")
-        or isinstance(X, (str, bytes, dict))
-    ):
+    indexed = hasattr(X, "__len__") and hasattr(X, "__getitem__")
+    if not indexed or isinstance(X, (str, bytes, dict)):
         raise ValueError(f"X must be a sequence of images, got {type(X).__name__}")
     colours = {np.ndarray: -1, torch.Tensor: 0}.get(type(X))  # the axis of an image's three colours
     if colours is not None and X.ndim == 3 and X.shape[colours] == 3:
