@@ -6,7 +6,6 @@ eq. 7 is printed and the published code does it; then the bank is scaled to the 
 """
 
 import io
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -121,8 +120,7 @@ def decode(item, name: str = "sound") -> np.ndarray:
     if not np.isfinite(mono).all():
         raise ValueError(f"{name} holds samples that are not finite")
     if rate != RATE:
-        common = math.gcd(rate, RATE)
-        mono = resample_poly(mono, RATE // common, rate // common)
+        mono = resample_poly(mono, RATE, rate)
     return np.ascontiguousarray(mono, np.float32)
 
 

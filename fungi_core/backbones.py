@@ -70,9 +70,8 @@ class Backbone:
             with torch.inference_mode():
                 out = self.embed(views)
         except Exception as error:  # a module raises anything for views that it cannot take
-            shape = tuple(views.shape)
-            message = f"{self.name} cannot take views of shape {shape}: {one_line(error)}"
-            raise ValueError(message) from error
+            refused = f"{self.name} cannot take views of shape {tuple(views.shape)}"
+            raise ValueError(f"{refused}: {one_line(error)}") from error
         if not isinstance(out, torch.Tensor) or out.ndim != 2:
             kind = type(out).__name__
             if isinstance(out, torch.Tensor):
@@ -124,7 +123,7 @@ class Backbone:
             for one in filter(None, (model, exact)):
                 one.set_input_size((size, size))
                 one.requires_grad_(False)  # the interpolated position embedding is a new parameter
-            inputs = self.inputs.resized(size)
+            inputs = replace(self.inputs, size=size)
             self._sizes[size] = replace(self, model=model, exact=exact, inputs=inputs)
         return self._sizes[size]
 
@@ -161,7 +160,8 @@ class Backbone:
     def trunk(self, views: torch.Tensor | list[torch.Tensor]) -> class_token.Trunk:
         """Return what the class-token path knows of views before any loss."""
         groups = views if isinstance(views, list) else [views]
-        return class_token.trunk([self._for(group).model for group in groups], groups)
+        done = [class_token.trunk(self._for(group).model, group) for group in groups]
+        return class_token.Trunk(*(torch.cat(parts, 1) for parts in zip(*done)))
 
     @cached_property
     def _tail(self) -> class_token.Tail:
@@ -202,8 +202,8 @@ def load(
     else:
         title = str(name)
         model = create(title, head, arguments or {})
-    options = dict(layer=layer, device=device, dtype=dtype, head=head, given=given)
-    return freeze(model, title, inputs or _timm_inputs(model), **options)
+    options = dict(layer=layer, device=device, dtype=dtype, head=head)
+    return replace(freeze(model, title, inputs or _timm_inputs(model), **options), given=given)
 
 
 def freeze(
@@ -216,7 +216,6 @@ def freeze(
     device="auto",
     dtype="auto",
     head: bool = False,
-    given: bool = False,
 ) -> Backbone:
     """Return a `Backbone` around ``model``, moved to a device and dtype, without gradients.
 
@@ -233,8 +232,7 @@ def freeze(
     layer = layer or _last_attention_output(model)
     linear_layer(model, layer)
     read = read or partial(_image_embedding, head)
-    rest = dict(device=device, dtype=dtype, head=head, given=given, exact=exact)
-    return Backbone(name, model, layer, inputs, read, **rest)
+    return Backbone(name, model, layer, inputs, read, device, dtype, head, exact=exact)
 
 
 def _image_embedding(head: bool, model: torch.nn.Module, views: torch.Tensor) -> torch.Tensor:
@@ -264,7 +262,7 @@ def create(name: str, head: bool, arguments: dict) -> torch.nn.Module:
 
 
 def _read_checkpoint(
-    file: Path, head: bool = False, arguments: dict | None = None
+    file: Path, head: bool, arguments: dict | None
 ) -> tuple[torch.nn.Module, ImageInputs]:
     """Read a checkpoint that describes itself: network and inputs.
 

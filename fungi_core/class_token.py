@@ -46,24 +46,17 @@ class Tail(torch.nn.Module):
 
     def __init__(self, model: VisionTransformer, head: bool):
         super().__init__()
-        block = model.blocks[-1]
-        parts = {
-            "proj": block.attn.proj,
-            "ls1": block.ls1,
-            "norm2": block.norm2,
-            "mlp": block.mlp,
-            "ls2": block.ls2,
-            "norm": model.norm,
-            "fc_norm": model.fc_norm,
-            "head": model.head if head else torch.nn.Identity(),
-        }
-        for name, part in parts.items():
-            self.add_module(name, copy.deepcopy(part).float().eval())
+        self.block, self.norm = copy.deepcopy((model.blocks[-1], model.norm))
+        self.fc_norm, self.head = copy.deepcopy((model.fc_norm, model.head))
+        if not head:
+            self.head = torch.nn.Identity()
+        self.float().eval()
 
     def forward(self, output: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """Return embeddings (N, D) from the projection's output and the residual, (N, D) each."""
-        x = residual + self.ls1(output)
-        x = x + self.ls2(self.mlp(self.norm2(x)))
+        block = self.block
+        x = residual + block.ls1(output)
+        x = x + block.ls2(block.mlp(block.norm2(x)))
         return self.head(self.fc_norm(self.norm(x)))
 
 
@@ -88,38 +81,20 @@ def _trunk(model: VisionTransformer, x: torch.Tensor) -> tuple[torch.Tensor, tor
     weights = attn.q_norm(q) * attn.scale @ attn.k_norm(k).transpose(-2, -1)  # (N, H, 1, T)
     out = weights.softmax(-1) @ v  # (N, H, 1, d)
     out = attn.norm(out.transpose(1, 2).reshape(n, attn.attn_dim))
-    return out, x[:, 0]
+    return out, x[:, 0].clone()  # no view, which would keep all tokens
 
 
-def _chunked_trunk(
-    model: VisionTransformer, views: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run `_trunk` on views (B, V, 3, s, s) in chunks that fill the machine and not its cache.
+@torch.inference_mode()
+def trunk(model: VisionTransformer, views: torch.Tensor) -> Trunk:
+    """Run views (B, V, 3, s, s) as far as no loss, head or seed of theirs matters.
 
-    Returns (B, V, D) twice, float32.
+    They go in chunks that fill the machine and not its cache.
     """
-    flat = views.flatten(0, 1)  # (B * V, 3, s, s)
-    proj = model.blocks[-1].attn.proj
-    attention = torch.empty(len(flat), proj.in_features, device=flat.device, dtype=torch.float32)
-    residual = torch.empty(len(flat), proj.out_features, device=flat.device, dtype=torch.float32)
     tokens = model.patch_embed.num_patches + model.num_prefix_tokens
-    at_once = max(1, (65536 if flat.is_cuda else 3200) // tokens)
-    for i in range(0, len(flat), at_once):
-        rows = slice(i, i + at_once)
-        attention[rows], residual[rows] = _trunk(model, flat[rows])
-    shape = views.shape[:2]
-    return attention.unflatten(0, shape), residual.unflatten(0, shape)
-
-
-def trunk(models: Sequence[VisionTransformer], groups: Sequence[torch.Tensor]) -> Trunk:
-    """Run views through the network as far as no loss, head or seed of theirs matters.
-
-    ``groups``: views (B, V, 3, s, s), one group for each size, with the network at that size in
-    ``models``.
-    """
-    with torch.inference_mode():
-        done = [_chunked_trunk(model, views) for model, views in zip(models, groups, strict=True)]
-        return Trunk(*(torch.cat(parts, 1) for parts in zip(*done)))
+    at_once = max(1, (65536 if views.is_cuda else 3200) // tokens)
+    done = [_trunk(model, some) for some in views.flatten(0, 1).split(at_once)]  # (n, D) twice
+    parts = (torch.cat(part).float() for part in zip(*done))  # (B * V, D)
+    return Trunk(*(part.unflatten(0, views.shape[:2]) for part in parts))
 
 
 def factors(tail: Tail, seen: Trunk, loss: Loss | None) -> tuple[torch.Tensor, list[Factors]]:
@@ -131,12 +106,12 @@ def factors(tail: Tail, seen: Trunk, loss: Loss | None) -> tuple[torch.Tensor, l
     batch = len(seen.attention)
     # Clones made outside inference mode are what autograd may read.
     attention, residual = (part.flatten(0, 1).clone() for part in seen)  # (B * V, D)
-    bias = tail.proj.bias
+    proj = tail.block.attn.proj
     with torch.enable_grad():
-        output = F.linear(attention, tail.proj.weight, bias).detach().requires_grad_()
+        output = F.linear(attention, proj.weight, proj.bias).detach().requires_grad_()
         embeddings = tail(output, residual).unflatten(0, (batch, -1))
         if loss is None:
             return embeddings.detach(), []
         (gradient,) = loss_gradient(loss, embeddings, [output])
     a, d = per_sample(attention, batch), per_sample(gradient, batch)
-    return embeddings.detach(), [Factors(a, d, bias is not None)]
+    return embeddings.detach(), [Factors(a, d, proj.bias is not None)]

@@ -1,9 +1,8 @@
 """Where the numbers run: devices, precisions, modes of torch, and OpenMP's teams."""
 
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import cache, wraps
 from pathlib import Path
 
 import torch
@@ -15,14 +14,10 @@ def resolve_device(device) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         found = torch.device(f"cuda:{device}" if isinstance(device, int) else device)
-        if found.type != "cuda":
-            torch.zeros(1, device=found)  # one that is not here raises; "meta" has shapes alone
+        torch.zeros(1, device=found)  # one that is not here raises; "meta" has shapes alone
     except (RuntimeError, AssertionError, TypeError, NotImplementedError, ImportError) as error:
         why = str(error).splitlines()[0]
         raise ValueError(f"device {device!r} is none: {why}; use 'auto', 'cpu', 'cuda'") from None
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
-        raise ValueError(f"device {device!r} is not here; this machine has {count} CUDA devices")
     return "cpu" if found.type == "cpu" else str(found)
 
 
@@ -65,34 +60,11 @@ def default_modes() -> Iterator[None]:
         yield
 
 
-def steps_in_default_modes(generator: Callable[..., Iterator]) -> Callable[..., Iterator]:
-    """Decorate a generator so that each of its steps runs in `default_modes`.
-
-    Between two steps the caller's modes hold.
-    """
-    advance = default_modes()(next)
-
-    @wraps(generator)
-    def steps(*args, **options):
-        made = generator(*args, **options)
-        while (step := advance(made, None)) is not None:
-            yield step
-
-    return steps
-
-
 def fixed_teams() -> None:
     """Switch OpenMP's dynamic teams off in this thread.
 
     With them (OMP_DYNAMIC, or a library that sets them) torch's bf16 products on a busy CPU are
-    silently wrong.
+    silently wrong. Torch brings GNU's OpenMP on Linux; other platforms have another one.
     """
-    for library in _openmp():
-        library.omp_set_dynamic(0)
-
-
-@cache
-def _openmp() -> list[ctypes.CDLL]:
-    """Return GNU's OpenMP as torch brings it on Linux; other platforms have another one."""
-    folder = Path(torch.__file__).parent / "lib"
-    return [ctypes.CDLL(str(file)) for file in folder.glob("libgomp*.so*")]
+    for file in (Path(torch.__file__).parent / "lib").glob("libgomp*.so*"):
+        ctypes.CDLL(str(file)).omp_set_dynamic(0)

@@ -9,7 +9,7 @@ A data set is any object with ``name``, ``split``, ``fingerprint`` (a hash of it
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch.utils.data import Subset
 from . import store
 from .backbones import Backbone
 from .devices import default_modes
-from .filling import Target, gaps, write
+from .filling import write
 from .gradients import Factors, linear_layer
 from .objectives import Heads, Objective
 from .projection import factors_of
@@ -30,7 +30,7 @@ from .rows import (
     draw_parts,
     embedding_rows,
     gradient_rows,
-    negative_latents,
+    latents_of_views,
     trunk_rows,
 )
 
@@ -43,14 +43,12 @@ class Features:
     """Hold a data set and its raw blocks: {"embedding": (N, D), "kl": (N, d), ...} float32.
 
     With ``projection="exact"`` a gradient's block is its `Factors`. ``keys`` name the store's
-    entries. ``views``: the mean of the L2-normalised embeddings of an objective's views, for
-    each with several, {"dino": (N, D), ...}.
+    entries.
     """
 
     data: Any
     blocks: dict[str, np.ndarray | Factors]
     keys: tuple[str, ...]
-    views: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def labels(self) -> np.ndarray:
@@ -59,9 +57,8 @@ class Features:
 
     def take(self, index: np.ndarray) -> "Features":
         """Return some of the rows, in the order given."""
-        pick = lambda blocks: {name: block[index] for name, block in blocks.items()}
-        parts = dict(blocks=pick(self.blocks), views=pick(self.views))
-        return replace(self, data=self.data.take(index), **parts)
+        blocks = {name: block[index] for name, block in self.blocks.items()}
+        return replace(self, data=self.data.take(index), blocks=blocks)
 
 
 def extract(
@@ -83,14 +80,12 @@ def extract(
     """
     options = dict(train=train, seed=seed, layer=layer, projection=projection, root=root)
     entries = fill(data, backbone, objectives, **options)
-    read = {name: entry.read() for name, entry in entries.items()}
-    blocks = {name: read[name] for name in ("embedding", *(one.name for one in objectives))}
-    views = {one.name: read[key] for one in objectives if (key := f"{one.name}_views") in read}
+    blocks = {name: entry.read() for name, entry in entries.items()}
     if projection == "exact":
         linear = linear_layer(backbone.model, layer or backbone.layer)
         for objective in objectives:
             blocks[objective.name] = factors_of(blocks[objective.name], linear)
-    return Features(data, blocks, tuple(entry.key for entry in entries.values()), views)
+    return Features(data, blocks, tuple(entry.key for entry in entries.values()))
 
 
 def fill(
@@ -108,8 +103,7 @@ def fill(
     """Extract what the store lacks, or one ``shard`` (i of n, from 1) of its rows: entries by name.
 
     The embedding comes along with an objective that sees the whole item at the backbone's own
-    layer, the mean of the views' embeddings with one that sees several; another layer takes the
-    general path, whose bf16 embeddings round differently.
+    layer; another layer takes the general path, whose bf16 embeddings round differently.
     """
     train, layer = data if train is None else train, layer or backbone.layer
     names = [objective.name for objective in objectives]
@@ -129,22 +123,18 @@ def fill(
             width = views * (linear.out_features + linear.in_features)
         meta = describe(data, backbone, objective, train, seed, layer, projection)
         entries[objective.name] = store.open_entry(meta, len(data), width, root)
-        targets = [Target(entries[objective.name])]
-        if objective.embeds_views and layer == backbone.layer:
-            meta = _describe_seen(data, backbone, objective, seed)
-            seen = store.open_entry(meta, len(data), backbone.width, root)
-            entries[meta["feature"]] = seen
-            targets.append(Target(seen, source=None))
+        both = [entries[objective.name]]
+        if objective.sees_whole and layer == backbone.layer:
+            both.append(embedding)
         options = dict(train=train, seed=seed, projection=projection, root=root, part=part)
-        fill_gradients(targets, data, backbone, objective, [layer], **options)
+        fill_gradients(both, data, backbone, objective, [layer], **options)
     label = f"{data.name} {data.split} {backbone.name} embedding"
-    targets = [Target(embedding, source=None)]
-    write(targets, data, label, lambda some: embedding_rows(backbone, some), part)
+    write([embedding], data, label, lambda some: embedding_rows(backbone, some), part)
     return entries
 
 
 def fill_gradients(
-    targets: Sequence[Target],
+    entries: Sequence[store.Entry],
     data,
     backbone: Backbone,
     objective: Objective,
@@ -156,30 +146,32 @@ def fill_gradients(
     root: Path | None = None,
     part: tuple[int, int | None] = (0, None),
 ) -> None:
-    """Fill targets with one objective's gradients, all from one pass over the items that they lack.
+    """Fill entries with one objective's gradients, all from one pass over the items that they lack.
 
-    ``layers``: of each gradient; targets name theirs by place. ``train``: what negatives are of.
+    ``layers``: of each gradient, in the entries' order; one entry more takes the embedding that
+    comes along. ``train``: what negatives are of.
     """
-    if not gaps(targets, len(data), part):
+    if not store.gaps(entries, *part):
         return  # neither heads nor negatives are drawn
     parts = [draw_parts(backbone, objective, seed, layer, projection) for layer in layers]
     label, own = f"{data.name} {data.split} {backbone.name} {objective.name}", [backbone.layer]
-    trunk = _open_trunk(data, backbone, objective, seed, root) if layers == own else None
+    trunk = open_trunk(data, backbone, objective, seed, root) if layers == own else None
     if trunk:
         seen = lambda some: trunk_rows(backbone, objective, some, seed)
-        for absent in gaps(targets, len(data), part):
-            write([Target(trunk, source=None)], data, label, seen, absent)
+        for absent in store.gaps(entries, *part):
+            write([trunk], data, label, seen, absent)
     negatives = stored_negatives(backbone, objective, parts[0].heads, train, seed, root)
     parts = [replace(one, negatives=negatives) for one in parts]
 
-    def rows(some: Subset) -> Iterator[tuple[int, np.ndarray | None, list[np.ndarray]]]:
+    def rows(some: Subset) -> Iterator[tuple[int, list[np.ndarray]]]:
         held = trunk and trunk.files(some.indices.start, some.indices.stop)
-        return gradient_rows(backbone, objective, parts, some, seed, held)
+        done = gradient_rows(backbone, objective, parts, some, seed, held)
+        return ((start, [*gradients, embeddings]) for start, embeddings, gradients in done)
 
-    write(targets, data, label, rows, part)
+    write(entries, data, label, rows, part)
 
 
-def _open_trunk(
+def open_trunk(
     data, backbone: Backbone, objective: Objective, seed: int, root: Path | None
 ) -> store.Entry | None:
     """Open the entry of `trunk_rows`, from which any head, loss and negative follows in no time.
@@ -190,7 +182,7 @@ def _open_trunk(
     if not (usual and backbone.reads_class_token([backbone.layer])):
         return None
     views = objective.views
-    meta = describe(data, backbone) | {"feature": "trunk", "views": _settings(objective)[0]}
+    meta = describe(data, backbone) | {"feature": "trunk", "views": objective.settings()[0]}
     if views.random:  # drawn by both
         meta |= {"seed": seed, "objective": objective.name}
     layer = linear_layer(backbone.model, backbone.layer)
@@ -215,9 +207,9 @@ def stored_negatives(
     dim = objective.latents(blank, heads).shape[1]
     meta = describe(train, backbone, objective, train, seed) | {"rows": "latents of negatives"}
     entry = store.open_entry(meta, len(chosen), views * dim, root)
-    trunk = _open_trunk(train, backbone, objective, seed, root)
+    trunk = open_trunk(train, backbone, objective, seed, root)
 
-    def rows(some: Subset) -> Iterator[tuple[int, None, list[np.ndarray]]]:
+    def rows(some: Subset) -> Iterator[tuple[int, list[np.ndarray]]]:
         wanted, held = chosen[some.indices], None
         if trunk and trunk.complete:
             held = [trunk.read()[wanted]]
@@ -227,14 +219,14 @@ def stored_negatives(
             size = batch_size(backbone, objective.views)
             near = np.flatnonzero(np.isin(np.arange(len(train)) // size, wanted // size))
             passed = trunk_rows(backbone, objective, Subset(train, near.tolist()), seed)
-            held = [np.concatenate([block for _, block, _ in passed])[np.isin(near, wanted)]]
-        for start, latents in negative_latents(backbone, objective, heads, some, seed, held):
-            yield start, None, [latents.flatten(1).cpu().numpy()]  # (B, V, C) -> (B, V * C)
+            held = [np.concatenate([block for _, (block,) in passed])[np.isin(near, wanted)]]
+        for start, latents in latents_of_views(backbone, objective, heads, some, seed, held):
+            yield start, [latents.flatten(1).cpu().numpy()]  # (B, V, C) -> (B, V * C)
 
     if not entry.complete:
         items = Subset(train, chosen.tolist())
         label = f"{train.name} {objective.name} negatives"
-        write([Target(entry)], items, label, rows)
+        write([entry], items, label, rows)
     latents = torch.from_numpy(entry.read()).unflatten(1, (views, dim))  # (N, V * C) -> (N, V, C)
     return objective.memory(latents, rng).to(backbone.device)
 
@@ -263,7 +255,7 @@ def describe(
         meta["skipped"] = sorted(skipped)
     if objective is None:
         return meta | {"feature": "embedding"}
-    views, settings = _settings(objective)
+    views, settings = objective.settings()
     return meta | {
         "feature": objective.name,
         "views": views,
@@ -273,25 +265,6 @@ def describe(
         "projection": projection,
         "negatives": train.fingerprint if objective.negatives else None,
     }
-
-
-def _describe_seen(data, backbone: Backbone, objective: Objective, seed: int) -> dict:
-    """Return `describe` of what comes along with an objective's gradients.
-
-    It is the embedding of the whole item, or the mean over the views, which no head, layer,
-    projection or negative changes.
-    """
-    meta = describe(data, backbone)
-    if objective.sees_whole:
-        return meta
-    views, _ = _settings(objective)
-    return meta | {"feature": f"{objective.name}_views", "views": views, "seed": seed}
-
-
-def _settings(objective: Objective) -> tuple[list, dict]:
-    """Return an objective's views, by name and settings, and its own settings."""
-    settings = asdict(objective)
-    return [type(objective.views).__name__, settings.pop("views")], settings
 
 
 def shard_rows(n: int, i: int, count: int) -> tuple[int, int]:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from numbers import Integral
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
-from sklearn.base import BaseEstimator, TransformerMixin
+from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.decomposition import PCA
 from sklearn.utils.validation import check_is_fitted
 
@@ -24,7 +24,7 @@ from .rows import draw_negatives, draw_parts, embedding_rows, gradient_rows
 _PARTS = ("components", "mean", "explained_variance")  # the arrays that make up a fitted PCA
 
 
-class Fungi(TransformerMixin, BaseEstimator):
+class Fungi(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     """Turn images into FUNGI features (eq. 2 and 3), as a scikit-learn transformer.
 
     Gradients and embedding are L2-normalised, joined and reduced by PCA.
@@ -90,14 +90,15 @@ class Fungi(TransformerMixin, BaseEstimator):
         size = min(PCA_SIZE, self.backbone_.width) if self.pca == "paper" else self.pca
         self.pca_ = fit_pca(features, size)
         features = apply_pca(self.pca_, features)
-        self.n_features_out_ = features.shape[1]
+        self._n_features_out = features.shape[1]
         return features
 
     def transform(self, X) -> np.ndarray:
         """Return FUNGI features of X, (N, d) float32."""
-        check_is_fitted(self, "n_features_out_")
+        check_is_fitted(self, "_n_features_out")
         return apply_pca(self.pca_, self._joined(_as_sequence(X)))
 
+    @default_modes()
     def extract(self, X) -> dict[str, np.ndarray]:
         """Return the raw blocks before normalisation, float32.
 
@@ -112,13 +113,8 @@ class Fungi(TransformerMixin, BaseEstimator):
                 out["embedding"] = np.concatenate([embeddings for _, embeddings, _ in done])
             out[objective.name] = np.concatenate([gradients for _, _, (gradients,) in done])
         if "embedding" not in out:
-            out["embedding"] = np.concatenate([e for _, e, _ in embedding_rows(self.backbone_, X)])
+            out["embedding"] = np.concatenate([e for _, (e,) in embedding_rows(self.backbone_, X)])
         return {name: out[name] for name in ("embedding", *(o.name for o in self.objectives))}
-
-    def get_feature_names_out(self, input_features=None) -> np.ndarray:
-        """Return "fungi0", "fungi1", ..., one name for each column."""
-        check_is_fitted(self, "n_features_out_")
-        return np.array([f"fungi{i}" for i in range(self.n_features_out_)], dtype=object)
 
     def save(self, file: str | Path) -> None:
         """Write settings, negatives and PCA as one safetensors file, without pickle.
@@ -126,7 +122,7 @@ class Fungi(TransformerMixin, BaseEstimator):
         The weights are not part of the file. Raises ValueError for what such a file cannot hold:
         heads or a projection passed in, or an objective of one's own.
         """
-        check_is_fitted(self, "n_features_out_")
+        check_is_fitted(self, "_n_features_out")
         if self.heads is not None or not isinstance(self.projection, str):
             given = "a Fungi with heads or a projection passed in"
             raise ValueError(f"{given} cannot be saved; its file holds the seed only")
@@ -136,7 +132,7 @@ class Fungi(TransformerMixin, BaseEstimator):
             "backbone": str(self.backbone) if isinstance(self.backbone, (str, Path)) else None,
             "dtype": str(self.backbone_.dtype).removeprefix("torch."),
             "objectives": [_described(one) for one in self.objectives],
-            "n_features_out": self.n_features_out_,
+            "n_features_out": self._n_features_out,
             "fingerprint": self.backbone_.fingerprint,
             "fitted_with": _identity(self.backbone_),
         }
@@ -186,7 +182,7 @@ class Fungi(TransformerMixin, BaseEstimator):
             self.pca_ = PCA(n_features)
             for name in _PARTS:
                 setattr(self.pca_, f"{name}_", arrays[f"pca.{name}"])
-        self.n_features_out_ = n_features
+        self._n_features_out = n_features
         return self
 
     @default_modes()
@@ -249,11 +245,8 @@ def _as_sequence(X) -> Sequence:
         X = list(X.iloc[:, 0] if X.ndim == 2 else X)
     elif isinstance(X, np.ndarray) and X.dtype == object and X.ndim == 2 and X.shape[1] == 1:
         X = list(X[:, 0])  # what a ColumnTransformer passes on
-    if (
-        not hasattr(X, "__len__")
-        or not hasattr(X, "__getitem__")
-        or isinstance(X, (str, bytes, dict))
-    ):
+    indexed = hasattr(X, "__len__") and hasattr(X, "__getitem__")
+    if not indexed or isinstance(X, (str, bytes, dict)):
         raise ValueError(f"X must be a sequence of images, got {type(X).__name__}")
     colours = {np.ndarray: -1, torch.Tensor: 0}.get(type(X))  # the axis of an image's three colours
     if colours is not None and X.ndim == 3 and X.shape[colours] == 3:
@@ -278,8 +271,7 @@ def _described(objective: objectives.Objective) -> dict:
     if known.get(objective.name) is not kind or known.get(seen.__name__) is not seen:
         yours = f"{kind.__name__} with {seen.__name__} is your own"
         raise ValueError(f"{yours} and cannot be saved; there are {', '.join(known)}")
-    settings = asdict(objective)
-    views = [seen.__name__, settings.pop("views")]
+    views, settings = objective.settings()
     return {"name": objective.name, "views": views, "settings": settings}
 
 

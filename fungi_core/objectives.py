@@ -8,7 +8,7 @@ draw their heads: plain dictionaries of tensors that a caller may replace.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -118,8 +118,6 @@ class Objective:
     head's input is L2-normalised; ``head=False``: none, the loss takes the embedding itself (Table
     6). ``negatives``: how many training items the loss is compared with, and ``negative_views`` how
     many views of each (0: all).
-    ``embeds_views``: `factors` returns the embedding of every view, whose mean is stored with the
-    gradients; False where the loss reads tokens.
     """
 
     name: ClassVar[str]
@@ -129,7 +127,11 @@ class Objective:
     head: bool = True
     negatives: int = 0
     negative_views: int = 0
-    embeds_views: ClassVar[bool] = True
+
+    def settings(self) -> tuple[list, dict]:
+        """Return the views, by name and settings, and the objective's own settings."""
+        own = asdict(self)
+        return [type(self.views).__name__, own.pop("views")], own
 
     @property
     def sees_whole(self) -> bool:

@@ -32,7 +32,7 @@ class Rademacher:
             got = tuple(matrix.shape)
             raise ValueError(f"the projection must have shape {(rows, columns)}, got {got}")
         self.matrix = matrix
-        self._bits: dict[object, torch.Tensor] = {}
+        self._bits: torch.Tensor | None = None
         self._dense: dict[tuple, torch.Tensor] = {}
 
     def block(self, start: int, stop: int, device="cpu", dtype=torch.float32) -> torch.Tensor:
@@ -43,12 +43,10 @@ class Rademacher:
 
     def bits(self, device="cpu") -> torch.Tensor:
         """Return R as it is kept: (rows, bytes) uint8, see `kernels`."""
-        if not self._bits:
-            drawn = sign_bits(self.rows, self.columns, *self.keys)
-            self._bits["cpu"] = torch.from_numpy(drawn)
-        if device not in self._bits:
-            self._bits[device] = self._bits["cpu"].to(device)
-        return self._bits[device]
+        if self._bits is None:
+            self._bits = torch.from_numpy(sign_bits(self.rows, self.columns, *self.keys))
+        self._bits = self._bits.to(device)
+        return self._bits
 
     def apply(self, factors: Factors, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Return R vec(sum_n d_n [a_n; 1]^T), factors (B, n, .) -> (B, rows) float32.

@@ -1,4 +1,7 @@
-"""One generator of rows: embeddings and projected gradients of any items, batch by batch."""
+"""One generator of rows: embeddings and projected gradients of any items, batch by batch.
+
+A generator's steps run in the modes of whoever takes them: callers are in `default_modes`.
+"""
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -8,12 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch.utils.data import Subset
 
 from .backbones import Backbone
 from .class_token import Trunk
-from .devices import default_modes, fixed_teams, steps_in_default_modes
+from .devices import default_modes, fixed_teams
 from .gradients import LossNotFinite, linear_layer
 from .inputs import Views, Whole, readable
 from .objectives import Heads, Objective
@@ -60,8 +62,7 @@ def chosen_negatives(
     return np.sort(rng.permutation(count)[: objective.negatives]), rng
 
 
-@steps_in_default_modes
-def negative_latents(
+def latents_of_views(
     backbone: Backbone,
     objective: Objective,
     heads: Heads,
@@ -69,9 +70,10 @@ def negative_latents(
     seed: int,
     held: Iterable[np.ndarray] | None = None,
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yield (start, latents (B, V, C) float32) of the items that serve as negatives.
+    """Yield (start, latents (B, V, C) float32) of as many views as negatives have of an item.
 
-    ``held``: what `trunk_rows` gave for them, see `_batches`.
+    Empty ``heads``: the embeddings themselves. ``held``: what `trunk_rows` gave for the items, see
+    `_batches`.
     """
     views = slice(objective.negative_views or None)
     for start, batch in _batches(backbone, objective, items, seed, held):
@@ -92,7 +94,7 @@ def draw_negatives(
         return None
     rows, rng = chosen_negatives(objective, len(items), seed)
     chosen = Subset(items, rows.tolist())
-    latents = [z for _, z in negative_latents(backbone, objective, heads, chosen, seed)]
+    latents = [z for _, z in latents_of_views(backbone, objective, heads, chosen, seed)]
     return objective.memory(torch.cat(latents).clone(), rng)
 
 
@@ -106,7 +108,6 @@ def batch_size(backbone: Backbone, kind: Views, most: int = 256) -> int:
     return 1 << size.bit_length() - 1
 
 
-@steps_in_default_modes
 def view_batches(
     backbone: Backbone, kind: Views, key: str, items: Sequence, seed: int, most: int = 256
 ) -> Iterator[tuple[int, torch.Tensor | list[torch.Tensor]]]:
@@ -146,21 +147,17 @@ def view_batches(
             yield finish(*pending.popleft())
 
 
-@steps_in_default_modes
-def embedding_rows(
-    backbone: Backbone, items: Sequence
-) -> Iterator[tuple[int, np.ndarray, list[np.ndarray]]]:
-    """Yield (start, embeddings (B, D) float32, []), by the forward pass that gradients take."""
+def embedding_rows(backbone: Backbone, items: Sequence) -> Iterator[tuple[int, list[np.ndarray]]]:
+    """Yield (start, [embeddings (B, D) float32]), by the forward pass that gradients take."""
     for start, batch in view_batches(backbone, Whole(), "embedding", items, 0):
         embeddings, _ = backbone.factors(batch, None)
-        yield start, embeddings[:, 0].cpu().numpy(), []
+        yield start, [embeddings[:, 0].cpu().numpy()]
 
 
-@steps_in_default_modes
 def trunk_rows(
     backbone: Backbone, objective: Objective, items: Sequence, seed: int
-) -> Iterator[tuple[int, np.ndarray, list[np.ndarray]]]:
-    """Yield (start, what the trunk says of an objective's views, []): see `class_token.Trunk`.
+) -> Iterator[tuple[int, list[np.ndarray]]]:
+    """Yield (start, [what the trunk says of an objective's views]): see `class_token.Trunk`.
 
     A row is (V, D_in + D) flattened, float32. It costs all the time of a gradient, and no head,
     negative, projection or setting of the loss changes it.
@@ -171,7 +168,7 @@ def trunk_rows(
         if bad.any():
             first = int(bad.nonzero()[0])
             raise LossNotFinite(first, np.nan, _name(items, start + first, backbone.inputs.kind))
-        yield start, rows.cpu().numpy(), []
+        yield start, [rows.cpu().numpy()]
 
 
 def _batches(
@@ -199,7 +196,6 @@ def _batches(
             start += len(rows)
 
 
-@steps_in_default_modes
 def gradient_rows(
     backbone: Backbone,
     objective: Objective,
@@ -208,11 +204,11 @@ def gradient_rows(
     seed: int,
     held: Iterable[np.ndarray] | None = None,
 ) -> Iterator[tuple[int, np.ndarray | None, list[np.ndarray]]]:
-    """Yield (start, what is seen (B, D) or None, projected gradients (B, d) of each of ``parts``).
+    """Yield (start, embeddings (B, D) or None, projected gradients (B, d) of each of ``parts``).
 
-    All parts share heads, negatives, views and the forward pass: they differ in their layers. What
-    is seen is the embedding of the whole item, or the mean over several views, see `_seen`.
-    ``held``: what `trunk_rows` gave for them, see `_batches`. Eq. 1, before normalisation.
+    All parts share heads, negatives, views and the forward pass: they differ in their layers. The
+    embedding comes along where the one view is the whole item. ``held``: what `trunk_rows` gave for
+    them, see `_batches`. Eq. 1, before normalisation.
     """
     given, layers = (parts[0].heads, parts[0].negatives), [part.layer for part in parts]
     # Few items at a time where the activations of many layers are held.
@@ -231,35 +227,11 @@ def gradient_rows(
             faint = np.flatnonzero(objective.faint(embeddings, *given).cpu().numpy())
             few = Subset(items, (start + faint).tolist())
             if len(faint):  # rarely: the network in float32 is not loaded before
-                _replace(projected, faint, backbone.in_float32, objective, parts, few, seed)
-        yield start, _seen(objective, embeddings), projected
-
-
-def _replace(
-    blocks: Sequence[np.ndarray],
-    rows: np.ndarray,
-    backbone: Backbone,
-    objective: Objective,
-    parts: Sequence[Parts],
-    items: Sequence,
-    seed: int,
-) -> None:
-    """Put the gradients of ``items`` in the place of ``rows`` of the blocks, one for each part."""
-    for start, _, gradients in gradient_rows(backbone, objective, parts, items, seed):
-        for block, found in zip(blocks, gradients, strict=True):
-            block[rows[start : start + len(found)]] = found
-
-
-def _seen(objective: Objective, embeddings: torch.Tensor) -> np.ndarray | None:
-    """Return what the views show without any gradient, (B, V, D) -> (B, D).
-
-    It is the embedding of the whole item, else the mean of the L2-normalised embeddings of all
-    views; None where the loss reads tokens.
-    """
-    if not objective.embeds_views:
-        return None
-    whole = objective.sees_whole
-    return (embeddings[:, 0] if whole else F.normalize(embeddings, dim=-1).mean(1)).cpu().numpy()
+                again = list(gradient_rows(backbone.in_float32, objective, parts, few, seed))
+                for i, block in enumerate(projected):
+                    block[faint] = np.concatenate([gradients[i] for *_, gradients in again])
+        whole = embeddings[:, 0].cpu().numpy() if objective.sees_whole else None
+        yield start, whole, projected
 
 
 def _name(items: Sequence, i: int, kind: str) -> str:

@@ -14,7 +14,7 @@ import logging
 import os
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -89,16 +89,8 @@ class Entry:
         self._range = 0, self.n  # the rows that the lock is for
 
     def missing(self, start: int = 0, stop: int | None = None) -> list[tuple[int, int]]:
-        """Return the row ranges [low, high) of start..stop that are not on disk, in order.
-
-        The range is whole shards (default: all). The answer comes from the listing alone.
-        """
-        start, stop = self._part(start, stop)
-        shards = self._shards()
-        absent = [first not in shards for first in range(start, stop, SHARD)]
-        edges = start + np.flatnonzero(np.diff([False, *absent, False])) * SHARD
-        pairs = edges.reshape(-1, 2)  # (2 gaps,) -> (gaps, 2)
-        return [(int(low), min(int(high), stop)) for low, high in pairs]
+        """Return the row ranges [low, high) of start..stop that are not on disk, see `gaps`."""
+        return gaps([self], start, stop)
 
     @property
     def complete(self) -> bool:
@@ -256,3 +248,19 @@ class Entry:
             torn.unlink(missing_ok=True)
             reason = f"cannot write features into {self.path}: {error.strerror}"
             raise OSError(error.errno, reason) from error
+
+
+def gaps(
+    entries: Sequence[Entry], start: int = 0, stop: int | None = None
+) -> list[tuple[int, int]]:
+    """Return the row ranges [low, high) of start..stop that any entry of as many rows lacks.
+
+    The range is whole shards (default: all), and so are the gaps: a resumed run must have the
+    batches of an undisturbed one, so the same bytes. The answer comes from the listings alone.
+    """
+    start, stop = entries[0]._part(start, stop)
+    there = set.intersection(*(set(entry._shards()) for entry in entries))
+    absent = [first not in there for first in range(start, stop, SHARD)]
+    edges = start + np.flatnonzero(np.diff([False, *absent, False])) * SHARD
+    pairs = edges.reshape(-1, 2)  # (2 gaps,) -> (gaps, 2)
+    return [(low, min(high, stop)) for low, high in pairs.tolist()]

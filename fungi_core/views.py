@@ -2,13 +2,13 @@
 
 A view never depends on the batch, its order or the number of workers: the generator of a random
 view is named by the image's own pixels. Geometry that depends on an image's size happens in PIL (on
-a GPU: as two matrix products) and gives uint8; what is the same for every image (cutting and
-enlarging patches, normalisation) happens on the model's device.
+a GPU: in torch) and gives uint8; what is the same for every image (cutting and enlarging patches,
+normalisation) happens on the model's device.
 """
 
 import math
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -191,10 +191,6 @@ class ImageInputs(Inputs):
 
     def fits(self, views: torch.Tensor) -> bool:
         return views.shape[-1] == self.size
-
-    def resized(self, size: int) -> "ImageInputs":
-        """Return the same transform for another input size."""
-        return replace(self, size=size)
 
     def blank(self, device: str, dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros(1, 3, self.size, self.size, device=device, dtype=dtype)

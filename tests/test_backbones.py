@@ -199,11 +199,12 @@ def test_bfloat16_by_name_and_as_torchs_own(dtype):
 
 
 @pytest.mark.parametrize(
-    "device", [0, 1, "cuda", "cuda:0", "cuda:3", torch.device("cuda", 0)], ids=repr
+    "device",
+    [9, "cuda:9", torch.device("cuda", 9)],
+    ids=repr,  # no machine has so many
 )
-def test_a_card_that_is_not_here_is_one_line(monkeypatch, device):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    with pytest.raises(ValueError, match="is not here; this machine has 0 CUDA devices") as error:
+def test_a_card_that_is_not_here_is_one_line(device):
+    with pytest.raises(ValueError, match="is none: .*; use 'auto', 'cpu', 'cuda'") as error:
         load("random:test_vit", device=device)
     assert one_line(error) and repr(device) in str(error.value)
 

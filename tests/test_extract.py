@@ -20,7 +20,6 @@ from companion.protocol import fungi_features, similarity
 from companion.stored import entries
 from fungi_core import DINO, KL, Fungi, SimCLR, extract, load, projection, store
 from fungi_core.features import apply_pca, fit_pca, join, normalize
-from fungi_core.filling import Target, gaps
 from fungi_core.rows import draw_parts, gradient_rows, view_batches
 from fungi_core.views import Crops, ImageInputs, Patches
 
@@ -72,7 +71,7 @@ def forbid(monkeypatch):
     def stop(*_args, **_kwargs):
         pytest.fail("something was extracted")
 
-    for rows in ("gradient_rows", "embedding_rows", "negative_latents", "trunk_rows"):
+    for rows in ("gradient_rows", "embedding_rows", "latents_of_views", "trunk_rows"):
         monkeypatch.setattr(extract, rows, stop)
 
 
@@ -83,7 +82,6 @@ def test_rows_are_those_of_the_transformer():
         8,
     ) and train.labels.tolist() == train.data.labels.tolist()
     assert list(train.blocks) == ["embedding", "kl", "dino", "simclr"]
-    assert list(train.views) == ["dino", "simclr"]
     assert all(
         block.shape == (12, 64) and block.dtype == np.float32 for block in train.blocks.values()
     )
@@ -207,18 +205,23 @@ def test_a_complete_embedding_is_not_locked_by_the_gradients_of_another_seed(mon
 
 
 @pytest.mark.parametrize(
-    ("ranges", "joined"),
+    ("lacking", "joined"),
     [
-        ([], []),
-        ([(256, 512), (0, 512)], [(0, 512)]),
-        ([(0, 256), (256, 300), (512, 600)], [(0, 768)]),  # 300 and 600 are in the middle of files
-        ([(0, 10), (512, 513), (890, 900)], [(0, 256), (512, 900)]),
+        ([[], []], []),
+        ([[256], [0, 256]], [(0, 512)]),
+        ([[0, 256], [512]], [(0, 768)]),
+        ([[0], [512, 768]], [(0, 256), (512, 900)]),
     ],
 )
-def test_gaps_are_the_union_of_what_targets_lack_in_whole_files(ranges, joined):
-    entry = lambda *gap: SimpleNamespace(n=900, missing=lambda *part: [gap])
-    targets = [Target(entry(*gap)) for gap in ranges]
-    assert list(map(tuple, gaps(targets, 900))) == joined
+def test_gaps_are_the_union_of_what_entries_lack_in_whole_files(lacking, joined, tmp_path):
+    entries = [store.open_entry({"i": i}, 900, 1, tmp_path) for i in range(len(lacking))]
+    for entry, absent in zip(entries, lacking, strict=True):
+        with entry.lock():
+            for first in {0, 256, 512, 768} - {*absent}:
+                entry.write(first, np.ones((min(256, 900 - first), 1)))
+    assert store.gaps(entries) == joined
+    part = [(256, 512)] if 256 in {*lacking[0], *lacking[1]} else []
+    assert store.gaps(entries, 256, 512) == part
 
 
 # --- keys
@@ -239,22 +242,22 @@ def of(*names):
     return {(split, name) for split in ("train", "test") for name in names}
 
 
-GRADIENTS, VIEWS = of("kl", "dino", "simclr"), of("dino_views", "simclr_views")
-EVERY = of("embedding") | GRADIENTS | VIEWS
+GRADIENTS = of("kl", "dino", "simclr")
+EVERY = of("embedding") | GRADIENTS
 
 
 def test_keys_hold_all_that_changes_a_feature():
     base = keys()
-    assert len(set(base.values())) == 12
-    assert changed(base, keys(seed=1)) == GRADIENTS | VIEWS
-    assert changed(base, keys(layer="blocks.4.attn.proj")) == GRADIENTS | VIEWS  # without views
+    assert len(set(base.values())) == 8
+    assert changed(base, keys(seed=1)) == GRADIENTS
+    assert changed(base, keys(layer="blocks.4.attn.proj")) == GRADIENTS
     assert changed(base, keys(backbone=small(dtype="bfloat16"))) == EVERY
     others = (
         (replace(SMALL[0], temperature=1), of("kl")),
         (replace(SMALL[1], student_temperature=0.2), of("dino")),
-        (replace(SMALL[1], views=Crops(local_scale=(0.1, 0.2))), of("dino", "dino_views")),
+        (replace(SMALL[1], views=Crops(local_scale=(0.1, 0.2))), of("dino")),
         (replace(SMALL[2], denominator="published"), of("simclr")),
-        (replace(SMALL[2], views=Patches(stride=2, native=True)), of("simclr", "simclr_views")),
+        (replace(SMALL[2], views=Patches(stride=2, native=True)), of("simclr")),
     )
     for other, expected in others:
         objectives = [other if one.name == other.name else one for one in SMALL]
@@ -274,7 +277,7 @@ def test_objectives_without_a_head_and_full_augmentation_have_stores_of_their_ow
     # 9 views each; without a head they are embeddings
     assert sorted(entry["width"] for entry in stored_latents()) == [9 * 16, 9 * 64]
     coloured = keys([SMALL[0], replace(SMALL[1], views=FullAugmentation(local_count=2)), SMALL[2]])
-    assert changed(base, coloured) == of("dino", "dino_views")
+    assert changed(base, coloured) == of("dino")
 
 
 def test_a_smaller_training_set_touches_the_test_rows_through_the_negatives_alone():
@@ -300,13 +303,13 @@ def test_keys_hold_nothing_that_does_not_change_a_feature(monkeypatch):
 
 
 def test_negatives_are_drawn_once_for_both_splits_and_every_layer(monkeypatch):
-    calls, intact = [], extract.negative_latents
+    calls, intact = [], extract.latents_of_views
 
     def counted(*args):
         calls.append(len(args[3]))
         return intact(*args)
 
-    monkeypatch.setattr(extract, "negative_latents", counted)
+    monkeypatch.setattr(extract, "latents_of_views", counted)
     digits(SMALL[2:])
     digits(SMALL[2:], layer="blocks.4.attn.proj")
     assert calls == [3]

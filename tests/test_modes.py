@@ -8,7 +8,7 @@ import torch
 from small import LAYERS, SMALL, Pictures, pictures, small
 
 from fungi_core import Fungi, resampling, tokens
-from fungi_core.devices import default_modes, steps_in_default_modes
+from fungi_core.devices import default_modes
 from fungi_core.extract import extract
 from fungi_core.rows import draw_parts
 
@@ -118,21 +118,6 @@ def test_heads_and_a_saved_file_that_come_from_inference_mode_serve_outside(tmp_
     np.testing.assert_array_equal(loaded.transform(images), expected)
     given = Fungi(small(), SMALL, pca=None, heads=heads).fit(images)
     np.testing.assert_array_equal(given.transform(images), expected)
-
-
-def test_a_generators_caller_keeps_its_modes_between_steps():
-    @steps_in_default_modes
-    def steps():
-        for _ in range(3):
-            yield state()
-
-    outside = state()
-    with torch.inference_mode(), float64(), meta():
-        inside = state()
-        for found in steps():
-            assert found == outside and state() == inside
-        assert state() == inside
-    assert state() == outside
 
 
 def test_modes_are_as_they_were_after_an_error():

@@ -7,10 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from small import LAYERS, SMALL, pictures, small
+from small import LAYERS, SMALL, Pictures, pictures, small
 
+from companion import controls
 from fungi_core import rows, store
-from fungi_core.filling import Target, write
+from fungi_core.extract import extract
+from fungi_core.filling import write
 from fungi_core.rows import draw_negatives, draw_parts, gradient_rows, view_batches
 from fungi_core.store import SHARD
 
@@ -60,18 +62,25 @@ def test_embeddings_come_along_whatever_the_parts():
     backbone, images = small(), pictures(5)
     parts = [draw_parts(backbone, SMALL[0], 0, layer) for layer in LAYERS[2:4]]
     done = list(gradient_rows(backbone, SMALL[0], parts, images, 0))
-    alone = [e for _, e, _ in rows.embedding_rows(backbone, images)]
+    alone = [e for _, (e,) in rows.embedding_rows(backbone, images)]
     close(np.concatenate([e for _, e, _ in done]), np.concatenate(alone), 1e-5)
 
 
-def test_the_mean_view_is_that_of_the_embeddings_of_all_views():
-    backbone, images, objective = small(), pictures(5), SMALL[1]
-    done = gradient_rows(backbone, objective, [draw_parts(backbone, objective, 0)], images, 0)
-    (batch,) = (batch for _, batch in view_batches(backbone, objective.views, "dino", images, 0))
+@pytest.mark.parametrize("kept", [True, False], ids=["from the kept trunk", "from the images"])
+def test_the_mean_view_is_that_of_the_embeddings_of_all_views(kept, tmp_path, monkeypatch):
+    backbone, objective = small(), SMALL[1]
+    data = Pictures("train", tuple(range(5)))
+    monkeypatch.setenv("FUNGI_STORE", str(tmp_path))
+    if kept:
+        extract(data, backbone, [objective], root=tmp_path)
+    batches = view_batches(backbone, objective.views, "dino", data, 0)
+    ((_, batch),) = batches
     with torch.inference_mode():
         each = [[backbone.embed(view[None])[0].numpy() for view in views] for views in batch]
     unit = np.stack(each) / np.linalg.norm(each, axis=-1, keepdims=True)  # (B, V, D)
-    close(np.concatenate([seen for _, seen, _ in done]), unit.mean(1), 1e-5)
+    if kept:
+        monkeypatch.setattr(rows, "view_batches", lambda *_: pytest.fail("views were made"))
+    close(controls.mean_view(data, backbone, objective, 0), unit.mean(1), 1e-5)
 
 
 # --- where rows go
@@ -90,30 +99,28 @@ def passing(n: int, asked: list):
         for start in range(0, len(some), 64):
             stop = min(start + 64, len(some))
             batch = slice(first + start, first + stop)
-            gradients = [values(n, source)[batch] for source in (0, 1)]
-            yield start, values(n, 2)[batch], gradients
+            yield start, [values(n, source)[batch] for source in (0, 1, 2)]
 
     return made
 
 
-def test_each_target_gets_its_source(tmp_path):
+def test_each_entry_gets_its_block(tmp_path):
     n, asked = 700, []
     entries = [store.open_entry({"i": i}, n, 4, tmp_path) for i in range(3)]
-    targets = [Target(entry, source) for entry, source in zip(entries, (0, 1, None), strict=True)]
-    write(targets, range(n), "three", passing(n, asked))
+    write(entries, range(n), "three", passing(n, asked))
     assert asked == [(0, n)]
     for i, entry in enumerate(entries):
         np.testing.assert_array_equal(entry.read(), values(n, i))
 
 
-def test_only_what_a_target_lacks_is_passed_over_again_in_whole_files(tmp_path):
+def test_only_what_an_entry_lacks_is_passed_over_again_in_whole_files(tmp_path):
     n, asked = 1000, []
     entry = store.open_entry({}, n, 4, tmp_path)
-    write([Target(entry)], range(n), "first", passing(n, asked))
+    write([entry], range(n), "first", passing(n, asked))
     before = {file.name: file.read_bytes() for file in entry.path.iterdir()}
     next(entry.path.glob(f"{SHARD:09d}-*")).unlink()
-    write([Target(entry)], range(n), "again", passing(n, asked))
+    write([entry], range(n), "again", passing(n, asked))
     assert asked == [(0, n), (SHARD, 2 * SHARD)]
     assert {file.name: file.read_bytes() for file in entry.path.iterdir()} == before
-    write([Target(entry)], range(n), "nothing", passing(n, asked))
+    write([entry], range(n), "nothing", passing(n, asked))
     assert len(asked) == 2

@@ -14,7 +14,7 @@ from companion import paths, segmentation, stored
 from companion.data import datasets, masks, mosaics
 from companion.evaluate import incontext, iou, scenes
 from companion.figures import grids, plots, style
-from fungi_core import filling, store
+from fungi_core import store
 from fungi_core.search import largest
 from fungi_core.tokens import Loss, unit_tokens
 
@@ -167,8 +167,7 @@ def test_head_draw_and_memory_size_are_part_of_the_key_where_they_matter(encoder
 
 
 def test_a_killed_run_goes_on_with_the_image_it_was_at(encoder, monkeypatch):
-    for module in (store, filling):
-        monkeypatch.setattr(module, "SHARD", 5)  # no divisor of an image's 16 patches
+    monkeypatch.setattr(store, "SHARD", 5)  # no divisor of an image's 16 patches
     some, seen = views(toy(4)), []
     expected = scenes.gradients(some, encoder, Loss(), 0, some)
     monkeypatch.setenv("FUNGI_STORE", str(paths.store_dir().with_name("killed")))

@@ -543,7 +543,7 @@ def test_a_file_that_is_missing_or_no_image(tmp_path):
 
 
 @pytest.mark.parametrize("shape", [(37, 61), (300, 200), (40, 40)])
-def test_crops_as_products_of_matrices_are_pils(shape):
+def test_crops_on_a_device_are_pils(shape):
     image = picture(seed=5).resize(shape[::-1], Image.BICUBIC)
     boxes = views.crop_boxes(
         *image.size, np.array([[0.25, 1.0]] * 4 + [[0.05, 0.25]] * 8), np.random.default_rng(1)

@@ -9,14 +9,18 @@ from dataclasses import replace
 
 import numpy as np
 import pandas as pd
+import torch
+import torch.nn.functional as F
 
 from companion import paths
 from companion.data.images import Images
 from companion.evaluate.knn import bootstrap, knn_by_similarity, knn_predict
 from companion.protocol import GAIN, Pair, metric, reduced, right_or_wrong, similarity
-from fungi_core import KL, projection
+from fungi_core import DINO, KL, SimCLR, projection
 from fungi_core.backbones import Backbone
-from fungi_core.extract import Features, extract
+from fungi_core.extract import Features, extract, open_trunk
+from fungi_core.objectives import Objective
+from fungi_core.rows import latents_of_views
 from fungi_core.seeds import generator
 
 GRADIENTS = ("kl", "dino", "simclr")
@@ -25,11 +29,13 @@ ALL = "E+K+D+S"
 Hits = list[np.ndarray]  # (N,) bool for each seed
 
 
-def stand_in_hits(pairs: Sequence[Pair], *, k: int, pca: int, seed: int) -> dict[str, Hits]:
+def stand_in_hits(
+    pairs: Sequence[Pair], backbone: Backbone, *, k: int, pca: int, seed: int
+) -> dict[str, Hits]:
     """Put other vectors in the gradients' place, joined and reduced as the gradients are."""
     hits = {}
     for i, (train, test) in enumerate(pairs):
-        a, b = stand_ins(train, seed + i), stand_ins(test, seed + i)
+        a, b = (stand_ins(rows, backbone, seed + i) for rows in (train, test))
         for name in a:
             rows, queries = reduced(a[name], b[name], list(a[name]), pca)
             right = knn_predict(rows, train.labels, queries, k=k) == test.labels
@@ -37,7 +43,7 @@ def stand_in_hits(pairs: Sequence[Pair], *, k: int, pca: int, seed: int) -> dict
     return hits
 
 
-def stand_ins(rows: Features, seed: int) -> dict[str, dict[str, np.ndarray]]:
+def stand_ins(rows: Features, backbone: Backbone, seed: int) -> dict[str, dict[str, np.ndarray]]:
     """Return the blocks of each control: {control: {block: (N, D)}}.
 
     The views' means took the same forward passes as the gradients; KL's one view is the image.
@@ -45,7 +51,10 @@ def stand_ins(rows: Features, seed: int) -> dict[str, dict[str, np.ndarray]]:
     whole = rows.blocks["embedding"]
     embedding = {"embedding": whole}
     gradients = {name: rows.blocks[name] for name in GRADIENTS}
-    means = {f"{name}_views": mean for name, mean in rows.views.items()}
+    means = {
+        f"{objective.name}_views": mean_view(rows.data, backbone, objective, seed)
+        for objective in (DINO(), SimCLR())
+    }
     sign = lambda name: generator("signs", seed, name, rows.data.split).choice([-1, 1], whole.shape)
     signs = {name: sign(name).astype(np.float32) for name in GRADIENTS}
     return {
@@ -55,6 +64,18 @@ def stand_ins(rows: Features, seed: int) -> dict[str, dict[str, np.ndarray]]:
         "FUNGI and views' means": embedding | gradients | means,
         "random signs": embedding | signs,
     }
+
+
+def mean_view(data: Images, backbone: Backbone, objective: Objective, seed: int) -> np.ndarray:
+    """Return the mean of the L2-normalised embeddings of an objective's views, (N, D) float32.
+
+    What the trunk says of the views is read from the store, where it is kept.
+    """
+    trunk = open_trunk(data, backbone, objective, seed, paths.store_dir())
+    held = trunk.files() if trunk and trunk.complete else None
+    views = latents_of_views(backbone, objective, {}, data, seed, held)  # no head: embeddings
+    means = [F.normalize(embeddings, dim=-1).mean(1) for _, embeddings in views]  # (B, D) each
+    return torch.cat(means).numpy(force=True)
 
 
 def shuffled_hits(

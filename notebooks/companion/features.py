@@ -23,6 +23,7 @@ from companion.encoders.objectives import named
 from companion.encoders.table import load
 from fungi_core import store
 from fungi_core.backbones import Backbone
+from fungi_core.devices import default_modes
 from fungi_core.extract import (
     Features,
     describe,
@@ -32,7 +33,6 @@ from fungi_core.extract import (
     shard_rows,
     stored_negatives,
 )
-from fungi_core.filling import Target
 from fungi_core.rows import draw_parts, gradient_rows
 
 ALL = ("kl", "dino", "simclr")
@@ -73,6 +73,7 @@ def splits(dataset: str, n_train: int | None, n_test: int | None) -> tuple:
     return tuple(datasets.load(dataset, split, limit=n or None) for split, n in sizes)
 
 
+@default_modes()
 def of_items(
     items: Sequence, encoder: Backbone, train: Features, names: Names, seed: int = 0
 ) -> Features:
@@ -118,7 +119,7 @@ def layer_features(
             meta = describe(data, encoder, objective, both[0], seed, layer, "rademacher")
             entries[layer] = store.open_entry(meta, len(data), encoder.width, root)
         for some in ([layer for layer in layers if layer not in own], own):
-            targets = [Target(entries[layer], source) for source, layer in enumerate(some)]
+            targets = [entries[layer] for layer in some]
             options = dict(train=both[0], seed=seed, root=root)
             fill_gradients(targets, data, encoder, objective, some, **options)
         for layer, entry in entries.items():

@@ -171,7 +171,6 @@ class IBOT(Objective):
     dim: int = 2048
     mask_ratio: float = 0.3
     name: ClassVar[str] = "ibot"
-    embeds_views: ClassVar[bool] = False
 
     def heads(self, backbone, generator: np.random.Generator) -> Heads:
         """Draw student and teacher head, and the masks (global crops, patches) bool."""
@@ -298,7 +297,6 @@ class MaskedWords(Objective):
 
     views: MaskedCopies = MaskedCopies()
     name: ClassVar[str] = "mlm"
-    embeds_views: ClassVar[bool] = False
 
     def heads(self, backbone, generator: np.random.Generator) -> Heads:
         """Return the table of word embeddings, (words, D)."""

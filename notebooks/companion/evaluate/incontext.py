@@ -24,7 +24,7 @@ from companion.evaluate.scenes import (
     vectors,
 )
 from fungi_core.backbones import Backbone
-from fungi_core.filling import Target, write
+from fungi_core.filling import write
 from fungi_core.search import largest, rows_at_once
 from fungi_core.store import open_entry
 
@@ -111,10 +111,10 @@ class Lookup:
                 truth = self.queries[images[at]][1]
                 maps = [segment(soft[kind], truth.shape) for kind in todo]
                 counts = [iou.confusion(truth, one, classes) for one in maps]
-                yield at, None, [one.reshape(1, -1).astype(np.float32) for one in counts]
+                yield at, [one.reshape(1, -1).astype(np.float32) for one in counts]
 
-        targets = [Target(entries[kind], source) for source, kind in enumerate(todo)]
-        write(targets, range(n), f"{self.queries.data.name} {', '.join(todo)}", rows)
+        label = f"{self.queries.data.name} {', '.join(todo)}"
+        write([entries[kind] for kind in todo], range(n), label, rows)
         found = {kind: entry.read().reshape(n, classes, classes) for kind, entry in entries.items()}
         return found, [entry.key for entry in entries.values()]
 

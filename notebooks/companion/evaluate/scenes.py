@@ -16,7 +16,7 @@ from torchvision.transforms.v2 import functional as TF
 from companion import paths
 from companion.data.masks import Scenes
 from fungi_core.backbones import Backbone
-from fungi_core.filling import Target, write
+from fungi_core.filling import write
 from fungi_core.rows import draw_parts
 from fungi_core.seeds import generator
 from fungi_core.store import open_entry
@@ -190,9 +190,9 @@ def encoded(
             flat = blocks.flatten(0, 1).numpy(force=True)
             start = some[0] * each
             cut = slice(max(first - start, 0), stop - start)
-            yield max(start - first, 0), None, [flat[cut]]
+            yield max(start - first, 0), [flat[cut]]
 
-    write([Target(entry)], range(total), f"{views.data.name} {views.role}", rows)
+    write([entry], range(total), f"{views.data.name} {views.role}", rows)
     return entry.read().reshape(len(views), each, -1)
 
 
