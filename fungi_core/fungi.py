@@ -1,27 +1,20 @@
 """``Fungi``, the scikit-learn transformer: images in, FUNGI features out (eq. 2 and 3)."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from numbers import Integral
-from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
-from sklearn.decomposition import PCA
 from sklearn.utils.validation import check_is_fitted
 
-from . import inputs, objectives, views
+from . import objectives
 from .backbones import Backbone, load
 from .devices import default_modes
 from .features import PCA_SIZE, apply_pca, fit_pca, join
 from .projection import Rademacher
 from .rows import draw_negatives, draw_parts, embedding_rows, gradient_rows
-
-_PARTS = ("components", "mean", "explained_variance")  # the arrays that make up a fitted PCA
 
 
 class Fungi(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
@@ -116,75 +109,6 @@ class Fungi(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
             out["embedding"] = np.concatenate([e for _, (e,) in embedding_rows(self.backbone_, X)])
         return {name: out[name] for name in ("embedding", *(o.name for o in self.objectives))}
 
-    def save(self, file: str | Path) -> None:
-        """Write settings, negatives and PCA as one safetensors file, without pickle.
-
-        The weights are not part of the file. Raises ValueError for what such a file cannot hold:
-        heads or a projection passed in, or an objective of one's own.
-        """
-        check_is_fitted(self, "_n_features_out")
-        if self.heads is not None or not isinstance(self.projection, str):
-            given = "a Fungi with heads or a projection passed in"
-            raise ValueError(f"{given} cannot be saved; its file holds the seed only")
-        settings = {name: getattr(self, name) for name in ("pca", "seed", "projection")}
-        settings |= {
-            "layer": self.backbone_.layer,
-            "backbone": str(self.backbone) if isinstance(self.backbone, (str, Path)) else None,
-            "dtype": str(self.backbone_.dtype).removeprefix("torch."),
-            "objectives": [_described(one) for one in self.objectives],
-            "n_features_out": self._n_features_out,
-            "fingerprint": self.backbone_.fingerprint,
-            "fitted_with": _identity(self.backbone_),
-        }
-        arrays = {
-            f"negatives.{name}": part.negatives.cpu().numpy()
-            for name, part in self.parts_.items()
-            if part.negatives is not None
-        }
-        if self.pca_ is not None:
-            arrays |= {f"pca.{name}": getattr(self.pca_, f"{name}_") for name in _PARTS}
-        arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-        save_file(arrays, file, metadata={"fungi": json.dumps(settings, default=int)})
-
-    @classmethod
-    @default_modes()
-    def load(cls, file: str | Path, *, backbone=None, device="auto") -> "Fungi":
-        """Return the transformer that `save` wrote, on any device.
-
-        ``backbone`` is needed where the saved one was no name. Raises ValueError for any other
-        file, or where the weights are not those that it was fitted with.
-        """
-        try:
-            with safe_open(str(file), framework="numpy") as opened:
-                settings = json.loads((opened.metadata() or {})["fungi"])
-                arrays = {name: opened.get_tensor(name) for name in opened.keys()}
-        except (SafetensorError, KeyError) as error:
-            raise ValueError(f"{file} was not written by Fungi.save: {error}") from error
-        names = "n_features_out", "fingerprint", "fitted_with"
-        n_features, fingerprint, fitted_with = (settings.pop(name) for name in names)
-        settings["objectives"] = tuple(_restored(one) for one in settings["objectives"])
-        settings["backbone"] = backbone if backbone is not None else settings["backbone"]
-        if settings["backbone"] is None:
-            raise ValueError(f"{file} was saved without its network; pass backbone=...")
-        self = cls(**settings, device=device)
-        self._set_up()
-        if self.backbone_.fingerprint != fingerprint:
-            name = self.backbone_.name
-            raise ValueError(f"{name}'s weights differ from those {file} was fitted with")
-        if (found := _identity(self.backbone_)) != fitted_with:
-            raise ValueError(f"{file} was fitted with backbone {fitted_with}, this one is {found}")
-        for name, part in self.parts_.items():
-            if f"negatives.{name}" in arrays:
-                array = torch.from_numpy(arrays[f"negatives.{name}"])
-                part.negatives = array.to(self.backbone_.device)
-        self.pca_ = None
-        if "pca.mean" in arrays:
-            self.pca_ = PCA(n_features)
-            for name in _PARTS:
-                setattr(self.pca_, f"{name}_", arrays[f"pca.{name}"])
-        self._n_features_out = n_features
-        return self
-
     @default_modes()
     def _set_up(self) -> None:
         self._check()
@@ -229,11 +153,6 @@ class Fungi(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         return join(self.extract(X), [*(o.name for o in self.objectives), "embedding"])
 
 
-def _identity(backbone: Backbone) -> list[str]:
-    """Return what features depend on besides weights: the name draws the projection."""
-    return [backbone.name, backbone.layer, json.dumps(backbone.inputs.identity())]
-
-
 def _as_sequence(X) -> Sequence:
     """Return X as a sequence in its own order: a pandas Series or one-column frame counts by rows.
 
@@ -254,29 +173,3 @@ def _as_sequence(X) -> Sequence:
     if len(X) == 0:
         raise ValueError("X holds no image")
     return X
-
-
-def _kinds() -> dict[str, type]:
-    """Return the objectives and the views that a saved transformer can name."""
-    from . import audio, text  # here: images need neither
-
-    kinds = objectives.KL, objectives.DINO, objectives.SimCLR
-    kinds += inputs.Whole, views.Crops, views.Patches, text.Deletions, audio.Noise
-    return {getattr(kind, "name", kind.__name__): kind for kind in kinds}
-
-
-def _described(objective: objectives.Objective) -> dict:
-    """Return an objective's settings as JSON; ValueError for one that `_restored` does not know."""
-    known, kind, seen = _kinds(), type(objective), type(objective.views)
-    if known.get(objective.name) is not kind or known.get(seen.__name__) is not seen:
-        yours = f"{kind.__name__} with {seen.__name__} is your own"
-        raise ValueError(f"{yours} and cannot be saved; there are {', '.join(known)}")
-    views, settings = objective.settings()
-    return {"name": objective.name, "views": views, "settings": settings}
-
-
-def _restored(record: dict) -> objectives.Objective:
-    """Return the objective that `_described` wrote."""
-    known, (seen, settings) = _kinds(), record["views"]
-    tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
-    return known[record["name"]](views=known[seen](**tuples), **record["settings"])

@@ -9,7 +9,6 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from safetensors.numpy import save_file
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from sklearn.neighbors import KNeighborsClassifier
@@ -119,10 +118,10 @@ def test_pipeline_with_a_classifier():
     assert clone(model).fit(images, labels).score(images, labels) == 1
 
 
-@pytest.mark.parametrize("call", ["transform", "extract", "get_feature_names_out", "save"])
-def test_before_fit(call, tmp_path):
+@pytest.mark.parametrize("call", ["transform", "extract", "get_feature_names_out"])
+def test_before_fit(call):
     with pytest.raises(NotFittedError, match="not fitted"):
-        getattr(transformer(), call)(tmp_path / "f" if call == "save" else pictures(1))
+        getattr(transformer(), call)(pictures(1))
 
 
 def test_fit_transform_is_fit_and_transform():
@@ -266,8 +265,7 @@ def test_the_paper_rule_for_pca(monkeypatch, tmp_path):
         1e-4,
     )
     counted = transformer(pca=np.int64(12), seed=np.int64(0), objectives=SMALL[:1]).fit(images)
-    counted.save(tmp_path / "f")
-    close(Fungi.load(tmp_path / "f").transform(images[:5]), twelve.transform(images[:5]))
+    close(counted.transform(images[:5]), twelve.transform(images[:5]))
     monkeypatch.setattr("fungi_core.fungi.PCA_SIZE", 12)  # the embedding, 64 wide, is wider
     assert transformer(pca="paper", objectives=SMALL[:1]).fit(images)._n_features_out == 12
 
@@ -380,26 +378,6 @@ def test_set_output_gives_a_data_frame():
     assert list(frame.columns) == ["fungi0", "fungi1", "fungi2"] and frame.shape == (6, 3)
 
 
-# --- save and load
-
-
-@pytest.mark.parametrize("size", [None, 4])
-def test_save_and_load(size, tmp_path):
-    images = pictures(6)
-    first = transformer(pca=size, seed=2).fit(images)
-    first.save(tmp_path / "f.safetensors")
-    second = Fungi.load(tmp_path / "f.safetensors", device="cpu")
-    np.testing.assert_array_equal(second.transform(images), first.transform(images))
-    mine, theirs = first.get_params(), second.get_params()
-    resolved = {"objectives": first.objectives, "layer": first.backbone_.layer}
-    assert theirs | resolved == mine | resolved and theirs["layer"] == first.backbone_.layer
-    assert tuple(second.objectives) == tuple(first.objectives)
-    assert second.get_feature_names_out().tolist() == first.get_feature_names_out().tolist()
-    second.save(tmp_path / "g.safetensors")
-    assert (tmp_path / "g.safetensors").read_bytes() == (tmp_path / "f.safetensors").read_bytes()
-    assert b"pickle" not in (tmp_path / "f.safetensors").read_bytes()
-
-
 def test_a_layer_named_beside_a_backbone_is_the_one_that_is_used():
     options = dict(device="cpu", dtype="float32")
     last, first = (load(NAME, layer=f"blocks.{i}.attn.proj", **options) for i in (5, 0))
@@ -407,73 +385,6 @@ def test_a_layer_named_beside_a_backbone_is_the_one_that_is_used():
     named = Fungi(last, (KL(),), layer="blocks.0.attn.proj").fit_transform(images)
     np.testing.assert_array_equal(named, Fungi(first, (KL(),)).fit_transform(images))
     assert not np.allclose(named, Fungi(last, (KL(),)).fit_transform(images), atol=1e-3)
-
-
-def test_a_backbones_layer_is_saved(tmp_path):
-    """Loaded by name, the gradients come from the layer that it was fitted with."""
-    options = dict(device="cpu", dtype="float32")
-    backbone = load("random:test_vit", layer="blocks.0.attn.proj", **options)
-    first = Fungi(backbone, (KL(),)).fit(images := pictures(4))
-    first.save(tmp_path / "f.safetensors")
-    second = Fungi.load(tmp_path / "f.safetensors", backbone="random:test_vit", device="cpu")
-    np.testing.assert_array_equal(second.transform(images), first.transform(images))
-
-
-def test_a_module_is_saved_without_its_network(tmp_path):
-    module = timm.create_model("test_vit", num_classes=0, img_size=32)
-    first = transformer(backbone=module, layer=LAYER, pca=3).fit(pictures(6))
-    first.save(tmp_path / "f")
-    with pytest.raises(ValueError, match="f was saved without its network; pass backbone="):
-        Fungi.load(tmp_path / "f")
-    second = Fungi.load(tmp_path / "f", backbone=module, device="cpu")
-    np.testing.assert_array_equal(second.transform(pictures(4)), first.transform(pictures(4)))
-    other = timm.create_model("test_vit", num_classes=0, img_size=32)
-    with pytest.raises(ValueError, match="VisionTransformer's weights differ from those"):
-        Fungi.load(tmp_path / "f", backbone=other, device="cpu")
-
-
-class Mine(KL):
-    """An objective of one's own."""
-
-
-def test_what_cannot_be_saved_says_so(fitted, tmp_path):
-    own = transformer(objectives=(Mine(dim=8),)).fit(pictures(2))
-    with pytest.raises(ValueError, match="Mine with Whole is your own and cannot be saved"):
-        own.save(tmp_path / "f")
-    heads = transformer(objectives=SMALL[:1], heads={"kl": fitted.parts_["kl"].heads}).fit(
-        pictures(2)
-    )
-    with pytest.raises(ValueError, match="heads or a projection passed in cannot be saved"):
-        heads.save(tmp_path / "f")
-    assert not (tmp_path / "f").exists()
-
-
-def test_load_refuses_foreign_files_and_changed_weights(fitted, tmp_path, monkeypatch):
-    save_file({"a": np.zeros(3)}, tmp_path / "other.safetensors")
-    (tmp_path / "text.safetensors").write_text("hello, this is no such file")
-    (tmp_path / "empty.safetensors").write_bytes(b"")
-    for name in ("other", "text", "empty"):
-        with pytest.raises(ValueError, match=f"{name}.safetensors was not written by Fungi.save"):
-            Fungi.load(tmp_path / f"{name}.safetensors")
-    with pytest.raises(FileNotFoundError):
-        Fungi.load(tmp_path / "absent.safetensors")
-    fitted.save(tmp_path / "f.safetensors")
-    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "f.safetensors").read_bytes()[:-40])
-    with pytest.raises(ValueError, match="cut.safetensors was not written by"):
-        Fungi.load(tmp_path / "cut.safetensors")
-    create = backbones.create
-
-    def trained_further(*settings):
-        model = create(*settings)
-        model.norm.bias.data[0] += 1e-3
-        return model
-
-    monkeypatch.setattr(backbones, "create", trained_further)
-    with pytest.raises(
-        ValueError,
-        match="random:test_vit's weights differ from those .*f.safetensors was fitted with",
-    ):
-        Fungi.load(tmp_path / "f.safetensors")
 
 
 def test_a_features_blocks_are_in_the_order_of_eq_2(fitted):

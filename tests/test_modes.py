@@ -105,17 +105,13 @@ def test_patches_are_the_same(mode):
         np.testing.assert_array_equal(same.numpy(), block.numpy())
 
 
-def test_heads_and_a_saved_file_that_come_from_inference_mode_serve_outside(tmp_path):
+def test_heads_that_come_from_inference_mode_serve_outside():
     images = pictures(4)
-    first = Fungi(small(), SMALL, pca=None).fit(images)
-    expected = first.transform(images)
-    first.save(tmp_path / "f")
+    expected = Fungi(small(), SMALL, pca=None).fit_transform(images)
     with torch.inference_mode():
         heads = {o.name: draw_parts(small(), o, 0).heads for o in SMALL}
         heads = {name: {k: v.clone() for k, v in one.items()} for name, one in heads.items()}
-        loaded = Fungi.load(tmp_path / "f", backbone=small())
     assert heads["kl"]["weight"].is_inference()
-    np.testing.assert_array_equal(loaded.transform(images), expected)
     given = Fungi(small(), SMALL, pca=None, heads=heads).fit(images)
     np.testing.assert_array_equal(given.transform(images), expected)
 
