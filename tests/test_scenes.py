@@ -310,13 +310,14 @@ def test_segment_is_bilinear():
 def test_tables_and_figures_of_a_toy_case(encoder):
     case = segmentation.Case("toy", "tiny", encoder, toy(6), toy(4, "test"))
     assert [case.kept(share) for share in (0.25, 0.001, 1)] == [4, 1, 16]
-    table, found = segmentation.by_memory(case, 4)
+    table, found = segmentation.by_memory(case, (4, 3))
     small, _, large = case.shares
     assert table["memory"].tolist() == [6] * 7 + [12] * 7 + [90] * 6
     assert table["runs"].tolist() == [4] * 14 + [3] * 6
     assert [counts.shape for counts in found[large].values()] == [(3, 4, 3, 3)] * 6
     base = table[table["features"] == "embedding"]
     assert (base[segmentation.GAIN] == 0).all(axis=None) and (table["low"] <= table["high"]).all()
+    assert set(segmentation.by_memory(case, (1, 0))[1]) == set(case.shares[:2])
     # Six runs of one kind with the same images and the same memory are told apart by their heads.
     assert not np.array_equal(found[large]["FUNGI"][0], found[large]["FUNGI"][1])
     assert np.array_equal(found[large]["embedding"][0], found[large]["embedding"][1])

@@ -1,8 +1,7 @@
 """The paper's segmentation tables, and what their gain is made of, with intervals.
 
-Chosen before any result was seen: Table 18's settings, the paper's three shares of the training
-patches, several choices of patches at the two smaller ones with a head each, three heads at the
-largest. Gains are paired differences on the same images, crops, patches and heads.
+Table 18's settings, the paper's three shares of the training patches; `data/PROTOCOL.md` says what
+was chosen. Gains are paired differences on the same images, crops, patches and heads.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,7 +26,7 @@ FUNGI = "FUNGI"
 # trainaug split, and of ADE20K.
 SHARES = (0.0094, 0.0945, 0.945)
 ADE_SHARES = (0.00495, 0.0495, 0.495)
-HEADS = 3  # at most
+HEADS = 3
 FEW = {"k": 90, "temperature": 0.1}  # Table 18, few-shot column; all patches are kept
 FEW_EPOCHS = 8
 LARGEST = tuple(kind for kind in KINDS if kind != "FUNGI, eq. 5")  # at the largest memory
@@ -132,16 +131,17 @@ def scores(found: Outcomes, case: Case, **columns) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=names).assign(**about, **columns)
 
 
-def by_memory(case: Case, runs: int) -> tuple[pd.DataFrame, dict[float, Outcomes]]:
+def by_memory(case: Case, runs: tuple[int, int]) -> tuple[pd.DataFrame, dict[float, Outcomes]]:
     """Return Tables 3 and 7 for one case, with the controls, and {share: outcomes}.
 
-    All but the largest memory are drawn ``runs`` times, each time with the next of the heads; the
-    largest once, with every head. In the table ``paper`` is the gain that the paper prints for that
-    one of its three memory sizes.
+    ``runs``: how often the smaller memories are drawn, each time with the next of three heads, and
+    how many heads look up the largest, whose patches are drawn once; without any it is left out. In
+    the table ``paper`` is the gain that the paper prints for that one of its three memory sizes.
     """
-    frames, found, heads = [], {}, min(HEADS, runs)
-    for share, gain in zip(case.shares, printed_gains(case), strict=True):
-        drawn, kinds = [(draw, draw % heads) for draw in range(runs)], KINDS
+    frames, found, (draws, heads) = [], {}, runs
+    shares = case.shares if heads else case.shares[:-1]
+    for share, gain in zip(shares, printed_gains(case), strict=False):
+        drawn, kinds = [(draw, draw % HEADS) for draw in range(draws)], KINDS
         if share == case.shares[-1]:
             drawn, kinds = [(0, head) for head in range(heads)], LARGEST
         each = case.kept(share)
@@ -173,17 +173,17 @@ def memory_contrast(case: Case, small: Outcomes, large: Outcomes) -> Interval:
     return iou.bootstrap(terms, generator("bootstrap", case.seed, "memory", case.dataset))
 
 
-def few_shot(case: Case, counts: Sequence[float], runs: int) -> pd.DataFrame:
-    """Return Table 4 for one case: `scores` with few labelled images, the mean of three runs.
+def few_shot(case: Case, counts: Sequence[float], draws: int) -> pd.DataFrame:
+    """Return Table 4 for one case: `scores` with few labelled images, the mean over ``draws``.
 
-    ``counts``: how many images, or, below 1, which share of the training images. Each run takes
+    ``counts``: how many images, or, below 1, which share of the training images. Each draw takes
     other images and another head; the settings are those of Table 18's few-shot column.
     """
     frames = []
     for asked in counts:
         count = int(asked) if asked >= 1 else max(1, round(asked * len(case.train)))
         lookups = []
-        for draw in range(min(HEADS, runs)):
+        for draw in range(draws):
             train = case.train.draw(count, draw)
             memory, support = (case.views(train, x, FEW_EPOCHS) for x in ("memory", "support"))
             views = memory, support, case.queries
@@ -196,7 +196,7 @@ def few_shot(case: Case, counts: Sequence[float], runs: int) -> pd.DataFrame:
 # ---- what the gain is made of
 
 
-def by_mosaic(case: Case, tiles: str, rounds: int, runs: int) -> pd.DataFrame:
+def by_mosaic(case: Case, tiles: str, rounds: int, heads: int) -> pd.DataFrame:
     """Return `scores` on scenes of one, two and four classes made of the same images.
 
     ``tiles``: an image data set; `mosaics` says how scenes are laid out. A tile has 8 x 8 patches,
@@ -210,8 +210,8 @@ def by_mosaic(case: Case, tiles: str, rounds: int, runs: int) -> pd.DataFrame:
             for split in ("train", "test")
         )
         scene = Case(train.name, case.backbone, encoder, train, test, case.seed, case.stores)
-        every, heads = scene.memory.patches, range(min(HEADS, runs))
-        lookups = [scene.lookup(every, head=head) for head in heads]
+        every = scene.memory.patches
+        lookups = [scene.lookup(every, head=head) for head in range(heads)]
         found = outcomes(scene, lookups, LARGEST)
         frames.append(scores(found, scene, classes=f"{count}", images=len(test)))
     return pd.concat(frames, ignore_index=True)

@@ -116,10 +116,12 @@ def variants(df: pd.DataFrame, *, against: str, interval: str = "95 % interval")
     the published difference in points. A `value` of NaN is marked as not applicable.
     """
     columns, names = list(df["column"].unique()), list(df["variant"].unique())
-    shape = {"columns": 1, "width": style.PAGE, "sharex": "col", "sharey": True}
-    fig, parts = facets(df, CONDITION, 0.7 + 0.2 * len(names), each=len(columns), **shape)
+    wide = len(columns) > 3  # then each has a title of its own, three in a row
+    by, each, across = ((*CONDITION, "column"), 1, 3) if wide else (CONDITION, len(columns), 1)
+    shape = {"columns": across, "width": style.PAGE, "sharex": False if wide else "col"}
+    fig, parts = facets(df, by, 0.7 + 0.2 * len(names), each=each, sharey=True, **shape)
     for axes, here in parts:
-        for ax, column in zip(axes, columns, strict=True):
+        for ax, column in zip(axes, here["column"].unique() if wide else columns, strict=True):
             beside = {"xycoords": ax.get_yaxis_transform()}
             for r in here[here["column"] == column].itertuples():
                 y, ink = names.index(r.variant), colour(r.features)
@@ -131,7 +133,8 @@ def variants(df: pd.DataFrame, *, against: str, interval: str = "95 % interval")
                     note(ax, f"{r.value:.1f}", 1, y, (2, 0), **beside)
             ax.axvline(0, color=INK, linewidth=0.7, linestyle=DASHED)
             list_axis(ax, names)
-            head(ax, column)
+            if not wide:
+                head(ax, column)
     fig.supxlabel(f"difference from {against} (points; right: percent)")
     key(fig, {f"ours, {interval}": {}}, _if_any(df, "the paper's difference"))
     return fig
