@@ -332,12 +332,10 @@ def test_tables_and_figures_of_a_toy_case(encoder):
     assert few["setting"].tolist() == ["2 images"] * 3 + ["3 images"] * 3
     parts = segmentation.by_classes(case, found[large])
     assert parts["images"].tolist() == [4] * 6  # too few images of each number of classes
-    classes = segmentation.by_class(case, found[small])
-    assert classes.groupby("features")["share"].sum().tolist() == pytest.approx([100, 100])
     query, near = segmentation.explorer(case, 2)(1, 1, 1)
     assert query["box"] == (16, 16, 16) and [len(x) for x in near.values()] == [8, 8]
     for fig in (
-        plots.class_iou(classes),
+        plots.by_classes(parts),
         grids.mask_rows(rows, case.test.classes),
         grids.neighbours(query, near),
     ):

@@ -32,8 +32,8 @@ NOTEBOOKS = ROOT / "notebooks"
 TYPES = {"int": (int,), "float": (float, int), "str": (str,), "bool": (bool,), "list": (list,)}
 # Numbers, alone or in lists, are finite and not negative; these are at least 1.
 COUNTS = frozenset(
-    "k shots most shown size seeds draws repeats views_a_call precision_images simclr_steps strides"
-    .split()
+    "k shots most shown side rounds seeds draws repeats views_a_call precision_images simclr_steps"
+    " strides".split()
 )  # fmt: skip
 # What differs between two runs with equal outputs, beside what nbstripout always removes.
 STRIPPED = """metadata.papermill cell.metadata.papermill cell.metadata.execution metadata.widgets

@@ -176,11 +176,11 @@ def memory_contrast(case: Case, small: Outcomes, large: Outcomes) -> Interval:
 def few_shot(case: Case, counts: Sequence[float], draws: int) -> pd.DataFrame:
     """Return Table 4 for one case: `scores` with few labelled images, the mean over ``draws``.
 
-    ``counts``: how many images, or, below 1, which share of the training images. Each draw takes
-    other images and another head; the settings are those of Table 18's few-shot column.
+    ``counts``: how many images, or, below 1, which share of the training images; 0: none. Each
+    draw takes other images and another head; settings are those of Table 18's few-shot column.
     """
     frames = []
-    for asked in counts:
+    for asked in filter(None, counts):
         count = int(asked) if asked >= 1 else max(1, round(asked * len(case.train)))
         lookups = []
         for draw in range(draws):
@@ -258,18 +258,6 @@ def examples(case: Case, share: float, found: Outcomes) -> tuple[list[dict], pd.
         text = f"{title}: {gain[i]:+.0f} points".replace("-", "−")
         rows.append({"title": text, "image": np.asarray(image), "masks": maps | {"truth": truth}})
     return rows, each
-
-
-def by_class(case: Case, found: Outcomes) -> pd.DataFrame:
-    """Return what `plots.class_iou` draws: each class's IoU and share of the pixels, in percent."""
-    about = {"dataset": case.dataset, "backbone": case.backbone}
-    frames = []
-    for kind, name in {"embedding": "E", FUNGI: FUNGI}.items():
-        total = found[kind].sum((0, 1))
-        place = about | {"features": name, "class": case.test.classes}
-        numbers = {"share": 100 * total.sum(1) / total.sum(), "value": iou.iou(total)}
-        frames.append(pd.DataFrame(place | numbers))
-    return pd.concat(frames, ignore_index=True)
 
 
 def explorer(case: Case, images: int) -> Callable[[int, int, int], tuple]:

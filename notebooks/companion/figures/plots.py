@@ -31,7 +31,6 @@ from companion.figures.panels import (
 from companion.figures.style import INK, NAMES, PALE, SMALL, colour
 
 CONDITION = ("dataset", "backbone")
-PAIR = {"embedding": {"color": style.COLOURS["E"]}, "FUNGI": {"color": style.FUNGI}}
 
 
 def class_deltas(df: pd.DataFrame) -> Figure:
@@ -268,37 +267,6 @@ def by_classes(df: pd.DataFrame) -> Figure:
     fig.supxlabel("classes in a scene")
     fig.supylabel("gain over the embedding (mIoU)")
     key(fig, {name: {"color": ink} for name, ink in inks.items()})
-    return fig
-
-
-def class_iou(df: pd.DataFrame) -> Figure:
-    """Draw the IoU of each class with the embedding and with FUNGI, sorted by their difference, a
-    panel for each data set and backbone.
-
-    `df` has class, share (of the test pixels, percent), features ("E" or any other, FUNGI), value.
-    A class that does not occur in the test images has no bar; of more than two dozen
-    classes those with the largest gains and losses are drawn.
-    """
-    df = df.assign(side=np.where(df["features"] == "E", "embedding", "FUNGI"))
-    most = 24
-    height = 0.7 + 0.25 * min(most, df["class"].nunique())
-    fig, parts = facets(df, CONDITION, height, columns=2, width=style.PAGE)
-    for [ax], here in parts:
-        table = here.pivot_table("value", ["class", "share"], "side", sort=False).reset_index()
-        table = table.assign(gain=table["FUNGI"] - table["embedding"])
-        table = table.sort_values("gain", ascending=False)
-        if len(table) > most:
-            table = pd.concat([table.head(most // 2), table.tail(most // 2)])
-        y = np.arange(len(table))
-        for shift, (side, look) in zip((-0.2, 0.2), PAIR.items(), strict=True):
-            ax.barh(y + shift, table[side], height=0.38, **look)
-        for at, r in enumerate(table.itertuples()):
-            note(ax, f"{r.gain:+.1f}".replace("-", "−"), max(r.embedding, r.FUNGI), at)
-        names = table["class"].str.replace("_", " ") + table["share"].map(" ({:.1f} %)".format)
-        list_axis(ax, list(names))
-        ax.set(xlabel="IoU (%)")
-        ax.margins(x=0.12)
-    key(fig, {name: {"marker": "s"} | look for name, look in PAIR.items()})
     return fig
 
 
