@@ -173,6 +173,12 @@ def memory_contrast(case: Case, small: Outcomes, large: Outcomes) -> Interval:
     return iou.bootstrap(terms, generator("bootstrap", case.seed, "memory", case.dataset))
 
 
+def against(case: Case, found: Outcomes, kind: str) -> Interval:
+    """Return FUNGI's mIoU minus that of a control, paired, in points."""
+    terms = [(1, found[FUNGI]), (-1, found[kind])]
+    return iou.bootstrap(terms, generator("bootstrap", case.seed, "control", case.dataset, kind))
+
+
 def few_shot(case: Case, counts: Sequence[float], draws: int) -> pd.DataFrame:
     """Return Table 4 for one case: `scores` with few labelled images, the mean over ``draws``.
 

@@ -250,7 +250,7 @@ def by_classes(df: pd.DataFrame) -> Figure:
     `df` has features, classes, images (how many), gain, gain_low, gain_high.
     """
     names = list(df["features"].unique())
-    inks = dict(zip(names, (style.FUNGI, "#0072B2", PALE), strict=False))
+    inks = dict(zip(names, (style.FUNGI, "#0072B2", "#CC79A7"), strict=False))
     fig, parts = facets(df, CONDITION, 2.6, columns=2, width=style.PAGE)
     for [ax], here in parts:
         ticks = here.drop_duplicates("classes").set_index("classes")["images"]
