@@ -1,7 +1,7 @@
 """Patches of scenes: cropped views, class shares, tokens and gradients of every patch, stored.
 
 Sections 4.3 and B.2 and Table 18, with what the published scripts add. Patches are encoded once
-for a head and serve every choice and size of a memory (`retrieval.Memory`).
+for a head and serve every choice and size of a memory (`incontext.Lookup`).
 """
 
 from collections.abc import Callable, Iterator, Sequence
