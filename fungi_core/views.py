@@ -2,8 +2,8 @@
 
 A view never depends on the batch, its order or the number of workers: the generator of a random
 view is named by the image's own pixels. Geometry that depends on an image's size happens in PIL (on
-a GPU: in torch) and gives uint8; what is the same for every image (cutting and enlarging patches,
-normalisation) happens on the model's device.
+a GPU: as two matrix products) and gives uint8; what is the same for every image (cutting and
+enlarging patches, normalisation) happens on the model's device.
 """
 
 import math
