@@ -18,6 +18,7 @@ from companion.evaluate.knn import bootstrap, knn_by_similarity, knn_predict
 from companion.protocol import GAIN, Pair, metric, reduced, right_or_wrong, similarity
 from fungi_core import DINO, KL, SimCLR, projection
 from fungi_core.backbones import Backbone
+from fungi_core.devices import default_modes
 from fungi_core.extract import Features, extract, open_trunk
 from fungi_core.objectives import Objective
 from fungi_core.rows import latents_of_views
@@ -66,6 +67,7 @@ def stand_ins(rows: Features, backbone: Backbone, seed: int) -> dict[str, dict[s
     }
 
 
+@default_modes()
 def mean_view(data: Images, backbone: Backbone, objective: Objective, seed: int) -> np.ndarray:
     """Return the mean of the L2-normalised embeddings of an objective's views, (N, D) float32.
 

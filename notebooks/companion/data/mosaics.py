@@ -24,16 +24,16 @@ def mosaics(tiles: Images, count: int, rounds: int, size: int) -> Scenes:
     image's class covers its whole quarter. Raises ValueError where a class has too few images.
     """
     named = np.linspace(0, len(tiles.classes), min(CLASSES, len(tiles.classes)), endpoint=False)
-    groups = named.astype(int)[: len(named) // 4 * 4].reshape(-1, 4)
+    labels = named.astype(int)[: len(named) // 4 * 4].tolist()  # in groups of four
     chosen = {}  # {class: its images}
-    for label in groups.ravel().tolist():
+    for label in labels:
         own = np.flatnonzero(tiles.labels == label)
         if len(own) < 4 * rounds:
             here = f"{tiles.name} {tiles.split}: {tiles.classes[label]} has {len(own)} images"
             raise ValueError(f"{here}, {4 * rounds} are needed for {rounds} rounds")
         chosen[label] = generator("mosaic", tiles.split, label).permutation(own)
     images, masks, names = [], [], []
-    for group, classes in enumerate(groups.tolist()):
+    for group in range(len(labels) // 4):
         for turn in range(rounds):
             for s, taken in enumerate(TAKEN[count]):
                 places = generator("mosaic", tiles.split, count, group, turn, s).permutation(4)
@@ -42,12 +42,13 @@ def mosaics(tiles: Images, count: int, rounds: int, size: int) -> Scenes:
                 for place, (c, t) in zip(places.tolist(), taken, strict=True):
                     row, column = (x * size // 2 for x in divmod(place, 2))
                     at = np.s_[row : row + size // 2, column : column + size // 2]
-                    image = tiles[int(chosen[classes[c]][4 * turn + t])]
+                    value = 4 * group + c  # of the mask
+                    image = tiles[int(chosen[labels[value]][4 * turn + t])]
                     picture[at] = np.asarray(image.resize((size // 2, size // 2)))
-                    mask[at] = groups.ravel().tolist().index(classes[c])
+                    mask[at] = value
                 images.append(picture)
                 masks.append(mask)
                 names.append(f"{count} classes, group {group}, round {turn}, scene {s}")
-    used = [tiles.classes[label] for label in groups.ravel().tolist()]
+    used = [tiles.classes[label] for label in labels]
     about = {"note": f"2 x 2 images of {tiles.name} each", "licence": tiles.licence}
     return Scenes(f"{tiles.name} mosaics", tiles.split, used, names, images, masks, **about)
