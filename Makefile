@@ -9,7 +9,9 @@ INSTALLED := .venv/.installed
 # Outputs and features are whole or absent, so a killed run leaves nothing to unlock; jobs print their own lines.
 SNAKEMAKE  = $(BIN)/snakemake --cores "$(CORES)" --resources "gpu=$(GPUS)" --keep-going --rerun-incomplete --nolock --quiet all
 SCRATCH   := $(CURDIR)/build/test
-TEST_ENV   = FUNGI_STORE="$(SCRATCH)/store" FUNGI_FIGURES="$(SCRATCH)/figures"
+# One process a core, of one thread: two such processes do more than one process of two threads. A file stays in one.
+TESTS      = $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist loadfile
+TEST_ENV   = OMP_NUM_THREADS=1 FUNGI_STORE="$(SCRATCH)/store" FUNGI_FIGURES="$(SCRATCH)/figures"
 
 .PHONY: help install reproduce lite paper plan lab site check test lint format normalize refresh gallery lock licences audit clean
 .DEFAULT_GOAL := help
@@ -63,13 +65,13 @@ format: $(INSTALLED)  ## lay out the code as `make lint` wants it
 	$(BIN)/ruff format .
 
 check: $(INSTALLED) lint  ## while working: style, and the tests that answer in under five minutes
-	$(BIN)/python -m pytest -q -m "not contract and not batch" tests
+	OMP_NUM_THREADS=1 $(TESTS) -m "not contract and not batch" tests
 
 # Features are extracted once, into build/test, for the contract and nbval alike; committed figures stay as they are.
 test: $(INSTALLED) lint  ## everything that CI runs
 	@rm -rf "$(SCRATCH)"
-	$(TEST_ENV) $(BIN)/python -m pytest -q tests
-	$(TEST_ENV) $(BIN)/python -m pytest -q --nbval-lax notebooks
+	$(TEST_ENV) $(TESTS) tests
+	$(TEST_ENV) $(TESTS) --nbval-lax notebooks
 
 NBCONVERT := ../$(BIN)/jupyter nbconvert --log-level=ERROR --to notebook --inplace
 normalize: $(INSTALLED)  ## strip times and versions from notebooks saved in JupyterLab (before a commit)

@@ -5,9 +5,11 @@
 # Parameters come from the notebooks' own defaults and from notebooks/profiles/PROFILE.yaml. They are job parameters, so
 # a changed line of a profile runs again just the notebooks that it concerns.
 import json
+import logging
 import os
 import re
 import sys
+import time
 
 PACKAGES = [workflow.basedir, f"{workflow.basedir}/notebooks"]  # found in a plain copy of the project, too
 sys.path[:0] = PACKAGES
@@ -24,7 +26,7 @@ ALONE = {"16_simclr_views", "17_throughput"}  # timings: nothing else runs besid
 
 PAPER = PROFILE == "paper"
 CORES = None if workflow.remote_exec else workflow.resource_settings.cores  # None on a cluster, here and in its jobs
-THREADS = 8 if PAPER else CORES or 2
+THREADS = 8 if PAPER else 1  # small networks: two jobs of one thread do more than one job of two
 MEMORY, MINUTES = (64_000, 240) if PAPER else (4_000, 60)  # MB and time limit of a job; twice that at its second try
 GPU = int(PAPER)  # what a job asks for; locally limited by --resources gpu=N, one process a device
 
@@ -69,6 +71,21 @@ else:
 SLUGS = list(plan["parameters"])
 
 
+class Progress(logging.Handler):
+    """After each job, say in one line how many are done and how long the others take at the same pace."""
+
+    start = time.monotonic()
+
+    def emit(self, record):
+        if getattr(record, "event", None) == "progress" and record.done < record.total:
+            left = (time.monotonic() - self.start) / record.done * (record.total - record.done)
+            print(f"{record.done} of {record.total} jobs done, about {left / 60:.1f} minutes left", flush=True)
+
+
+if not (DRYRUN or workflow.remote_exec):
+    logging.getLogger("snakemake.logging").addHandler(Progress())
+
+
 rule all:
     input: expand(RUNS + "/{slug}.ipynb", slug=SLUGS)
 
@@ -109,7 +126,7 @@ rule notebook:
         others=lambda wc: [f"{RUNS}/{slug}.ipynb" for slug in SLUGS if slug != SCOREBOARD and wc.slug == SCOREBOARD],
     output: report(RUNS + "/{slug}.ipynb", category="executed notebooks")  # for snakemake --report
     params: parameters=lambda wc: plan["parameters"][wc.slug]
-    threads: lambda wc: THREADS if wc.slug in ALONE or PAPER else 1
+    threads: lambda wc: CORES or 2 if wc.slug in ALONE else THREADS
     resources:
         gpu=GPU, mem_mb=lambda wc, attempt: MEMORY * attempt, runtime=lambda wc, attempt: 4 * MINUTES * attempt,
         slurm_extra=lambda wc: "--exclusive" if wc.slug in ALONE else ""

@@ -12,6 +12,7 @@ import pytest
 from companion.paths import ROOT
 
 PROGRAMS = ("python", "snakemake", "ruff", "nbstripout", "jupyter")
+TESTS = "[python][-m][pytest][-q][--numprocesses][auto][--maxprocesses][8][--dist][loadfile]"
 RECORD = """#!/bin/sh
 for word in "$0" "$@"; do printf '[%s]' "${word##*.venv/bin/}"; done
 printf ' %s|%s|%s\\n' "$FUNGI_DATA" "$FUNGI_STORE" "$FUNGI_FIGURES"
@@ -46,11 +47,8 @@ def make(folder: Path, *arguments: str) -> list[str]:
 def test_tests_write_below_the_checkout_and_begin_with_nothing(checkout, tmp_path):
     said = make(checkout, "test")
     scratch = checkout / "build" / "test"
-    assert f"[python][-m][pytest][-q][tests] |{scratch}/store|{scratch}/figures" in said
-    assert (
-        f"[python][-m][pytest][-q][--nbval-lax][notebooks] |{scratch}/store|{scratch}/figures"
-        in said
-    )
+    for what in ("[tests]", "[--nbval-lax][notebooks]"):
+        assert f"{TESTS}{what} |{scratch}/store|{scratch}/figures" in said
     assert not scratch.exists() and os.listdir(tmp_path) == ["my project"]
 
 
@@ -77,4 +75,4 @@ def test_plan_lists_what_would_run_and_the_whole_profile(checkout):
 def test_check_leaves_out_what_runs_batches_and_whole_notebooks(checkout):
     said = make(checkout, "check")
     assert "[ruff][check][.] ||" in said and "[ruff][format][--check][.] ||" in said
-    assert "[python][-m][pytest][-q][-m][not contract and not batch][tests] ||" in said
+    assert f"{TESTS}[-m][not contract and not batch][tests] ||" in said

@@ -103,7 +103,7 @@ def counts(text: str) -> dict[str, int]:
 
 @pytest.mark.batch
 def test_shards_of_any_profile_by_config(snakemake):
-    """Six splits of up to 500 rows: two shards each."""
+    """Six splits of 300 rows: two shards each."""
     target = "runs/mini/15_pca.ipynb"
     text = snakemake("--cores", "2", "--config", "profile=mini", "rows_a_job=256", "--", target)
     assert counts(text) == {"shard": 12, "features": 6, "notebook": 1}
@@ -159,6 +159,7 @@ def test_a_batch_runs_in_a_plain_copy_whose_path_has_a_space(tmp_path):
     command = [sys.executable, "-m", "snakemake", "--cores", "1", "--quiet", "all", "--nolock"]
     done = subprocess.run(command, cwd=copy, env=bare, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"^1 of 2 jobs done, about \d+\.\d minutes left$", done.stdout, re.MULTILINE)
     *_, cell = nbformat.read(copy / "runs" / "mini" / "01_method.ipynb", as_version=4).cells
     found = cell.outputs[0].text.split("\n")
     assert found[:2] == [

@@ -1,6 +1,6 @@
 """Features by name: data set, backbone and objectives in, rows out of the store.
 
-    train, test = features("digits", "vit_micro.sup_tin100", n_train=500, n_test=500)
+    train, test = features("digits", "vit_micro.sup_tin100", n_train=300, n_test=300)
 
 From a shell, one job of a larger plan:
 
