@@ -53,13 +53,15 @@ def lab(tmp_path_factory):
     }
     env |= {"FUNGI_STORE": str(paths.store_dir()), "FUNGI_FIGURES": str(folder / "figures")}
     env |= {"PYTHONPATH": str(paths.ROOT)}
+    shutil.copy(paths.ROOT / "Makefile", folder)
     asked = subprocess.run(
-        ["make", "-n", "lab"], cwd=paths.ROOT, capture_output=True, text=True, check=True
+        ["make", "-n", "lab"], cwd=folder, capture_output=True, text=True, check=True
     ).stdout
-    options = shlex.split(next(line for line in asked.splitlines() if "jupyter lab" in line))[2:-1]
+    line = next(line for line in asked.splitlines() if "jupyter lab" in line)
+    setting, _, _, *options, _ = shlex.split(line)  # VARIABLE=value jupyter lab --option notebook
+    env |= dict([setting.split("=", 1)])
     command = [sys.executable, "-m", "jupyterlab", *options, "--no-browser", "--allow-root"]
-    command += [f"--port={port}", f"--ServerApp.root_dir={folder}"]
-    command += ["--ServerApp.ip=127.0.0.1", "--IdentityProvider.token="]
+    command += [f"--port={port}", "--ServerApp.ip=127.0.0.1", "--IdentityProvider.token="]
     with open(folder / "lab.log", "w") as log:
         server = subprocess.Popen(
             command, env=env, stdout=log, stderr=subprocess.STDOUT, cwd=folder

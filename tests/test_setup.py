@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from jupyter_server.serverapp import ServerApp
+from jupyter_server.services.config.manager import ConfigManager
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
@@ -419,3 +421,13 @@ def test_tests_are_skipped_by_their_mark_not_by_the_name_of_their_folder(tmp_pat
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert "1 passed, 1 skipped" in done.stdout
+
+
+def test_jupyterlab_takes_the_settings_of_the_checkout(monkeypatch):
+    """As `make lab` starts it: widgets' comms without subshells, and room for photographs."""
+    monkeypatch.setenv("JUPYTER_CONFIG_PATH", str(ROOT / "notebooks" / "jupyter"))
+    overrides = ConfigManager(config_dir_name="labconfig").get("default_setting_overrides")
+    kernels = overrides["@jupyterlab/apputils-extension:kernels-settings"]
+    assert kernels == {"commsOverSubshells": "disabled"}
+    (server := ServerApp()).load_config_file()
+    assert server.tornado_settings["websocket_max_message_size"] > 1e9
