@@ -297,15 +297,17 @@ def test_at_most_nine_panels_are_drawn_and_the_rest_is_counted():
     assert len(fig.axes) == 9
     assert "not drawn: 1 more, with their numbers in the CSV" in labels(fig)
     assert not any("not drawn" in text for text in labels(plots.class_deltas(gains[:9])))
-    fig, axes = panels.panels([f"p{i}" for i in range(11)], 1)
-    assert len(fig.axes) == len(axes) == 9
+    fig, parts = panels.facets(
+        pd.DataFrame({"dataset": [f"p{i}" for i in range(11)]}), ["dataset"], 1
+    )
+    assert len(fig.axes) == len(parts) == 9
     assert "not drawn: 2 more, with their numbers in the CSV" in labels(fig)
 
 
 def test_a_long_name_of_a_backbone_goes_on_in_a_new_line():
     frame = pd.DataFrame({"dataset": ["dtd"], "backbone": ["vit_tiny_patch16_224.augreg_in21k"]})
     frame = frame.assign(setting="full")
-    [title] = panels.titles_of(frame, ("dataset", "backbone", "setting"))
+    [title] = panels.titles_of(frame, ("dataset", "backbone", "setting"), "\n")
     assert title == "dtd\nvit_tiny_patch16_224.\naugreg_in21k\nfull"
 
 
@@ -333,25 +335,26 @@ def test_variants():
         plots.variants(df.drop(columns="gain_high"), against="x")
 
 
+def pairs(*rows) -> pd.DataFrame:
+    return pd.DataFrame(rows, columns=["a", "b", "value"])
+
+
 def test_cka_heatmaps():
-    matrix = np.array([[1, 0.25, 0.5], [0.25, 1, 0.75], [0.5, 0.75, 1.0]])
-    fig = grids.cka_heatmaps({"dtd": (LETTERS[:3], matrix), "cifar10": (LETTERS[:3], matrix)})
+    rows = [("E", "E", 1), ("E", "K", 0.25), ("E", "D", 0.5)]
+    df = pairs(*rows, ("K", "K", 1), ("K", "D", 0.75), ("D", "D", 1.0))
+    df = df.rename(columns={"value": "cka"})
+    fig = grids.cka_heatmaps(pd.concat([df.assign(dataset=name) for name in ("dtd", "cifar10")]))
     assert len(fig.axes) == 3  # two panels, one colour bar
-    assert [t.get_text() for t in fig.axes[0].texts] == [
-        "1.00",
-        "0.25",
-        "1.00",
-        "0.50",
-        "0.75",
-        "1.00",
-    ]
+    numbers = ["1.00", "0.25", "1.00", "0.50", "0.75", "1.00"]
+    assert [t.get_text() for t in fig.axes[0].texts] == numbers
+    assert [t.get_text() for t in fig.axes[0].get_yticklabels()] == ["E", "K", "D"]
     with pytest.raises(ValueError, match="no panels"):
-        grids.cka_heatmaps({})
+        grids.cka_heatmaps(df[:0])
 
 
 def test_pair_matrix_shades_by_the_difference_from_the_embedding():
-    matrix = np.array([[50.0, 52.0], [52.0, 45.0]])
-    fig = grids.pair_matrix({"dtd": (["E", "K"], matrix)}, {"dtd": 53.5})
+    df = pairs(("E", "E", 50.0), ("E", "K", 52.0), ("K", "K", 45.0)).assign(dataset="dtd", all=53.5)
+    fig = grids.pair_matrix(df)
     mesh = fig.axes[0].collections[0]
     assert np.allclose(np.ma.filled(mesh.get_array(), 99), [[0, 3.5], [2, -5]])
     assert mesh.norm.vmin == -5 and mesh.norm.vmax == 5
