@@ -120,7 +120,7 @@ class Page:
             "claim": board["claim"],
             "paper": board["paper_delta"].map(paper.signed),
             "ours": board["value"].map(paper.signed),
-            "interval": [paper.bounds(row) for row in board.to_dict("records")],
+            "interval": [paper.bounds(*row) for row in board[["low", "high"]].to_numpy()],
             "verdict": board["verdict"],
         }
         return style.show_table(pd.DataFrame(shown))

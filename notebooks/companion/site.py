@@ -60,7 +60,7 @@ def build(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    env.filters |= {"points": lambda row: paper.ours(row, 2), "anchor": anchor}
+    env.filters["anchor"], env.globals["ours"] = anchor, paper.ours
     style = (TEMPLATES / "style.css").read_text() + HtmlFormatter().get_style_defs(".highlight")
     (out / "style.css").write_text(style, encoding="utf-8")
     written = [write(out, env, name, shared) for name in ("index", "scoreboard")]
@@ -190,14 +190,14 @@ def gallery(out: Path, profile: str) -> list[dict]:
     """Copy figures, whole and as thumbnails, and numbers of a profile into the site; return
     `paper.written` of each, with the file to link to and the thumbnail's size, None for a table.
     """
-    folder, found = paths.figures_dir() / profile, []
+    folder, found = paths.results_dir(profile), []
     for sub in ("figures", "thumbnails"):
         (out / sub).mkdir()
     for figure in paper.written(profile):
         name, size = figure["name"], None
         shutil.copy(folder / f"{name}.csv", out / "figures")
-        if (drawn := folder / f"{name}.png").is_file():
-            image = Image.open(drawn).convert("RGB")
+        if figure["drawn"]:
+            image = Image.open(folder / f"{name}.png").convert("RGB")
             image.save(out / "figures" / f"{name}.webp", lossless=True)
             image.thumbnail((THUMBNAIL, THUMBNAIL))
             image.save(out / "thumbnails" / f"{name}.webp", quality=85)
