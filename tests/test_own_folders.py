@@ -32,9 +32,9 @@ def plain(monkeypatch, tmp_path):
 
 
 def test_the_metadata_lists_what_was_skipped(plain, encoder):
-    assert "skipped" not in describe(own.from_folder(plain)[0], encoder)
+    assert "skipped" not in describe(own.from_folder(plain), encoder)
     (plain / "broken.png").write_bytes(b"no image")
-    found, _ = own.from_folder(plain)
+    found = own.from_folder(plain)
     extract(found, encoder, [KL(dim=32)], root=paths.store_dir())
     entries = stored.entries(paths.store_dir())
     assert len(entries) == 3  # the embedding, the gradients and the trunk they are made from
@@ -66,8 +66,8 @@ def test_folders_without_an_image(tmp_path):
     with pytest.raises(ValueError, match="no files there"):
         own.from_folder(tmp_path)
     (tmp_path / "notes.txt").write_text("no image")
-    found, skipped = own.from_folder(tmp_path)
-    assert len(found) == 0 and [name for name, _ in skipped] == ["notes.txt"]
+    found = own.from_folder(tmp_path)
+    assert len(found) == 0 and list(found.skipped) == ["notes.txt"]
     with pytest.raises(ValueError, match=r"0 readable images; .*\(not readable: notes.txt\)"):
         own.album(folder=tmp_path, backbone="vit_micro.sup_tin100", names=["kl"])
 
