@@ -10,10 +10,11 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+from helpers import entries
 from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 
-from companion import own, paths, stored
+from companion import own, paths
 from companion.data.images import Images
 from fungi_core import extract, load
 from fungi_core.features import normalize
@@ -226,9 +227,7 @@ def test_an_album_extracts_once_and_writes_features_only(folder, tmp_path_factor
         again.blocks["kl"], album.blocks["kl"]
     )  # uploaded: the same rows, from the store
     assert {p: p.stat().st_mtime_ns for p in paths.store_dir().rglob("*.npy")} == shards
-    assert {p for p in folder.rglob("*")} == here and stored.entries(paths.store_dir())[0]["meta"][
-        "data"
-    ]
+    assert {p for p in folder.rglob("*")} == here and entries(paths.store_dir())[0]["meta"]["data"]
     assert len(ask(n=3).data) == 3 and os.listdir(paths.store_dir())
     os.remove(folder / "cat" / "a.jpg"), os.remove(folder / "cat" / "b.jpg")
     with pytest.raises(
