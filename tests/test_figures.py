@@ -30,7 +30,7 @@ def small_figure():
 
 @pytest.fixture
 def record():
-    return provenance("02_complementarity", {"profile": "mini", "k": 20}, seed=0)
+    return provenance("02_complementarity", {"profile": "mini", "k": 20, "seed": 0})
 
 
 def labels(fig) -> set[str]:
@@ -136,13 +136,13 @@ def test_provenance_records_what_a_reader_needs_and_is_json():
         def __len__(self):
             return 797
 
-    parameters = {"profile": "mini", "k": np.int64(20), "folder": Path("a") / "b"}
+    parameters = {"profile": "mini", "k": 20, "seed": 7}
     stores = ["k1", "k2"]
     found = provenance(
-        "03", parameters, seed=7, stores=stores, datasets=[Digits()], started=time.time() - 5
+        "03", parameters, stores=stores, datasets=[Digits()], started=time.time() - 5
     )
     assert found == json.loads(json.dumps(found))
-    assert found["parameters"] == {"profile": "mini", "k": 20, "folder": "a/b"}
+    assert found["parameters"] == parameters
     assert found["seed"] == 7 and found["stores"] == ["k1", "k2"]
     digits = {
         "name": "digits",
@@ -157,8 +157,6 @@ def test_provenance_records_what_a_reader_needs_and_is_json():
         found["versions"]
     )
     assert found["device"]["cores"] >= 1 and found["device"]["cpu"]
-    with pytest.raises(TypeError, match="object"):
-        provenance("03", {"model": object()}, seed=0)
 
 
 def test_git_state(tmp_path, monkeypatch):
@@ -167,7 +165,7 @@ def test_git_state(tmp_path, monkeypatch):
     nothing = {"commit": None, "dirty": None}
 
     def state():
-        found = provenance("x", {}, seed=0)
+        found = provenance("x", {"seed": 0})
         return {k: found[k] for k in nothing}
 
     assert state() == nothing  # no checkout
