@@ -16,7 +16,6 @@ import yaml
 from test_run import written_files
 
 from companion import paper, run
-from companion.figures import style
 from companion.paths import PAPER, ROOT
 
 # Numbers in the body of each printed table, counted on the page: rows x columns, "-" and "N/A" left
@@ -494,7 +493,3 @@ def test_a_page_lists_claims_by_verdict_and_what_was_written(tmp_path, monkeypat
     ]
     assert "| Fig. 5, Fig. 11 | [fig05_fig11_bars](fig05_fig11_bars.png) | [CSV](fig05_" in page
     assert "| Table 1 | table01_sets | [CSV](table01_sets.csv) |" in page  # a table is no picture
-
-
-def test_verdicts_have_their_colours_in_the_same_order():
-    assert list(style.VERDICTS) == paper.VERDICTS

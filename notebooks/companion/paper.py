@@ -21,13 +21,13 @@ import pandas as pd
 import yaml
 from jinja2 import Template
 
+from companion.figures.style import VERDICTS
 from companion.messages import require
 from companion.paths import PAPER, ROOT, figures_dir, results_dir
 
 MEASURED = ["id", "value", "low", "high", "on"]
 NUMBERS = ["table", "value", "delta", "spread", "paper_delta"]  # columns that are no text
 STAND_INS = ("vit_micro", "vit_mini", "all-MiniLM", "whisper", "random:")  # not the paper's
-VERDICTS = ["disagrees", "undecided", "agrees", "not testable here", "not run"]  # in this order
 
 
 def load(table: int) -> pd.DataFrame:
@@ -99,6 +99,16 @@ def scoreboard(profile: str) -> pd.DataFrame:
     board["seen"] = (board["high"] - board["low"]) / 2
     board["scale"] = board["on"].map(scale)
     return board
+
+
+def by_verdict(board: pd.DataFrame) -> tuple[list[dict], dict[str, int]]:
+    """Return the rows of the scoreboard with the disagreements first, and how many have each
+    verdict.
+    """
+    order = lambda verdicts: verdicts.map(list(VERDICTS).index)
+    rows = board.sort_values("verdict", key=order, kind="stable")
+    counts = board["verdict"].value_counts()
+    return rows.to_dict("records"), {name: int(counts.get(name, 0)) for name in VERDICTS}
 
 
 def verdict(expected: str, value: float, low: float, high: float, on: object) -> str:
@@ -222,12 +232,10 @@ def as_markdown(profile: str) -> str:
     """Return the page figures/PROFILE/README.md: every claim with its verdict, the disagreements
     first, then the figures with links.
     """
-    board, figures = scoreboard(profile), written(profile)
-    board = board.sort_values("verdict", key=lambda v: v.map(VERDICTS.index), kind="stable")
-    counts = {name: int((board["verdict"] == name).sum()) for name in VERDICTS}
+    rows, counts = by_verdict(scoreboard(profile))
     template = (ROOT / "data" / "site" / "claims.md").read_text(encoding="utf-8")
     page = Template(template, trim_blocks=True, keep_trailing_newline=True)
-    given = dict(profile=profile, claims=board.to_dict("records"), counts=counts, figures=figures)
+    given = dict(profile=profile, claims=rows, counts=counts, figures=written(profile))
     return page.render(signed=signed, ours=ours, **given)
 
 
