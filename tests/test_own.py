@@ -65,7 +65,7 @@ def test_a_folder_gives_its_sub_folders_as_classes_and_names_what_it_leaves_out(
 
 
 @pytest.mark.parametrize(
-    "where, message", [("nowhere", "is no folder; give one"), ("", "no files there")]
+    "where, message", [("nowhere", "is no folder; give a folder"), ("", "no files there")]
 )
 def test_a_folder_that_cannot_serve_is_one_clear_line(tmp_path, where, message):
     with pytest.raises(ValueError, match=message):
