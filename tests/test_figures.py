@@ -270,7 +270,7 @@ def test_colours_are_fixed_and_far_apart():
         for b in inks[:i]:
             assert np.linalg.norm(lab(a) - lab(b)) > 20, (a, b)
     assert figures.colour("E+S") == figures.COLOURS["E+K"]
-    with pytest.raises(ValueError, match="known letters are E, K, D, S"):
+    with pytest.raises(ValueError, match="unknown feature letter 'X'; there are E, K, D, S"):
         figures.colour("E+X")
     assert figures.contrast("#FFFFFF") == "black" and figures.contrast("#0072B2") == "white"
 

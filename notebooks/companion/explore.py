@@ -71,18 +71,15 @@ def _start(choice):
 
 def _control(name: str, choice):
     """Return the widget of a choice; a slider and a text answer when they are let go."""
-    from ipywidgets import Dropdown, IntSlider, Layout, Text
+    from ipywidgets import Layout, interactive
 
-    looks = {"description": name.replace("_", " "), "style": {"description_width": "initial"}}
-    looks |= {"value": _start(choice)}
-    if isinstance(choice, tuple):
-        low, high = choice[:2]
-        layout = Layout(width="24em")
-        return IntSlider(min=low, max=high, continuous_update=False, layout=layout, **looks)
-    if isinstance(choice, str):
-        return Text(continuous_update=False, layout=Layout(width="40em"), **looks)
-    layout = Layout(width="max-content", max_width="40em")
-    return Dropdown(options=list(choice), layout=layout, **looks)
+    short = choice[:2] if isinstance(choice, tuple) else choice  # of (low, high, start)
+    control = interactive.widget_from_abbrev(short, _start(choice))
+    width = {tuple: "24em", str: "40em"}.get(type(choice), "max-content")
+    control.description, control.style.description_width = name.replace("_", " "), "initial"
+    control.layout = Layout(width=width, max_width="40em")
+    control.continuous_update = False
+    return control
 
 
 def _attempt(show: Callable, *values, **named) -> None:
