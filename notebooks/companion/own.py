@@ -166,25 +166,17 @@ def cosines(album: Features, letters: str) -> np.ndarray:
     return out
 
 
-def identical(album: Features) -> np.ndarray:
-    """Say which pairs of different rows are the same picture, pixel by pixel, (N, N) bool."""
-    ids = [hash((image.size, image.tobytes())) for image in album.data]
-    same = np.equal.outer(ids, ids)
-    np.fill_diagonal(same, False)
-    return same
-
-
 def accuracy(
     album: Features, letters: Sequence[str], *, k: int, apart: float = 1.0, seed: int = 0
 ) -> pd.DataFrame:
     """Return leave-one-out kNN accuracy, `protocol.knn`'s table.
 
-    Each image is named by its ``k`` nearest among all others, by fewer where fewer may vote: the
-    same picture, and images whose embeddings have a cosine above ``apart`` (shots of one scene),
-    have no vote on each other. An image without a voter counts as wrong.
+    Each image is named by its ``k`` nearest among all others, by fewer where fewer may vote: images
+    whose embeddings have a cosine above ``apart`` (shots of one scene, the same picture twice) have
+    no vote on each other. An image without a voter counts as wrong.
     """
     labels = album.labels
-    barred = identical(album) | (cosines(album, "E") > apart)
+    barred = cosines(album, "E") > apart
     right = {}
     for name in dict.fromkeys(("E", *letters)):
         near = np.where(barred, -np.inf, cosines(album, name))
@@ -217,8 +209,8 @@ def tiles(
 
 
 def near_duplicates(album: Features) -> pd.DataFrame:
-    """Return pairs of images: first, second (rows), cosine; the same picture twice has cosine 1."""
-    near = np.where(identical(album), 1.0, cosines(album, "E"))
+    """Return pairs of images, the most alike first: first, second (rows), cosine."""
+    near = cosines(album, "E")
     first, second = np.triu_indices(len(near), 1)
     pairs = pd.DataFrame({"first": first, "second": second, "cosine": near[first, second]})
     return pairs.sort_values("cosine", ascending=False, kind="stable", ignore_index=True)
