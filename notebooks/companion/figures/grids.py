@@ -186,12 +186,10 @@ def mask_rows(rows: Sequence[Mapping], names: Sequence[str]) -> Figure:
     """
     images, titles, seen = [], [], set()
     for row in rows:
-        images += [
-            row["image"],
-            *(painted(row["image"], m, len(names)) for m in row["masks"].values()),
-        ]
+        image, masks = row["image"], row["masks"].values()
+        images += [image, *(painted(image, mask, len(names)) for mask in masks)]
         titles += [row["title"], *row["masks"]]
-        seen |= {int(c) for mask in row["masks"].values() for c in np.unique(mask)}
+        seen |= {int(c) for mask in masks for c in np.unique(mask)}
     fig = image_grid(images, titles, ncols=1 + len(rows[0]["masks"]))
     colours = class_colours(len(names))
     inks = {names[c].replace("_", " "): colours[c] for c in sorted(seen) if c < len(names)}
