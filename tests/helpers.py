@@ -1,10 +1,15 @@
-"""A tiny seeded encoder, inputs and heads for it, shared by the tests of gradients."""
+"""A tiny seeded encoder, inputs and heads for it, shared by the tests of gradients; what lies in a
+store.
+"""
+
+from pathlib import Path
 
 import timm
 import torch
 
 from fungi_core import DINO, KL, SimCLR, load
 from fungi_core.rows import draw_parts
+from fungi_core.store import Entry, load_record
 
 SMALL = (KL(dim=32), DINO(dim=40), SimCLR(dim=16))
 
@@ -31,3 +36,14 @@ def parts(backbone, objective):
 
 def relative(a, b):
     return ((a - b).norm() / b.norm()).item()
+
+
+def entries(root: Path) -> list[dict]:
+    """A dict for each entry of a store: key, meta, n, width, done (rows on disk)."""
+    found = [Entry(file.parent, load_record(file)) for file in sorted(root.glob("*/meta.json"))]
+    lacking = lambda entry: sum(stop - start for start, stop in entry.missing())
+    return [
+        {"key": one.key, "meta": one.record["meta"], "n": one.n, "width": one.width}
+        | {"done": one.n - lacking(one)}
+        for one in found
+    ]

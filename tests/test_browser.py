@@ -248,7 +248,9 @@ def test_own_photographs_from_the_first_click_to_a_file(notebook, tmp_path):
     upload.get_by_text("12 images, no classes").wait_for()
     upload.get_by_text("left out: broken.jpg").wait_for()
     with page.expect_download() as download:
-        cell_with(page, "explore.downloads(").get_by_role("link", name="own_features.npz").click()
+        cell_with(page, "explore.interact(keep").get_by_role(
+            "link", name="own_features.npz"
+        ).click()
     kept = np.load(download.value.path())
     assert kept["name"].tolist() == [file.name for file in files] and kept["fungi"].shape == (
         12,

@@ -6,7 +6,6 @@ from datetime import datetime
 
 import ipywidgets
 import pytest
-from IPython.display import HTML
 from tqdm import tqdm
 
 from companion import explore, protocol
@@ -137,20 +136,6 @@ def test_the_panel_of_a_batch_run_loads_and_raises(batch):
     )
     with pytest.raises(ValueError):
         explore.chooser(lambda *asked: int("x"), folder="", backbone="a", backbones=[])
-
-
-def test_downloads_are_links_for_a_reader_only(live, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (file := tmp_path / "out" / "my features.npz").parent.mkdir()
-    file.write_bytes(b"x" * 2_500_000)
-    html = explore.downloads([file])
-    assert (
-        isinstance(html, HTML)
-        and 'href="out/my%20features.npz"' in html.data
-        and "2.5 MB" in html.data
-    )
-    monkeypatch.delenv("JPY_SESSION_NAME")
-    assert explore.downloads([file]).data == "my features.npz, 2.5 MB"
 
 
 def test_bars_are_for_people_and_quiet_in_batch_logs(monkeypatch, capsys):

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers import entries
 from torch.utils.data import Subset
 
 from companion import features as named
@@ -17,7 +18,6 @@ from companion.encoders.objectives import IBOT, PAPER, DeepCluster, FullAugmenta
 from companion.features import features, layer_features
 from companion.figures.style import LETTERS
 from companion.protocol import fungi_features, similarity
-from companion.stored import entries
 from fungi_core import DINO, KL, Fungi, SimCLR, extract, load, projection, store
 from fungi_core.features import apply_pca, fit_pca, join, normalize
 from fungi_core.rows import draw_parts, gradient_rows, view_batches

@@ -30,7 +30,7 @@ def small_figure():
 
 @pytest.fixture
 def record():
-    return provenance("02_complementarity", {"profile": "mini", "k": 20}, seed=0)
+    return provenance("02_complementarity", {"profile": "mini", "k": 20, "seed": 0})
 
 
 def labels(fig) -> set[str]:
@@ -136,13 +136,13 @@ def test_provenance_records_what_a_reader_needs_and_is_json():
         def __len__(self):
             return 797
 
-    parameters = {"profile": "mini", "k": np.int64(20), "folder": Path("a") / "b"}
+    parameters = {"profile": "mini", "k": 20, "seed": 7}
     stores = ["k1", "k2"]
     found = provenance(
-        "03", parameters, seed=7, stores=stores, datasets=[Digits()], started=time.time() - 5
+        "03", parameters, stores=stores, datasets=[Digits()], started=time.time() - 5
     )
     assert found == json.loads(json.dumps(found))
-    assert found["parameters"] == {"profile": "mini", "k": 20, "folder": "a/b"}
+    assert found["parameters"] == parameters
     assert found["seed"] == 7 and found["stores"] == ["k1", "k2"]
     digits = {
         "name": "digits",
@@ -157,8 +157,6 @@ def test_provenance_records_what_a_reader_needs_and_is_json():
         found["versions"]
     )
     assert found["device"]["cores"] >= 1 and found["device"]["cpu"]
-    with pytest.raises(TypeError, match="object"):
-        provenance("03", {"model": object()}, seed=0)
 
 
 def test_git_state(tmp_path, monkeypatch):
@@ -167,7 +165,7 @@ def test_git_state(tmp_path, monkeypatch):
     nothing = {"commit": None, "dirty": None}
 
     def state():
-        found = provenance("x", {}, seed=0)
+        found = provenance("x", {"seed": 0})
         return {k: found[k] for k in nothing}
 
     assert state() == nothing  # no checkout
@@ -272,7 +270,7 @@ def test_colours_are_fixed_and_far_apart():
         for b in inks[:i]:
             assert np.linalg.norm(lab(a) - lab(b)) > 20, (a, b)
     assert figures.colour("E+S") == figures.COLOURS["E+K"]
-    with pytest.raises(ValueError, match="known letters are E, K, D, S"):
+    with pytest.raises(ValueError, match="unknown feature letter 'X'; there are E, K, D, S"):
         figures.colour("E+X")
     assert figures.contrast("#FFFFFF") == "black" and figures.contrast("#0072B2") == "white"
 
@@ -297,15 +295,17 @@ def test_at_most_nine_panels_are_drawn_and_the_rest_is_counted():
     assert len(fig.axes) == 9
     assert "not drawn: 1 more, with their numbers in the CSV" in labels(fig)
     assert not any("not drawn" in text for text in labels(plots.class_deltas(gains[:9])))
-    fig, axes = panels.panels([f"p{i}" for i in range(11)], 1)
-    assert len(fig.axes) == len(axes) == 9
+    fig, parts = panels.facets(
+        pd.DataFrame({"dataset": [f"p{i}" for i in range(11)]}), ["dataset"], 1
+    )
+    assert len(fig.axes) == len(parts) == 9
     assert "not drawn: 2 more, with their numbers in the CSV" in labels(fig)
 
 
 def test_a_long_name_of_a_backbone_goes_on_in_a_new_line():
     frame = pd.DataFrame({"dataset": ["dtd"], "backbone": ["vit_tiny_patch16_224.augreg_in21k"]})
     frame = frame.assign(setting="full")
-    [title] = panels.titles_of(frame, ("dataset", "backbone", "setting"))
+    [title] = panels.titles_of(frame, ("dataset", "backbone", "setting"), "\n")
     assert title == "dtd\nvit_tiny_patch16_224.\naugreg_in21k\nfull"
 
 
@@ -333,25 +333,26 @@ def test_variants():
         plots.variants(df.drop(columns="gain_high"), against="x")
 
 
+def pairs(*rows) -> pd.DataFrame:
+    return pd.DataFrame(rows, columns=["a", "b", "value"])
+
+
 def test_cka_heatmaps():
-    matrix = np.array([[1, 0.25, 0.5], [0.25, 1, 0.75], [0.5, 0.75, 1.0]])
-    fig = grids.cka_heatmaps({"dtd": (LETTERS[:3], matrix), "cifar10": (LETTERS[:3], matrix)})
+    rows = [("E", "E", 1), ("E", "K", 0.25), ("E", "D", 0.5)]
+    df = pairs(*rows, ("K", "K", 1), ("K", "D", 0.75), ("D", "D", 1.0))
+    df = df.rename(columns={"value": "cka"})
+    fig = grids.cka_heatmaps(pd.concat([df.assign(dataset=name) for name in ("dtd", "cifar10")]))
     assert len(fig.axes) == 3  # two panels, one colour bar
-    assert [t.get_text() for t in fig.axes[0].texts] == [
-        "1.00",
-        "0.25",
-        "1.00",
-        "0.50",
-        "0.75",
-        "1.00",
-    ]
+    numbers = ["1.00", "0.25", "1.00", "0.50", "0.75", "1.00"]
+    assert [t.get_text() for t in fig.axes[0].texts] == numbers
+    assert [t.get_text() for t in fig.axes[0].get_yticklabels()] == ["E", "K", "D"]
     with pytest.raises(ValueError, match="no panels"):
-        grids.cka_heatmaps({})
+        grids.cka_heatmaps(df[:0])
 
 
 def test_pair_matrix_shades_by_the_difference_from_the_embedding():
-    matrix = np.array([[50.0, 52.0], [52.0, 45.0]])
-    fig = grids.pair_matrix({"dtd": (["E", "K"], matrix)}, {"dtd": 53.5})
+    df = pairs(("E", "E", 50.0), ("E", "K", 52.0), ("K", "K", 45.0)).assign(dataset="dtd", all=53.5)
+    fig = grids.pair_matrix(df)
     mesh = fig.axes[0].collections[0]
     assert np.allclose(np.ma.filled(mesh.get_array(), 99), [[0, 3.5], [2, -5]])
     assert mesh.norm.vmin == -5 and mesh.norm.vmax == 5

@@ -5,14 +5,16 @@ files written.
 import io
 import os
 import zipfile
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
+from helpers import entries
 from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 
-from companion import own, paths, stored
+from companion import own, paths
 from companion.data.images import Images
 from fungi_core import extract, load
 from fungi_core.features import normalize
@@ -26,19 +28,16 @@ def jpeg(seed: int, size=(64, 48), **options) -> bytes:
     return file.getvalue()
 
 
-def made(embedding, labels=None, pixels=None, **blocks) -> own.Album:
+def made(embedding, labels=None, **blocks) -> extract.Features:
     """An album whose features are given."""
     n = len(embedding)
     labels = np.zeros(n, int) if labels is None else np.asarray(labels)
     classes = [f"c{i}" for i in range(labels.max() + 1)]
     names = [f"{i}.jpg" for i in range(n)]
-    pixels = [np.full((4, 4, 3), i, np.uint8) for i in range(n)] if pixels is None else pixels
+    pixels = [np.full((4, 4, 3), i, np.uint8) for i in range(n)]
     images = Images("own", "train", labels, classes, "accuracy", names, pixels, np.arange(n))
-    return own.Album(
-        extract.Features(images, {"embedding": np.asarray(embedding, np.float32)} | blocks, ()),
-        [],
-        "made",
-    )
+    blocks = {"embedding": np.asarray(embedding, np.float32)} | blocks
+    return extract.Features(images, blocks, ())
 
 
 @pytest.fixture
@@ -55,20 +54,18 @@ def folder(tmp_path):
 
 
 def test_a_folder_gives_its_sub_folders_as_classes_and_names_what_it_leaves_out(folder):
-    images, skipped = own.from_folder(folder)
+    images = own.from_folder(folder)
     assert images.names == ["cat/a.jpg", "cat/b.jpg", "dog/b.png", "dog/old/a.jpg"]
     assert images.classes == ["cat", "dog"] and images.labels.tolist() == [0, 0, 1, 1]
-    assert [name for name, why in skipped] == ["cat/aa_cut.jpg", "dog/notes.txt"] and all(
-        why for _, why in skipped
-    )
-    assert images.skipped == dict(skipped)
+    assert list(images.skipped) == ["cat/aa_cut.jpg", "dog/notes.txt"]
+    assert all(images.skipped.values())
     for name, image in zip(images.names, images, strict=True):  # no index has moved
         with Image.open(folder / name) as opened:
             assert np.array_equal(np.asarray(image), np.asarray(opened.convert("RGB")))
 
 
 @pytest.mark.parametrize(
-    "where, message", [("nowhere", "is no folder; give one"), ("", "no files there")]
+    "where, message", [("nowhere", "is no folder; give a folder"), ("", "no files there")]
 )
 def test_a_folder_that_cannot_serve_is_one_clear_line(tmp_path, where, message):
     with pytest.raises(ValueError, match=message):
@@ -82,20 +79,18 @@ def test_uploaded_files_and_a_zipped_folder_say_the_same_as_the_folder(folder):
             archive.write(
                 file, f"holiday/{file.relative_to(folder)}"
             )  # as a file manager zips a folder
-    images, skipped = own.read(*own.unpacked([("holiday.zip", zipped.getvalue())]))
-    expected, left_out = own.from_folder(folder)
+    images = own.read(*own.unpacked([("holiday.zip", zipped.getvalue())]))
+    expected = own.from_folder(folder)
     order = [images.names.index(name) for name in expected.names]
     assert (
         images.take(order).fingerprint == expected.fingerprint
         and images.classes == expected.classes
     )
-    assert sorted(skipped) == sorted(left_out)
+    assert images.skipped == expected.skipped
 
 
 def test_a_name_uploaded_twice_is_numbered_and_nothing_is_lost():
-    images, _ = own.read(
-        *own.unpacked([("a.jpg", jpeg(0)), ("a.jpg", jpeg(1)), ("b.jpg", jpeg(2))])
-    )
+    images = own.read(*own.unpacked([("a.jpg", jpeg(0)), ("a.jpg", jpeg(1)), ("b.jpg", jpeg(2))]))
     assert images.names == ["a.jpg", "a (2).jpg", "b.jpg"] and images.classes == ["(no folder)"]
 
 
@@ -119,18 +114,23 @@ def test_neighbours_and_pairs_worked_by_hand():
     album = made(
         [[1, 0], [0.8, 0.6], [0, 1], [-1, 0]]
     )  # cosines: 0-1 0.8, 0-2 0, 0-3 -1, 1-2 0.6, 1-3 -0.8, 2-3 0
-    rows, cosine = own.neighbours(album, 0, "E", 2)
-    assert rows.tolist() == [1, 2] and cosine == pytest.approx([0.8, 0], abs=1e-6)
+    query, found = own.tiles(album, 0, {"embedding": "E"}, 2)
+    said = [(tile["title"], tile["right"]) for tile in found["embedding"]]
+    assert query["title"] == "0.jpg" and said == [("1.jpg\n0.80", None), ("2.jpg\n0.00", None)]
+    classes = own.tiles(
+        replace(album, data=replace(album.data, classes=["a", "b"])), 0, {"": "E"}, 1
+    )
+    assert classes[1][""][0]["right"] is True
     pairs = own.near_duplicates(album)
     assert pairs[["first", "second"]].values.tolist()[:2] == [[0, 1], [1, 2]] and len(pairs) == 6
     assert pairs["cosine"].tolist() == pytest.approx([0.8, 0.6, 0, 0, -0.8, -1], abs=1e-6)
-    assert len(own.neighbours(album, 0, "E", 9)[0]) == 3  # all others, never the image itself
+    assert len(own.tiles(album, 0, {"": "E"}, 9)[1][""]) == 3  # all others, never the image itself
 
 
 def test_similarity_is_the_mean_cosine_of_the_features_asked_for():
     rng = np.random.default_rng(0)
     album = made(rng.normal(size=(5, 4)), kl=rng.normal(size=(5, 3)).astype(np.float32))
-    unit = {name: normalize(block) for name, block in album.rows.blocks.items()}
+    unit = {name: normalize(block) for name, block in album.blocks.items()}
     expected = (unit["embedding"][1] @ unit["embedding"][3] + unit["kl"][1] @ unit["kl"][3]) / 2
     assert own.cosines(album, "E+K")[1, 3] == pytest.approx(expected, abs=1e-6)
 
@@ -174,7 +174,7 @@ def test_what_is_saved_reads_back_with_names(tmp_path):
     )
     files = own.save(album, tmp_path / "deep" / "features")
     arrays, table = np.load(files[0]), pd.read_parquet(files[1])
-    assert arrays["name"].tolist() == table["name"].tolist() == album.images.names
+    assert arrays["name"].tolist() == table["name"].tolist() == album.data.names
     assert arrays["class"].tolist() == table["class"].tolist() == ["c0", "c1", "c0", "c1"]
     for name, width in {"embedding": 5, "kl": 5, "fungi": 10}.items():
         assert arrays[name].shape == (4, width) and np.array_equal(
@@ -186,13 +186,12 @@ def test_what_is_saved_reads_back_with_names(tmp_path):
 
 
 def test_the_same_picture_twice_has_no_vote_on_itself_and_is_listed_first():
-    """Under another name, with other features: what is the same is said by the pixels."""
-    same, other = np.zeros((4, 4, 3), np.uint8), np.ones((4, 4, 3), np.uint8)
-    album = made([[1, 0], [0.8, 0.6], [0, 1]], [0, 0, 1], pixels=[same, same, other])
+    album = made([[1, 0], [1, 0], [0.6, 0.8]], [0, 0, 1])
     assert own.near_duplicates(album).iloc[0].tolist() == [0, 1, 1.0]
-    assert own.accuracy(album, ["E"], k=1)["value"].iloc[0] == 0  # only the other class may vote
-    apart = made([[1, 0], [0.8, 0.6], [0, 1]], [0, 0, 1])
-    assert own.accuracy(apart, ["E"], k=1)["value"].iloc[0] == pytest.approx(200 / 3)
+    assert (
+        own.accuracy(album, ["E"], k=1, apart=0.98)["value"].iloc[0] == 0
+    )  # the other class votes
+    assert own.accuracy(album, ["E"], k=1)["value"].iloc[0] == pytest.approx(200 / 3)
 
 
 def test_identical_features_have_one_place():
@@ -204,8 +203,8 @@ def test_a_cut_zip_is_named_and_the_rest_is_read():
     with zipfile.ZipFile(file := io.BytesIO(), "w") as archive:
         archive.writestr("x/a.jpg", jpeg(0))
     cut = file.getvalue()[:-30]
-    images, skipped = own.read(*own.unpacked([("x.zip", cut), ("b.jpg", jpeg(1))]))
-    assert images.names == ["b.jpg"] and [name for name, _ in skipped] == ["x.zip"]
+    images = own.read(*own.unpacked([("x.zip", cut), ("b.jpg", jpeg(1))]))
+    assert images.names == ["b.jpg"] and list(images.skipped) == ["x.zip"]
 
 
 def test_an_album_extracts_once_and_writes_features_only(folder, tmp_path_factory, monkeypatch):
@@ -215,9 +214,7 @@ def test_an_album_extracts_once_and_writes_features_only(folder, tmp_path_factor
     here = {p for p in folder.rglob("*")}
     ask = lambda **more: own.album((), folder, backbone="random:test_vit", names=["kl"], **more)
     album = ask()
-    assert (
-        album.labelled and set(album.rows.blocks) == {"embedding", "kl"} and len(album.skipped) == 2
-    )
+    assert set(album.blocks) == {"embedding", "kl"} and len(album.data.skipped) == 2
     shards = {p: p.stat().st_mtime_ns for p in paths.store_dir().rglob("*.npy")}
     files = [
         (p.relative_to(folder).as_posix(), p.read_bytes())
@@ -226,13 +223,11 @@ def test_an_album_extracts_once_and_writes_features_only(folder, tmp_path_factor
     ]
     again = own.album(files, backbone="random:test_vit", names=["kl"])
     assert np.array_equal(
-        again.rows.blocks["kl"], album.rows.blocks["kl"]
+        again.blocks["kl"], album.blocks["kl"]
     )  # uploaded: the same rows, from the store
     assert {p: p.stat().st_mtime_ns for p in paths.store_dir().rglob("*.npy")} == shards
-    assert {p for p in folder.rglob("*")} == here and stored.entries(paths.store_dir())[0]["meta"][
-        "data"
-    ]
-    assert len(ask(n=3).images) == 3 and os.listdir(paths.store_dir())
+    assert {p for p in folder.rglob("*")} == here and entries(paths.store_dir())[0]["meta"]["data"]
+    assert len(ask(n=3).data) == 3 and os.listdir(paths.store_dir())
     os.remove(folder / "cat" / "a.jpg"), os.remove(folder / "cat" / "b.jpg")
     with pytest.raises(
         ValueError, match="2 readable images; neighbours need 3 .*aa_cut.jpg, dog/notes.txt"

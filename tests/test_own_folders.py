@@ -4,9 +4,10 @@ import shutil
 
 import numpy as np
 import pytest
+from helpers import entries
 from PIL import Image
 
-from companion import own, paths, stored
+from companion import own, paths
 from companion.data import datasets, images
 from fungi_core import KL, load
 from fungi_core.extract import describe, extract
@@ -32,13 +33,13 @@ def plain(monkeypatch, tmp_path):
 
 
 def test_the_metadata_lists_what_was_skipped(plain, encoder):
-    assert "skipped" not in describe(own.from_folder(plain)[0], encoder)
+    assert "skipped" not in describe(own.from_folder(plain), encoder)
     (plain / "broken.png").write_bytes(b"no image")
-    found, _ = own.from_folder(plain)
+    found = own.from_folder(plain)
     extract(found, encoder, [KL(dim=32)], root=paths.store_dir())
-    entries = stored.entries(paths.store_dir())
-    assert len(entries) == 3  # the embedding, the gradients and the trunk they are made from
-    for entry in entries:
+    made = entries(paths.store_dir())
+    assert len(made) == 3  # the embedding, the gradients and the trunk they are made from
+    for entry in made:
         assert entry["meta"]["skipped"] == ["broken.png"]
         assert entry["n"] == entry["done"] == len(found) == 3
 
@@ -48,7 +49,7 @@ def test_a_file_that_breaks_after_it_was_listed_is_named_and_nothing_is_written(
     (plain / "1.png").write_bytes(b"gone")
     with pytest.raises(ValueError, match=r"copy train\[1\] \(.*1.png\) cannot be read as an image"):
         extract(found, encoder, [KL(dim=32)], root=paths.store_dir())
-    assert stored.entries(paths.store_dir()) == []
+    assert entries(paths.store_dir()) == []
 
 
 def test_own_files_are_hashed_whole_however_many(plain, monkeypatch):
@@ -66,8 +67,8 @@ def test_folders_without_an_image(tmp_path):
     with pytest.raises(ValueError, match="no files there"):
         own.from_folder(tmp_path)
     (tmp_path / "notes.txt").write_text("no image")
-    found, skipped = own.from_folder(tmp_path)
-    assert len(found) == 0 and [name for name, _ in skipped] == ["notes.txt"]
+    found = own.from_folder(tmp_path)
+    assert len(found) == 0 and list(found.skipped) == ["notes.txt"]
     with pytest.raises(ValueError, match=r"0 readable images; .*\(not readable: notes.txt\)"):
         own.album(folder=tmp_path, backbone="vit_micro.sup_tin100", names=["kl"])
 

@@ -7,10 +7,11 @@ import helpers
 import numpy as np
 import pytest
 import torch
+from helpers import entries
 from PIL import Image
 from torchmetrics.classification import MulticlassJaccardIndex
 
-from companion import paths, segmentation, stored
+from companion import paths, segmentation
 from companion.data import datasets, masks, mosaics
 from companion.evaluate import incontext, iou, scenes
 from companion.figures import grids, plots, style
@@ -152,7 +153,7 @@ def test_only_the_kinds_that_the_store_lacks_are_computed(encoder, monkeypatch):
     again, _ = one.confusions(["embedding", "mean token"])
     assert asked == [["embedding"], ["mean token"]]
     assert np.array_equal(first["embedding"], both["embedding"])
-    assert set(keys) < {entry["key"] for entry in stored.entries(paths.store_dir())}
+    assert set(keys) < {entry["key"] for entry in entries(paths.store_dir())}
     assert all(np.array_equal(both[kind], again[kind]) for kind in both)
 
 

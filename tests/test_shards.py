@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import entries
 
 from companion import features, paths
-from companion.stored import entries
 from fungi_core.extract import shard_rows
 from fungi_core.store import SHARD
 

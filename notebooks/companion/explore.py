@@ -5,12 +5,10 @@ and a notebook that lacks what it needs ends early.
 # ipywidgets is imported where a reader gets widgets: a batch run has no use for it.
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NoReturn
-from urllib.parse import quote
 
 from IPython import get_ipython
-from IPython.display import HTML, Audio, display
+from IPython.display import display
 from traitlets import Any, HasTraits
 
 from companion.messages import one_line
@@ -73,18 +71,15 @@ def _start(choice):
 
 def _control(name: str, choice):
     """Return the widget of a choice; a slider and a text answer when they are let go."""
-    from ipywidgets import Dropdown, IntSlider, Layout, Text
+    from ipywidgets import Layout, interactive
 
-    looks = {"description": name.replace("_", " "), "style": {"description_width": "initial"}}
-    looks |= {"value": _start(choice)}
-    if isinstance(choice, tuple):
-        low, high = choice[:2]
-        layout = Layout(width="24em")
-        return IntSlider(min=low, max=high, continuous_update=False, layout=layout, **looks)
-    if isinstance(choice, str):
-        return Text(continuous_update=False, layout=Layout(width="40em"), **looks)
-    layout = Layout(width="max-content", max_width="40em")
-    return Dropdown(options=list(choice), layout=layout, **looks)
+    short = choice[:2] if isinstance(choice, tuple) else choice  # of (low, high, start)
+    control = interactive.widget_from_abbrev(short, _start(choice))
+    width = {tuple: "24em", str: "40em"}.get(type(choice), "max-content")
+    control.description, control.style.description_width = name.replace("_", " "), "initial"
+    control.layout = Layout(width=width, max_width="40em")
+    control.continuous_update = False
+    return control
 
 
 def _attempt(show: Callable, *values, **named) -> None:
@@ -143,43 +138,15 @@ def chooser(load: Callable, *, folder: str, backbone: str, backbones: Sequence[s
     click()
 
 
-def listen(clips: Sequence, rate: int) -> None:
-    """Show a player for each waveform (n,), in front of a person only: sound is never kept in a
-    saved notebook.
-    """
-    for clip in clips if live() else ():
-        display(Audio(clip, rate=rate))
-
-
-def downloads(files: Sequence[Path]) -> HTML:
-    """Return file names and sizes; in JupyterLab as links that save a file, where it lies below
-    the folder shown there.
-    """
-    lines = []
-    for file in files:
-        href = quote(Path(os.path.relpath(file)).as_posix())
-        link = f'<a download="{file.name}" href="{href}">{file.name}</a>' if live() else file.name
-        lines.append(f"{link}, {file.stat().st_size / 1e6:.1f} MB")
-    return HTML("<br>".join(lines))
-
-
-class _End(Exception):
-    """What ends a notebook; IPython shows what the handler of `end` shows."""
-
-
 def end(message: str) -> NoReturn:
     """End the notebook at this cell with one line, as a success: later cells do not run, papermill
     exits with 0.
 
     Papermill takes an error that says SystemExit 0 for a success. IPython's own is three lines
-    about tracebacks and how to quit, so the kernel sends that error with ``message`` in their
-    place. Outside a kernel it is SystemExit(0).
+    about tracebacks and how to quit, so in a kernel an error of that name shows ``message`` in
+    their place. Outside a kernel it is SystemExit(0).
     """
-    shell = get_ipython()
-    if shell is None or not hasattr(shell, "kernel"):
+    if not hasattr(get_ipython(), "kernel"):
         print(message)
         raise SystemExit(0)
-    content = {"ename": "SystemExit", "evalue": "0", "traceback": [message]}
-    shell.set_custom_exc((_End,), lambda *_, **__: None)
-    shell.kernel.send_response(shell.kernel.iopub_socket, "error", content)
-    raise _End(message)
+    raise type("SystemExit", (Exception,), {"_render_traceback_": lambda _: [message]})("0")

@@ -4,15 +4,14 @@ out.
 
 import io
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pandas as pd
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from threadpoolctl import threadpool_limits
 
 from companion import paths, protocol
@@ -29,26 +28,8 @@ from fungi_core.inputs import readable
 from fungi_core.views import to_image
 
 SHORT = 512  # pixels: longer shorter sides are reduced to it once, as photographs are read
+WANTED = "give a folder with a sub-folder per class, or with image files only"
 PACKAGED = 128  # crops of the 16 packaged photographs, eight of each
-
-
-@dataclass(frozen=True)
-class Album:
-    """Hold photographs, what could not be read, and the features of those that could."""
-
-    rows: Features  # .data are the images, .blocks the features
-    skipped: list[tuple[str, str]]  # (name, why)
-    backbone: str
-
-    @property
-    def images(self) -> Images:
-        """Return the photographs."""
-        return self.rows.data
-
-    @property
-    def labelled(self) -> bool:
-        """Say whether the photographs have more than one class."""
-        return len(self.images.classes) > 1
 
 
 def album(
@@ -60,8 +41,8 @@ def album(
     layer: str = "",
     n: int = 0,
     seed: int = 0,
-) -> Album:
-    """Read photographs and extract their features into the store.
+) -> Features:
+    """Read photographs and extract their features into the store; `.data` are the photographs.
 
     ``files`` are (name, bytes), a zip standing for what is in it; else ``folder``; else packaged
     crops. ``n``: at most so many images, drawn by ``seed``, classes as even as possible (0: all).
@@ -70,44 +51,42 @@ def album(
     """
     encoder = table.load(backbone, layer=layer or None)  # an unknown one is an error at once
     if files:
-        images, skipped = read(*unpacked(files))
+        images = read(*unpacked(files))
     elif folder:
-        images, skipped = from_folder(folder)
+        images = from_folder(folder)
     else:
-        images, skipped = datasets.load("photos", "test", limit=PACKAGED), []
+        images = datasets.load("photos", "test", limit=PACKAGED)
     if len(images) < 3:
-        failed = ", ".join(name for name, _ in skipped[:10]) or "none"
+        failed = ", ".join(list(images.skipped)[:10]) or "none"
         found = f"{len(images)} readable images"
         raise ValueError(f"{found}; neighbours need 3 (not readable: {failed})")
     if 0 < n < len(images):
         note = f"{n} of {len(images)} images, seed {seed}"
         images = images.take(balanced(images.labels, n, seed), note)
     wanted = [named(name, encoder) for name in names]
-    rows = extract(images, encoder, wanted, seed=seed, root=paths.store_dir())
-    return Album(rows, skipped, backbone)
+    return extract(images, encoder, wanted, seed=seed, root=paths.store_dir())
 
 
-def from_folder(folder: str | Path) -> tuple[Images, list[tuple[str, str]]]:
-    """Read every image below ``folder``, and name the files that are none.
+def from_folder(folder: str | Path) -> Images:
+    """Read every image below ``folder``; with sub-folders the first one is the class.
 
-    With sub-folders the first one is the class. Raises ValueError where it is no folder or empty.
+    Raises ValueError where it is no folder or empty.
     """
     folder = Path(str(folder)).expanduser()
     if not folder.is_dir():
-        raise ValueError(
-            f"{folder} is no folder; give one with a sub-folder per class, or with image files only"
-        )
-    return read(folders.files(folder))
+        raise ValueError(f"{folder} is no folder; {WANTED}")
+    return read(folders.files(folder), {})
 
 
 def unpacked(
     files: Sequence[tuple[str, bytes]],
-) -> tuple[list[tuple[str, bytes]], list[tuple[str, str]]]:
-    """Return uploaded files, those in a zip under their names there, and what cannot be read.
+) -> tuple[list[tuple[str, bytes]], dict[str, str]]:
+    """Return uploaded files, those in a zip under their names there, and {name: why} of what cannot
+    be read.
 
     A name that comes twice is numbered; hidden files are left out.
     """
-    out, skipped = {}, []
+    out, skipped = {}, {}
     for name, content in files:
         members = [(name, content)]
         if folders.is_zip(content):
@@ -115,7 +94,7 @@ def unpacked(
                 members, failed = folders.unzipped(content)
             except zipfile.BadZipFile:
                 members, failed = [], {name: "a zip that is cut off or damaged"}
-            skipped += failed.items()
+            skipped |= failed
         for inner, each in members:
             path = PurePosixPath(readable(inner))
             numbered = (path.with_stem(f"{path.stem} ({i})") for i in count(2))
@@ -125,20 +104,18 @@ def unpacked(
     return list(out.items()), skipped
 
 
-def read(
-    files: Sequence[tuple[str, Path | bytes]], skipped: Sequence[tuple[str, str]] = ()
-) -> tuple[Images, list[tuple[str, str]]]:
-    """Decode each file once; those that are no image are skipped and named."""
+def read(files: Sequence[tuple[str, Path | bytes]], skipped: Mapping[str, str]) -> Images:
+    """Decode each file once; those that are no image are named in the images' ``skipped``, with
+    those that were skipped before.
+    """
     if not files:
-        raise ValueError(
-            "no files there; give a folder with a sub-folder per class, or with image files only"
-        )
-    names, pixels, skipped = [], [], list(skipped)
+        raise ValueError(f"no files there; {WANTED}")
+    names, pixels, skipped = [], [], dict(skipped)
     with progress(len(files), "reading") as bar, ThreadPoolExecutor(2) as pool:
         decoded = pool.map(decode, [source for _, source in files])
         for (name, _), found in zip(files, decoded, strict=True):
             if isinstance(found, str):
-                skipped.append((name, found))
+                skipped[name] = found
             else:
                 names.append(name)
                 pixels.append(found)
@@ -147,9 +124,8 @@ def read(
     classes = sorted(set(tops)) or [""]
     labels = np.array([classes.index(top) for top in tops], np.int64)
     titles, rows = [c or "(no folder)" for c in classes], np.arange(len(names))
-    about = dict(licence="your own", skipped=dict(skipped))
-    images = Images("own", "train", labels, titles, "accuracy", names, pixels, rows, **about)
-    return images, skipped
+    about = dict(licence="your own", skipped=skipped)
+    return Images("own", "train", labels, titles, "accuracy", names, pixels, rows, **about)
 
 
 def decode(source: Path | bytes) -> np.ndarray | str:
@@ -175,44 +151,32 @@ def reduced(source: Path | bytes) -> Image.Image:
         opened.load()
         image = to_image(opened)
     factor = SHORT / min(image.size)
-    if factor >= 1:
-        return image
-    size = tuple(max(1, round(factor * side)) for side in image.size)
-    return image.resize(size, Image.Resampling.BICUBIC)
+    return ImageOps.scale(image, factor) if factor < 1 else image
 
 
-def cosines(album: Album, letters: str) -> np.ndarray:
+def cosines(album: Features, letters: str) -> np.ndarray:
     """Return the mean over the features of every pair's cosine, (N, N), at most 1.
 
     An image has -inf with itself.
     """
     features = len(protocol.names_of(letters))
-    out = protocol.similarity(album.rows, album.rows, letters) / features
+    out = protocol.similarity(album, album, letters) / features
     out = np.minimum(out, 1)  # rounding leaves exact duplicates a little above
     np.fill_diagonal(out, -np.inf)
     return out
 
 
-def identical(album: Album) -> np.ndarray:
-    """Say which pairs of different rows are the same picture, pixel by pixel, (N, N) bool."""
-    pixels = [album.images[i] for i in range(len(album.images))]
-    ids = [hash((image.size, image.tobytes())) for image in pixels]
-    same = np.equal.outer(ids, ids)
-    np.fill_diagonal(same, False)
-    return same
-
-
 def accuracy(
-    album: Album, letters: Sequence[str], *, k: int, apart: float = 1.0, seed: int = 0
+    album: Features, letters: Sequence[str], *, k: int, apart: float = 1.0, seed: int = 0
 ) -> pd.DataFrame:
     """Return leave-one-out kNN accuracy, `protocol.knn`'s table.
 
-    Each image is named by its ``k`` nearest among all others, by fewer where fewer may vote: the
-    same picture, and images whose embeddings have a cosine above ``apart`` (shots of one scene),
-    have no vote on each other. An image without a voter counts as wrong.
+    Each image is named by its ``k`` nearest among all others, by fewer where fewer may vote: images
+    whose embeddings have a cosine above ``apart`` (shots of one scene, the same picture twice) have
+    no vote on each other. An image without a voter counts as wrong.
     """
-    labels = album.images.labels
-    barred = identical(album) | (cosines(album, "E") > apart)
+    labels = album.labels
+    barred = cosines(album, "E") > apart
     right = {}
     for name in dict.fromkeys(("E", *letters)):
         near = np.where(barred, -np.inf, cosines(album, name))
@@ -223,46 +187,41 @@ def accuracy(
     return protocol.compare(right, letters, "leave-one-out", None, seed)
 
 
-def neighbours(album: Album, image: int, letters: str, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the ``k`` images most similar to an image: rows (k,) and mean cosines (k,)."""
-    near = cosines(album, letters)[image]
-    order = np.argsort(-near, kind="stable")[: min(k, len(near) - 1)]
-    return order, near[order]
-
-
 def tiles(
-    album: Album, image: int, sets: dict[str, str], k: int
+    album: Features, image: int, sets: dict[str, str], k: int
 ) -> tuple[dict, dict[str, list[dict]]]:
-    """Return what `grids.neighbours` draws: the image, and {title: its neighbours by letters}."""
-    images, of = album.images, album.images.labels
+    """Return what `grids.neighbours` draws: the image, and {title: the ``k`` images most similar to
+    it by the letters, at most all others, with their mean cosines}.
+    """
+    images, labelled, found = album.data, len(album.data.classes) > 1, {}
+    for name, letters in sets.items():
+        near = cosines(album, letters)[image]
+        order = np.argsort(-near, kind="stable")[: min(k, len(near) - 1)]
+        found[name] = [
+            {
+                "image": np.asarray(images[i]),
+                "title": f"{short(images.names[i])}\n{near[i]:.2f}",
+                "right": bool(album.labels[i] == album.labels[image]) if labelled else None,
+            }
+            for i in order
+        ]
+    return {"image": np.asarray(images[image]), "title": images.names[image]}, found
 
-    def tile(i: int, cosine: float) -> dict:
-        right = bool(of[i] == of[image]) if album.labelled else None
-        title = f"{short(images.names[i])}\n{cosine:.2f}"
-        return {"image": np.asarray(images[i]), "title": title, "right": right}
 
-    found = {
-        name: [tile(*near) for near in zip(*neighbours(album, image, letters, k), strict=True)]
-        for name, letters in sets.items()
-    }
-    query = {"image": np.asarray(images[image]), "title": images.names[image]}
-    return query, found
-
-
-def near_duplicates(album: Album) -> pd.DataFrame:
-    """Return pairs of images: first, second (rows), cosine; the same picture twice has cosine 1."""
-    near = np.where(identical(album), 1.0, cosines(album, "E"))
+def near_duplicates(album: Features) -> pd.DataFrame:
+    """Return pairs of images, the most alike first: first, second (rows), cosine."""
+    near = cosines(album, "E")
     first, second = np.triu_indices(len(near), 1)
     pairs = pd.DataFrame({"first": first, "second": second, "cosine": near[first, second]})
     return pairs.sort_values("cosine", ascending=False, kind="stable", ignore_index=True)
 
 
-def places(album: Album, letters: str, method: str = "t-SNE", seed: int = 0) -> np.ndarray:
+def places(album: Features, letters: str, method: str = "t-SNE", seed: int = 0) -> np.ndarray:
     """Return where a 2-D map puts each image, (N, 2): scikit-learn's t-SNE, or PCA.
 
     The perplexity is 30, less for few images. Where all features are the same there is one place.
     """
-    x = protocol.fungi_features(album.rows, album.rows, letters)[0]
+    x = protocol.fungi_features(album, album, letters)[0]
     if np.ptp(x, axis=0).max() < 1e-6:
         return np.zeros((len(x), 2), np.float32)  # t-SNE would divide by a deviation of zero
     if method == "PCA":
@@ -275,15 +234,15 @@ def places(album: Album, letters: str, method: str = "t-SNE", seed: int = 0) -> 
         return TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(x)
 
 
-def save(album: Album, stem: Path) -> list[Path]:
+def save(album: Features, stem: Path) -> list[Path]:
     """Write features and file names as STEM.npz and STEM.parquet; return their paths.
 
     Both hold name, class, and for each image its embedding, projected gradients (not normalised)
     and ``fungi``: all of them normalised and joined, without PCA.
     """
-    images, blocks = album.images, dict(album.rows.blocks)
+    images, blocks = album.data, dict(album.blocks)
     letters = "+".join(protocol.LETTERS[name] for name in blocks)
-    blocks["fungi"] = protocol.fungi_features(album.rows, album.rows, letters)[0]
+    blocks["fungi"] = protocol.fungi_features(album, album, letters)[0]
     about = {"name": np.array(images.names), "class": np.array(images.classes)[images.labels]}
     lists = {name: list(block) for name, block in blocks.items()}
     stem.parent.mkdir(parents=True, exist_ok=True)

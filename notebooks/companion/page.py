@@ -2,7 +2,6 @@
 claims.
 """
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -84,7 +83,6 @@ class Page:
         return provenance(
             self.slug,
             self.parameters,
-            seed=self.parameters["seed"],
             stores=list(dict.fromkeys(key for part in rows for key in part.keys)),
             datasets=data.values(),
             started=self.started,
@@ -120,7 +118,7 @@ class Page:
             "claim": board["claim"],
             "paper": board["paper_delta"].map(paper.signed),
             "ours": board["value"].map(paper.signed),
-            "interval": [paper.bounds(row) for row in board.to_dict("records")],
+            "interval": [paper.bounds(*row) for row in board[["low", "high"]].to_numpy()],
             "verdict": board["verdict"],
         }
         return style.show_table(pd.DataFrame(shown))
@@ -136,7 +134,7 @@ class Page:
     def provenance(self) -> dict:
         """Return the provenance in short; it is whole in each figure's JSON."""
         proof = self.proof()
-        return json.loads(json.dumps({key: proof[key] for key in SHOWN}))
+        return {key: proof[key] for key in SHOWN}
 
 
 def where(runs: Sequence[tuple]) -> str:

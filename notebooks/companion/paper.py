@@ -21,19 +21,13 @@ import pandas as pd
 import yaml
 from jinja2 import Template
 
+from companion.figures.style import VERDICTS
 from companion.messages import require
 from companion.paths import PAPER, ROOT, figures_dir, results_dir
 
 MEASURED = ["id", "value", "low", "high", "on"]
 NUMBERS = ["table", "value", "delta", "spread", "paper_delta"]  # columns that are no text
-STAND_INS = (
-    "vit_micro",
-    "vit_mini",
-    "all-MiniLM",
-    "whisper",
-    "random:",
-)  # none of the paper's networks
-VERDICTS = ["disagrees", "undecided", "agrees", "not testable here", "not run"]  # in this order
+STAND_INS = ("vit_micro", "vit_mini", "all-MiniLM", "whisper", "random:")  # not the paper's
 
 
 def load(table: int) -> pd.DataFrame:
@@ -99,13 +93,22 @@ def scoreboard(profile: str) -> pd.DataFrame:
     ours = pd.concat([pd.DataFrame(columns=MEASURED), *map(pd.read_csv, files)])
     board = claims().merge(ours.drop_duplicates("id", keep="last"), on="id", how="left")
     board[["value", "low", "high"]] = board[["value", "low", "high"]].astype(float)
-    judged = board[["expected", "value", "low", "high", "on"]].itertuples(index=False)
-    compared = board[["paper_delta", "value", "low", "high"]].itertuples(index=False)
-    board["verdict"] = [verdict(*row) for row in judged]
-    board["size"] = [size(*row) for row in compared]
+    rows = lambda *names: board[list(names)].itertuples(index=False)
+    board["verdict"] = [verdict(*row) for row in rows("expected", "value", "low", "high", "on")]
+    board["size"] = [size(*row) for row in rows("paper_delta", "value", "low", "high")]
     board["seen"] = (board["high"] - board["low"]) / 2
     board["scale"] = board["on"].map(scale)
     return board
+
+
+def by_verdict(board: pd.DataFrame) -> tuple[list[dict], dict[str, int]]:
+    """Return the rows of the scoreboard with the disagreements first, and how many have each
+    verdict.
+    """
+    order = lambda verdicts: verdicts.map(list(VERDICTS).index)
+    rows = board.sort_values("verdict", key=order, kind="stable")
+    counts = board["verdict"].value_counts()
+    return rows.to_dict("records"), {name: int(counts.get(name, 0)) for name in VERDICTS}
 
 
 def verdict(expected: str, value: float, low: float, high: float, on: object) -> str:
@@ -157,39 +160,25 @@ def _data_sets() -> frozenset[str]:
     return frozenset({*table.query("profile == 'paper'")["name"], "voc2012", "ade20k"})
 
 
-def decided(row) -> str:
-    """Return a verdict as text, with the smallest effect that could have been seen if undecided."""
-    seen = row["verdict"] == "undecided" and not pd.isna(row["seen"])
-    return row["verdict"] + f" (±{row['seen']:.1f} could be seen)" * seen
-
-
 def signed(x: float, decimals: int = 1) -> str:
     """Return a number with its sign, as text; a dash where there is none."""
     return "–" if pd.isna(x) else f"{x:+.{decimals}f}".replace("-", "−")
 
 
-def bounds(row, decimals: int = 1, of: str = "") -> str:
-    """Return the interval of a row of the `scoreboard`, as text; "" where it has none.
-
-    ``of``: "gain_" for the interval of a gain.
-    """
-    low, high = row[f"{of}low"], row[f"{of}high"]
+def bounds(low: float, high: float, decimals: int = 1) -> str:
+    """Return an interval as text; "" where there is none."""
     return "" if pd.isna(low) else f"[{signed(low, decimals)}, {signed(high, decimals)}]"
 
 
-def ours(row, decimals: int = 1) -> str:
-    """Return our number of a row of the `scoreboard` with its interval, as text."""
-    return f"{signed(row['value'], decimals)} {bounds(row, decimals)}".strip()
-
-
-def gain_of(row) -> str:
-    """Return the gain of a row of a protocol's table with its interval, as text."""
-    return f"{signed(row['gain'])} {bounds(row, of='gain_')}".strip()
+def ours(value: float, low: float, high: float, decimals: int = 1) -> str:
+    """Return a difference of ours with its interval, as text."""
+    return f"{signed(value, decimals)} {bounds(low, high, decimals)}".strip()
 
 
 def written(profile: str) -> list[dict]:
     """List the figures and tables that notebooks wrote for a profile: name, notebook, items
-    ("Fig. 2"), alt (what it shows) and minutes since the notebook's start.
+    ("Fig. 2"), alt (what it shows), drawn (whether it is a picture) and minutes since the
+    notebook's start.
     """
     kinds, found = {"fig": "Fig.", "table": "Table"}, []
     for file in sorted(results_dir(profile).glob("*.json")):
@@ -201,6 +190,7 @@ def written(profile: str) -> list[dict]:
                 "notebook": record["notebook"],
                 "items": [f"{kinds[kind]} {int(number)}" for kind, number in numbers],
                 "alt": record.get("alt", f"Figure {file.stem}"),
+                "drawn": file.with_suffix(".png").is_file(),
                 "minutes": (record.get("wall_seconds") or 0) / 60,
             }
         )
@@ -208,58 +198,45 @@ def written(profile: str) -> list[dict]:
 
 
 def overview(profile: str) -> pd.DataFrame:
-    """Return every figure and table of the paper, and what lies of it in the figures folder: item,
-    shows, notebook, run (the profiles it was run in), minutes (of the longest such run), ours (one
-    line: the item's first claim, ours with its interval against the paper's, the verdict, and how
-    many claims have which; ``profile``'s where it was run in it).
+    """Return every figure and table of the paper, and what lies of it in the profile's figures:
+    item, shows, notebook, run (the profile, "" where it was not run), minutes (of that run), ours
+    (one line: the item's first claim, ours with its interval against the paper's, the verdict, and
+    how many claims have which).
     """
-    names = {path.name for path in figures_dir().glob("*/")} | {profile}
-    names = sorted(names, key=lambda name: (name != profile, name))
-    boards = {name: scoreboard(name).query("verdict != 'not run'") for name in names}
-    done = {}  # {(notebook, profile): minutes}
-    for name in names:
-        for record in written(name):
-            key = record["notebook"], name
-            done[key] = max(done.get(key, 0), record["minutes"])
-    rows = []
+    minutes = {}
+    for record in written(profile):
+        minutes[record["notebook"]] = max(minutes.get(record["notebook"], 0), record["minutes"])
+    board, rows = scoreboard(profile), []
     for item, slug in items()[["item", "notebook"]].itertuples(index=False):
-        ran = [name for name in names if (slug, name) in done]
-        longest = max((done[slug, name] for name in ran), default=-1)
-        minutes = "" if longest < 0 else "under 1" if longest < 1 else f"{longest:.0f}"
-        rows.append((", ".join(ran), minutes, _in_a_line(item, boards)))
+        took = minutes.get(slug, -1)
+        said = "" if took < 0 else "under 1" if took < 1 else f"{took:.0f}"
+        line = _in_a_line(board[board["item"] == item], profile)
+        rows.append((profile * (slug in minutes), said, line))
     return items().join(pd.DataFrame(rows, columns=["run", "minutes", "ours"]))
 
 
-def _in_a_line(item: str, boards: dict[str, pd.DataFrame]) -> str:
-    """Sum up an item's claims in the first profile that has them: "+3.2 [+1.5, +5.0], paper +4.8:
-    agrees, lite".
-    """
-    for name, board in boards.items():
-        here = board[board["item"] == item]
-        if here.empty:
-            continue
-        first = here.iloc[0]
-        paper = f", paper {signed(first['paper_delta'])}" * (not pd.isna(first["paper_delta"]))
-        numbers = f"{ours(first)}{paper}: " * (not pd.isna(first["value"]))
-        counts = ", ".join(f"{n} {found}" for found, n in here["verdict"].value_counts().items())
-        more = f" (of {len(here)}: {counts})" if len(here) > 1 else ""
-        return f"{numbers}{first['verdict']}{more}, {name}"
-    return "not run" if item in set(claims()["item"]) else ""
+def _in_a_line(item: pd.DataFrame, profile: str) -> str:
+    """Sum up an item's rows of the scoreboard: "+3.2 [+1.5, +5.0], paper +4.8: agrees, lite"."""
+    here = item[item["verdict"] != "not run"]
+    if here.empty:
+        return "" if item.empty else "not run"
+    first = here.iloc[0]
+    paper = f", paper {signed(first['paper_delta'])}" * (not pd.isna(first["paper_delta"]))
+    numbers = f"{ours(*first[['value', 'low', 'high']])}{paper}: " * (not pd.isna(first["value"]))
+    counts = ", ".join(f"{n} {found}" for found, n in here["verdict"].value_counts().items())
+    more = f" (of {len(here)}: {counts})" if len(here) > 1 else ""
+    return f"{numbers}{first['verdict']}{more}, {profile}"
 
 
 def as_markdown(profile: str) -> str:
     """Return the page figures/PROFILE/README.md: every claim with its verdict, the disagreements
     first, then the figures with links.
     """
-    board, figures = scoreboard(profile), written(profile)
-    board = board.sort_values("verdict", key=lambda v: v.map(VERDICTS.index), kind="stable")
-    counts = {name: int((board["verdict"] == name).sum()) for name in VERDICTS}
-    for figure in figures:
-        figure["drawn"] = (results_dir(profile) / f"{figure['name']}.png").is_file()
+    rows, counts = by_verdict(scoreboard(profile))
     template = (ROOT / "data" / "site" / "claims.md").read_text(encoding="utf-8")
     page = Template(template, trim_blocks=True, keep_trailing_newline=True)
-    given = dict(profile=profile, claims=board.to_dict("records"), counts=counts, figures=figures)
-    return page.render(signed=signed, ours=ours, decided=decided, **given)
+    given = dict(profile=profile, claims=rows, counts=counts, figures=written(profile))
+    return page.render(signed=signed, ours=ours, **given)
 
 
 def manifest(profile: str) -> str:

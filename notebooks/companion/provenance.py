@@ -1,16 +1,13 @@
 """Where a number comes from: parameters, stores, data, commit, versions and machine."""
 
-import json
 import os
 import platform
 import re
 import subprocess
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
-from pathlib import Path, PurePath
-
-import numpy as np
+from pathlib import Path
 
 from companion import paths
 
@@ -21,29 +18,28 @@ def provenance(
     notebook: str,
     parameters: Mapping,
     *,
-    seed: int,
-    stores: Iterable[str] = (),
+    stores: Sequence[str] = (),
     datasets: Iterable = (),
     started: float | None = None,
 ) -> dict:
     """Return where a figure comes from, as a dict that JSON can hold.
 
-    ``stores``: keys of the store; ``datasets``: data sets as `companion.data` loads them;
-    ``started``: ``time.time()`` at the notebook's start. "dirty" tells whether the working tree,
-    figures apart, differs from the commit; both are None outside a git checkout.
+    ``parameters``: the notebook's, "seed" among them; ``stores``: keys of the store; ``datasets``:
+    data sets as `companion.data` loads them; ``started``: ``time.time()`` at the notebook's start.
+    "dirty" tells whether the working tree, figures apart, differs from the commit; both are None
+    outside a git checkout.
     """
     import torch  # here, so that plotting alone does not wait for it
 
     cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    record = {
+    return {
         "notebook": notebook,
         "parameters": dict(parameters),
-        "seed": seed,
+        "seed": parameters["seed"],
         "stores": list(stores),
         "datasets": [
-            {"name": d.name, "split": d.split, "n": len(d), "fingerprint": d.fingerprint}
-            | {"note": d.note}
+            dict(name=d.name, split=d.split, n=len(d), fingerprint=d.fingerprint, note=d.note)
             for d in datasets
         ],
         **git(),
@@ -51,30 +47,15 @@ def provenance(
         "device": {"cpu": cpu(), "cores": cores, "cuda": cuda},
         "wall_seconds": None if started is None else round(time.time() - started, 1),
     }
-    return json.loads(as_json(record))
-
-
-def as_json(record: Mapping) -> str:
-    """Return a record as JSON text; raises TypeError for what JSON cannot hold."""
-
-    def plain(value):
-        if isinstance(value, np.generic | np.ndarray):
-            return value.tolist()
-        if isinstance(value, PurePath):
-            return str(value)
-        raise TypeError(f"provenance holds a {type(value).__name__}, which JSON cannot: {value!r}")
-
-    return json.dumps(record, indent=2, default=plain, allow_nan=False, ensure_ascii=False)
 
 
 def git() -> dict:
     """Return the checkout's commit, and whether anything but figures differs from it."""
     command = ["git", "status", "--porcelain=v2", "--branch", "--", ".", ":!figures"]
     try:
-        done = subprocess.run(command, cwd=paths.ROOT, capture_output=True, text=True)
-    except FileNotFoundError:  # no git on this machine
-        return {"commit": None, "dirty": None}
-    if done.returncode:  # no checkout: an unpacked archive or an installed package
+        done = subprocess.run(command, cwd=paths.ROOT, capture_output=True, text=True, check=True)
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        # no git on this machine, or no checkout: an unpacked archive or an installed package
         return {"commit": None, "dirty": None}
     # It says "(initial)" before the first commit.
     head = re.search(r"^# branch.oid ([0-9a-f]+)$", done.stdout, re.MULTILINE)

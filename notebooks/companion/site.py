@@ -60,7 +60,7 @@ def build(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    env.filters |= {"points": lambda row: paper.ours(row, 2), "anchor": anchor}
+    env.filters["anchor"], env.globals["ours"] = anchor, paper.ours
     style = (TEMPLATES / "style.css").read_text() + HtmlFormatter().get_style_defs(".highlight")
     (out / "style.css").write_text(style, encoding="utf-8")
     written = [write(out, env, name, shared) for name in ("index", "scoreboard")]
@@ -84,21 +84,14 @@ def judged(profile: str, figures: list[dict]) -> dict:
     items, each with its verdicts and figures.
     """
     board = paper.scoreboard(profile)
-    board["order"] = board["verdict"].map(paper.VERDICTS.index)
-    counts = lambda rows: rows["verdict"].value_counts()
-    items = [
-        row
-        | {
-            "verdicts": counts(board[board["item"] == row["item"]]).to_dict(),
-            "figures": [figure for figure in figures if row["item"] in figure["items"]],
-        }
-        for row in paper.items().to_dict("records")
-    ]
-    return {
-        "claims": board.sort_values("order", kind="stable").to_dict("records"),
-        "counts": counts(board).reindex(paper.VERDICTS).dropna().astype(int),
-        "items": items,
-    }
+    claims, counts = paper.by_verdict(board)
+    items = paper.items().to_dict("records")
+    for row in items:
+        row["verdicts"] = (
+            board.loc[board["item"] == row["item"], "verdict"].value_counts().to_dict()
+        )
+        row["figures"] = [figure for figure in figures if row["item"] in figure["items"]]
+    return {"claims": claims, "counts": counts, "items": items}
 
 
 def executed(source: Path, ran: Path) -> tuple[nbformat.NotebookNode, str]:
@@ -132,9 +125,11 @@ def body(nb: nbformat.NotebookNode, slugs: Sequence[str]) -> str:
     """
     for cell, text in zip(nb.cells, alternatives(nb), strict=True):
         cell.metadata["alt"] = text
-        shown = [output for output in cell.get("outputs", []) if output.get("name") != "stderr"]
-        cell.outputs = shown
-    exporter = HTMLExporter(template_name="basic", filters={"markdown2html": markdown})
+        cell.outputs = [o for o in cell.get("outputs", []) if o.get("name") != "stderr"]
+    no_prompts = dict(exclude_input_prompt=True, exclude_output_prompt=True)
+    exporter = HTMLExporter(
+        template_name="basic", filters={"markdown2html": markdown}, **no_prompts
+    )
     soup = BeautifulSoup(exporter.from_notebook_node(nb)[0], "html.parser")
     for link in soup.select("a[href]"):
         link["href"] = re.sub(r"^(\d\d_\w+)\.ipynb", r"\1.html", link["href"])
@@ -147,8 +142,6 @@ def body(nb: nbformat.NotebookNode, slugs: Sequence[str]) -> str:
         summary = soup.new_tag("summary")
         summary.string = "parameters given" if "injected" in tags else given
         source.wrap(soup.new_tag("details")).insert(0, summary)
-    for prompt in soup.select("div.prompt"):
-        prompt.decompose()
     box = {"class": "scroll", "tabindex": "0", "role": "region", "aria-label": "table"}
     for wide in soup.select("table"):  # a wide table scrolls in its own box, not with the page
         wide.wrap(soup.new_tag("div", attrs=box))
@@ -190,14 +183,14 @@ def gallery(out: Path, profile: str) -> list[dict]:
     """Copy figures, whole and as thumbnails, and numbers of a profile into the site; return
     `paper.written` of each, with the file to link to and the thumbnail's size, None for a table.
     """
-    folder, found = paths.figures_dir() / profile, []
+    folder, found = paths.results_dir(profile), []
     for sub in ("figures", "thumbnails"):
         (out / sub).mkdir()
     for figure in paper.written(profile):
         name, size = figure["name"], None
         shutil.copy(folder / f"{name}.csv", out / "figures")
-        if (drawn := folder / f"{name}.png").is_file():
-            image = Image.open(drawn).convert("RGB")
+        if figure["drawn"]:
+            image = Image.open(folder / f"{name}.png").convert("RGB")
             image.save(out / "figures" / f"{name}.webp", lossless=True)
             image.thumbnail((THUMBNAIL, THUMBNAIL))
             image.save(out / "thumbnails" / f"{name}.webp", quality=85)

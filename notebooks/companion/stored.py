@@ -1,33 +1,16 @@
 """Look after the store of features.
 
-python -m companion.stored list | check | repair
+python -m companion.stored check | repair
 
 ``repair`` removes what ``check`` names; the next extraction recomputes its rows.
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 from companion import paths
 from fungi_core.store import Entry, StoreCorrupt, key, load_record
-
-
-def entries(root: Path) -> list[dict]:
-    """Return a dict for each entry: key, meta, n, width, done (rows on disk), bytes."""
-    found = [Entry(file.parent, load_record(file)) for file in sorted(root.glob("*/meta.json"))]
-    return [
-        {
-            "key": entry.key,
-            "meta": entry.record["meta"],
-            "n": entry.n,
-            "width": entry.width,
-            "done": entry.n - sum(stop - start for start, stop in entry.missing()),
-            "bytes": sum(file.stat().st_size for file in os.scandir(entry.path)),
-        }
-        for entry in found
-    ]
 
 
 def check(root: Path, repair: bool = False) -> tuple[int, list[Path]]:
@@ -59,18 +42,10 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m companion.stored", description=__doc__.split("\n\n")[0]
     )
-    parser.add_argument("what", choices=("list", "check", "repair"))
+    parser.add_argument("what", choices=("check", "repair"))
     parser.add_argument("--root", type=Path, help="default: FUNGI_STORE, else data/store")
     args = parser.parse_args(argv)
-    root = args.root or paths.store_dir()
-    if args.what == "list":
-        for entry in entries(root):
-            names = ("data", "backbone", "feature")
-            what = " ".join(str(entry["meta"].get(name, "")) for name in names)
-            rows = f"{entry['done']} of {entry['n']} rows"
-            print(f"{entry['key']}  {rows}  {entry['bytes'] / 1e6:.1f} MB  {what}")
-        return
-    count, bad = check(root, args.what == "repair")
+    count, bad = check(args.root or paths.store_dir(), args.what == "repair")
     for file in bad:
         removed = "; removed" if args.what == "repair" else ""
         print(f"{file} is truncated, altered or foreign{removed}")

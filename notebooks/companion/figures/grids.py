@@ -18,57 +18,58 @@ from matplotlib.patches import Patch, Rectangle
 from PIL import Image
 
 from companion.figures import style
-from companion.figures.panels import DASHED, curves_of, key, lines_of, panels, wrapped
+from companion.figures.panels import CONDITION, DASHED, curves_of, facets, key, lines_of
 from companion.figures.style import NAMES, PAGE, SMALL, colour, figure
 
-Matrices = Mapping[str, tuple[Sequence[str], np.ndarray]]  # {title: (labels, (n, n) array)}
 MASKS = (  # after Tol's muted scheme, safe for colour-blind readers
     "#88CCEE", "#DDCC77", "#AA4499", "#7A7A7A", "#EE7733", "#117733",
     "#CC6677", "#44AA99", "#332288", "#882255", "#111111", "#999933",
 )  # fmt: skip
 
 
-def cka_heatmaps(matrices: Matrices) -> Figure:
-    """Draw Fig. 2, top: the linear CKA of each pair of features; at most nine matrices."""
-    matrices = _wrapped(matrices)
-    fig, axes = panels(list(matrices), 2.1)
-    for title, [ax] in axes.items():
-        labels, values = matrices[title]
-        shade = np.where(np.tri(len(labels), dtype=bool), values, np.nan)
-        _heatmap(ax, shade, shade, ".2f", labels, vmin=0, vmax=1, cmap="Blues", square=True)
+def cka_heatmaps(df: pd.DataFrame) -> Figure:
+    """Draw Fig. 2, top: the linear CKA of each pair of features, a panel for each data set and
+    backbone.
+
+    `df` has a, b (letters; each pair once, the diagonal too, in the order of the features), cka.
+    """
+    fig, parts = facets(df, CONDITION, 2.1)
+    for [ax], here in parts:
+        shade = _triangle(here, "cka")
+        _heatmap(ax, shade, shade, ".2f", vmin=0, vmax=1, cmap="Blues", square=True)
     _colour_bar(fig, "linear CKA")
     return fig
 
 
-def pair_matrix(acc: Matrices, combined: Mapping[str, float]) -> Figure:
-    """Draw Fig. 2, bottom: the kNN accuracy of each feature (diagonal) and pair; at most nine
-    matrices.
+def pair_matrix(df: pd.DataFrame) -> Figure:
+    """Draw Fig. 2, bottom: the kNN accuracy of each feature (diagonal) and pair, a panel for each
+    data set and backbone. Colour is the difference from the embedding alone.
 
-    Colour is the difference from the embedding alone. `combined` gives, for each title,
-    the accuracy of all features together, drawn as the framed cell in the empty corner.
+    `df` has a, b, value, and all: the accuracy of all features together, drawn as the framed cell
+    in the empty corner.
     """
-    acc, combined = _wrapped(acc), _wrapped(combined)
-    fig, axes = panels(list(acc), 2.1)
-    numbers, shade = {}, {}
-    for title in axes:
-        labels, values = acc[title]
-        numbers[title] = np.where(np.tri(len(labels), dtype=bool), values, np.nan)
-        numbers[title][0, -1] = combined[title]
-        shade[title] = numbers[title] - values[labels.index("E"), labels.index("E")]
-    look = _around_zero(max(np.nanmax(np.abs(values)) for values in shade.values()))
+    fig, parts = facets(df, CONDITION, 2.1)
+    drawn = []
+    for [ax], here in parts:
+        numbers = _triangle(here, "value")
+        base = numbers.loc["E", "E"]
+        numbers.iloc[0, -1] = here["all"].iloc[0]
+        drawn.append((ax, numbers, numbers - base))
+    look = _around_zero(max(shade.abs().max(axis=None) for *_, shade in drawn))
     frame = {"facecolor": "none", "edgecolor": "black", "linewidth": 1.2, "clip_on": False}
-    for title, [ax] in axes.items():
-        last = len(acc[title][0]) - 1
-        _heatmap(ax, shade[title], numbers[title], ".1f", acc[title][0], square=True, **look)
+    for ax, numbers, shade in drawn:
+        last = len(numbers) - 1
+        _heatmap(ax, shade, numbers, ".1f", square=True, **look)
         ax.add_patch(Rectangle((last, 0), 1, 1, **frame))
         ax.text(last - 0.12, 0.5, "all", ha="right", va="center_baseline", size=SMALL)
     _colour_bar(fig, "points above the embedding alone")
     return fig
 
 
-def _wrapped(by_title: Mapping) -> dict:
-    """Return what belongs to each title, with the titles' long lines in two."""
-    return {"\n".join(map(wrapped, title.split("\n"))): x for title, x in by_title.items()}
+def _triangle(df: pd.DataFrame, column: str) -> pd.DataFrame:
+    """Return a column of pairs as the lower triangle of a matrix, the rest NaN."""
+    names = df["a"].unique()
+    return df.pivot(index="b", columns="a", values=column).reindex(index=names, columns=names)
 
 
 def source_layers(df: pd.DataFrame) -> Figure:
@@ -90,7 +91,7 @@ def source_layers(df: pd.DataFrame) -> Figure:
         here = df[df["features"] == name]
         level = here["base"].iloc[0]
         values = here.pivot(index="kind", columns="block", values="value").loc[kinds, blocks]
-        _heatmap(top, values.to_numpy() - level, values.to_numpy(), ".0f", blocks, kinds, **shade)
+        _heatmap(top, values - level, values, ".0f", **shade)
         top.set_title(f"{NAMES[name]} gradient")
         curves_of(bottom, here, "block", looks, by="kind")
         bottom.axhline(level, **base)
@@ -185,12 +186,10 @@ def mask_rows(rows: Sequence[Mapping], names: Sequence[str]) -> Figure:
     """
     images, titles, seen = [], [], set()
     for row in rows:
-        images += [
-            row["image"],
-            *(painted(row["image"], m, len(names)) for m in row["masks"].values()),
-        ]
+        image, masks = row["image"], row["masks"].values()
+        images += [image, *(painted(image, mask, len(names)) for mask in masks)]
         titles += [row["title"], *row["masks"]]
-        seen |= {int(c) for mask in row["masks"].values() for c in np.unique(mask)}
+        seen |= {int(c) for mask in masks for c in np.unique(mask)}
     fig = image_grid(images, titles, ncols=1 + len(rows[0]["masks"]))
     colours = class_colours(len(names))
     inks = {names[c].replace("_", " "): colours[c] for c in sorted(seen) if c < len(names)}
@@ -283,15 +282,14 @@ def _around_zero(reach: float) -> dict:
     return {"vmin": -reach, "vmax": reach, "cmap": "RdBu"}
 
 
-def _heatmap(
-    ax: Axes, shade: np.ndarray, numbers: np.ndarray, fmt: str, across, down=None, **look
-) -> None:
-    """Draw a heat map coloured by `shade`, empty at NaN, with `numbers` written in; rows have the
-    names `down`, or those of the columns.
+def _heatmap(ax: Axes, shade: pd.DataFrame, numbers: pd.DataFrame, fmt: str, **look) -> None:
+    """Draw a heat map coloured by `shade`, empty at NaN, with `numbers` written in; rows and
+    columns have the frame's names.
     """
-    names = {"xticklabels": across, "yticklabels": across if down is None else down}
     text = {"annot": numbers, "fmt": fmt, "annot_kws": {"size": SMALL, "va": "center_baseline"}}
+    names = {"xticklabels": True, "yticklabels": True}  # all of them
     seaborn.heatmap(shade, ax=ax, linewidths=1, cbar=False, **names, **text, **look)
+    ax.set(xlabel="", ylabel="")
     ax.tick_params(length=0, rotation=0)
 
 

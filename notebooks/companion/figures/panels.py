@@ -15,6 +15,7 @@ from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 from companion.figures.style import COLUMN, INK, PAGE, SMALL, colour, figure
 
+CONDITION = ("dataset", "backbone")
 MOST_PANELS = 9  # of one figure: more cannot be read
 DASHED = (0, (4, 3))
 # The paper's number: an open diamond.
@@ -27,19 +28,21 @@ PAPER = {
 }
 
 
-def panels(
-    titles: Sequence[str], height: float, *, each: int = 1, columns: int = 3, **shape
-) -> tuple[Figure, dict[str, np.ndarray]]:
-    """Return a figure with `each` panels side by side for each title, and {title: its panels}; the
-    title stands above the first of them.
+def facets(
+    df: pd.DataFrame, by: Sequence[str], height: float, *, each: int = 1, columns: int = 3, **shape
+) -> tuple[Figure, list[tuple[np.ndarray, pd.DataFrame]]]:
+    """Return a figure with `each` panels side by side for the values of the columns `by`, and
+    (panels, their rows of the frame) pairs; the values stand above the first of the panels.
 
-    A panel is `height` inches high. Of one panel each, `columns` titles share a row. Only nine
-    panels are drawn; a line in the figure says how many titles are left out. `shape` is as for
-    `figure`. Raises ValueError without a title.
+    A panel is `height` inches high. Of one panel each, `columns` groups share a row. Only nine
+    panels are drawn; a line in the figure says how many groups are left out. `shape` is as for
+    `figure`. The rows have low, high and paper, NaN where the frame has none. Raises ValueError for
+    a frame without rows.
     """
-    if not len(titles):
+    titles = titles_of(df, by, "\n" if each == 1 < columns else ", ")
+    drawn = list(titles.unique())[: max(1, MOST_PANELS // each)]
+    if not drawn:
         raise ValueError("nothing to plot: no panels")
-    drawn = list(titles)[: max(1, MOST_PANELS // each)]
     columns = min(columns, len(drawn)) if each == 1 else 1
     rows = math.ceil(len(drawn) / columns)
     width = min(PAGE, COLUMN * columns * each)
@@ -50,38 +53,20 @@ def panels(
         ax.remove()
     for title, group in zip(drawn, groups, strict=False):
         group[0].set_title(title)
-    if more := len(titles) - len(drawn):
+    if more := titles.nunique() - len(drawn):
         text = f"not drawn: {more} more, with their numbers in the CSV"
         fig.legend([], [], loc="outside lower right", title=text, title_fontsize=SMALL)
-    return fig, dict(zip(drawn, groups, strict=False))
-
-
-def facets(
-    df: pd.DataFrame, by: Sequence[str], height: float, *, each: int = 1, columns: int = 3, **shape
-):
-    """Return a figure with `each` panels for the values of the columns `by`, and (panels, their
-    rows of the frame) pairs; the rest is as for `panels`.
-
-    The rows have low, high and paper, NaN where the frame has none. Raises ValueError for a frame
-    without rows.
-    """
-    titles = titles_of(df, by, "\n" if each == 1 < columns else ", ")
     df = df.assign(**{name: np.nan for name in ("low", "high", "paper") if name not in df})
-    fig, axes = panels(list(titles.unique()), height, each=each, columns=columns, **shape)
-    return fig, [(group, df[titles == title]) for title, group in axes.items()]
+    return fig, [(group, df[titles == title]) for title, group in zip(drawn, groups, strict=False)]
 
 
-def titles_of(df: pd.DataFrame, columns: Sequence[str], between: str = "\n") -> pd.Series:
+def titles_of(df: pd.DataFrame, columns: Sequence[str], between: str) -> pd.Series:
     """Return a title for each row: its values in the columns, `between` one another; columns that
     the frame lacks are left out. A long name of a backbone goes on in a new line after its dot.
     """
+    wrapped = lambda name: name if len(name) < 28 else name.replace(".", ".\n", 1)
     have = [df[column].astype(str).map(wrapped) for column in columns if column in df]
     return have[0].str.cat(have[1:], sep=between) if have else pd.Series("", df.index)
-
-
-def wrapped(name: str) -> str:
-    """Return a long name of a backbone in two lines."""
-    return name if len(name) < 28 else name.replace(".", ".\n", 1)
 
 
 def head(ax: Axes, text: str) -> None:

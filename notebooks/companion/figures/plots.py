@@ -16,6 +16,7 @@ from matplotlib.ticker import MaxNLocator
 
 from companion.figures import style
 from companion.figures.panels import (
+    CONDITION,
     DASHED,
     PAPER,
     curves_of,
@@ -29,8 +30,6 @@ from companion.figures.panels import (
     plain_log,
 )
 from companion.figures.style import INK, NAMES, PALE, SMALL, colour
-
-CONDITION = ("dataset", "backbone")
 
 
 def class_deltas(df: pd.DataFrame) -> Figure:

@@ -22,6 +22,8 @@ from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
 from seaborn.utils import relative_luminance
 
+from companion.messages import require
+
 COLUMN, PAGE = 85 / 25.4, 160 / 25.4  # widths in inches: a column of 85 mm, a page of 160 mm
 SMALL = 8  # points: the smallest text, 9 pixels high from 85 dots an inch on
 INK, PALE = "#333333", "#888888"
@@ -73,10 +75,8 @@ def colour(features: str) -> str:
     letter.
     """
     letters = features.split("+")
-    if unknown := [x for x in letters if x not in NAMES]:
-        raise ValueError(
-            f"unknown feature {unknown[0]!r} in {features!r}: known letters are {', '.join(NAMES)}"
-        )
+    for letter in letters:
+        require("feature letter", letter, NAMES)
     return COLOURS.get(features) or COLOURS["+".join("EKDS"[: len(letters)])]
 
 

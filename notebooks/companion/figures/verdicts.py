@@ -67,10 +67,8 @@ def deltas(df: pd.DataFrame) -> Figure:
     names = "\n".join(textwrap.fill(text, 106) for text in words[apart])
     fig, [[ax]] = figure(height=1.4 * COLUMN + 0.14 * names.count("\n"))
     _same_scales(ax, df)
-    marks, counts = (
-        {"disagrees": "X", "undecided": "s", "agrees": "o"},
-        df["verdict"].value_counts(),
-    )
+    marks = {"disagrees": "X", "undecided": "s", "agrees": "o"}
+    counts = df["verdict"].value_counts()
     for r in df.itertuples():
         look = {"marker": marks[r.verdict], "markersize": 6, "alpha": 0.8}
         mark(ax, r.paper, r.value, style.VERDICTS[r.verdict], y_interval=(r.low, r.high), **look)
