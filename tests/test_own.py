@@ -152,7 +152,7 @@ def test_leave_one_out_is_scikit_learns_on_all_others():
 
 def test_shots_of_one_scene_have_no_vote_on_each_other():
     x = np.array([[1, 0], [1, 0.001], [0, 1], [0.001, 1]])  # two pairs of twins, a class each
-    assert own.accuracy(made(x, [0, 0, 1, 1]), ["E"], k=1)["value"].iloc[0] == 100
+    assert own.accuracy(made(x, [0, 0, 1, 1]), ["E"], k=1, apart=1)["value"].iloc[0] == 100
     assert own.accuracy(made(x, [0, 0, 1, 1]), ["E"], k=1, apart=0.99)["value"].iloc[0] == 0
 
 
@@ -191,7 +191,7 @@ def test_the_same_picture_twice_has_no_vote_on_itself_and_is_listed_first():
     assert (
         own.accuracy(album, ["E"], k=1, apart=0.98)["value"].iloc[0] == 0
     )  # the other class votes
-    assert own.accuracy(album, ["E"], k=1)["value"].iloc[0] == pytest.approx(200 / 3)
+    assert own.accuracy(album, ["E"], k=1, apart=1)["value"].iloc[0] == pytest.approx(200 / 3)
 
 
 def test_identical_features_have_one_place():

@@ -167,7 +167,7 @@ def cosines(album: Features, letters: str) -> np.ndarray:
 
 
 def accuracy(
-    album: Features, letters: Sequence[str], *, k: int, apart: float = 1.0, seed: int = 0
+    album: Features, letters: Sequence[str], *, k: int, apart: float = 0.98, seed: int = 0
 ) -> pd.DataFrame:
     """Return leave-one-out kNN accuracy, `protocol.knn`'s table.
 
