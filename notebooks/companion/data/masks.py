@@ -120,15 +120,14 @@ def npz(path: Path, train: bool) -> Pairs:
     images) in place of ``labels``; a void class, if it has a name, is the last of ``classes``.
     Raises ValueError, naming the file, for anything else.
     """
-    packed.require(path, ARRAYS, "segmentation")
-    data, offsets, mask_data, mask_offsets, split, names, classes = packed.arrays(path, ARRAYS)
-    rows = np.flatnonzero(split == (0 if train else 1))
-    cut = lambda blob, at: [blob[at[i] : at[i + 1]].tobytes() for i in rows]
-    known = [name for name in classes.tolist() if name not in ("void", "unlabelled")]
-    if known != classes.tolist()[: len(known)]:
+    found = packed.arrays(path, ARRAYS, "segmentation", train)
+    classes, names = found["classes"].tolist(), found["names"][found["rows"]].tolist()
+    known = [name for name in classes if name not in ("void", "unlabelled")]
+    if known != classes[: len(known)]:
         order = f"the classes are {', '.join(classes)}"
         raise ValueError(f"{path}: the void class must be the last one, {order}")
-    return Pairs(cut(data, offsets), cut(mask_data, mask_offsets), names[rows].tolist(), known)
+    images, masks = (packed.encoded(path, found, of) for of in ("", "mask_"))
+    return Pairs(images, masks, names, known)
 
 
 def voc2012(folder: Path, train: bool) -> Pairs:

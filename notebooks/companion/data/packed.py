@@ -1,10 +1,8 @@
 """Read packed data sets: one file, ``NAME.npz`` of images or ``NAME.parquet`` of others."""
 
 import json
-import struct
 import zipfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,33 +13,6 @@ from companion.messages import one_line
 ARRAYS = ("data", "offsets", "labels", "split", "names", "classes")  # of a classification set
 
 
-@dataclass(frozen=True, eq=False)
-class Blob(Sequence):
-    """Byte ranges of one file, each read when it is asked for.
-
-    No handle stays open, so an instance can be sent to worker processes.
-    """
-
-    path: Path
-    starts: np.ndarray  # int64 (n,), from the beginning of the file
-    stops: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.starts)
-
-    def __getitem__(self, i: int) -> bytes:
-        with self.path.open("rb") as file:
-            file.seek(self.starts[i])
-            return file.read(self.stops[i] - self.starts[i])
-
-
-def require(path: Path, arrays: Sequence[str], kind: str) -> None:
-    """Raise ValueError where a file is no packed set of a kind, of these arrays."""
-    if not holds(path, arrays):
-        wanted = f"it must be an .npz with {', '.join(arrays)}"
-        raise ValueError(f"{path}: no packed {kind} set, {wanted}")
-
-
 def holds(path: Path, arrays: Iterable[str]) -> bool:
     """Return whether a file is an ``.npz`` with all of these arrays."""
     if not zipfile.is_zipfile(path):
@@ -50,19 +21,39 @@ def holds(path: Path, arrays: Iterable[str]) -> bool:
         return {f"{array}.npy" for array in arrays} <= set(archive.namelist())
 
 
-def arrays(path: Path, names: Iterable[str]) -> list[np.ndarray]:
-    """Return arrays of an ``.npz``; raises ValueError, naming it, where one is damaged."""
+def arrays(path: Path, names: Sequence[str], kind: str, train: bool) -> dict[str, np.ndarray]:
+    """Return arrays of an ``.npz``, and under "rows" which of its images are in a split.
+
+    Raises ValueError where the file is no packed set of that kind, lacks an array or is damaged.
+    """
+    if not holds(path, names):
+        wanted = f"it must be an .npz with {', '.join(names)}"
+        raise ValueError(f"{path}: no packed {kind} set, {wanted}")
     try:
-        with np.load(path, allow_pickle=False) as found:
-            return [found[name] for name in names]
+        with np.load(path, allow_pickle=False) as file:
+            found = {name: file[name] for name in names}
     except zipfile.BadZipFile as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+        raise ValueError(f"{path}: damaged, {error}") from error
+    return found | {"rows": np.flatnonzero(found["split"] == (0 if train else 1))}
+
+
+def encoded(path: Path, found: dict[str, np.ndarray], of: str = "") -> list[bytes]:
+    """Return the encoded images of a split (``of`` "mask_": masks), from its `arrays`.
+
+    Raises ValueError where offsets fit neither the data nor the number of images.
+    """
+    data, offsets, n = found[f"{of}data"], found[f"{of}offsets"], len(found["split"])
+    fits = len(offsets) == n + 1 and len(found["names"]) == n
+    if not fits or (np.diff(offsets) < 0).any() or offsets[0] != 0 or offsets[-1] != len(data):
+        fit = f"do not fit each other or the {len(data)} bytes of {of}data"
+        raise ValueError(f"{path}: {of}offsets, split, names {fit}")
+    return [data[offsets[i] : offsets[i + 1]].tobytes() for i in found["rows"]]
 
 
 def npz(path: Path, train: bool) -> Split:
-    """Return one split of a packed image set; its images stay on disk until they are asked for.
+    """Return one split of a packed image set.
 
-    The file is written by `numpy.savez`, not compressed, without pickles (n images, C classes):
+    The file is written by `numpy.savez`, without pickles (n images, C classes):
 
     ========== =============== ==========================================================
     data       uint8 (bytes,)  all encoded images (JPEG, PNG), one after the other
@@ -75,37 +66,11 @@ def npz(path: Path, train: bool) -> Split:
 
     Raises ValueError, naming the file, for anything else.
     """
-    require(path, ARRAYS, "classification")
-    offsets, labels, split, names, classes = arrays(path, ARRAYS[1:])
-    start, length = _data_place(path)
-    n = len(labels)
-    fits = len(offsets) == n + 1 and len(split) == len(names) == n
-    if not fits or (np.diff(offsets) < 0).any() or offsets[0] != 0 or offsets[-1] != length:
-        fit = f"do not fit each other or the {length} bytes of data"
-        raise ValueError(f"{path}: offsets, labels, split, names {fit}")
+    found = arrays(path, ARRAYS, "classification", train)
+    rows, labels, classes = found["rows"], found["labels"], found["classes"].tolist()
     _check_labels(path, labels, classes)
-    rows = np.flatnonzero(split == (0 if train else 1))
-    blob = Blob(path, start + offsets[:-1][rows], start + offsets[1:][rows])
-    return Split(blob, labels[rows].astype(np.int64), names[rows].tolist(), classes.tolist())
-
-
-def _data_place(path: Path) -> tuple[int, int]:
-    """Return where the bytes of ``data`` begin in the file, and how many there are.
-
-    numpy itself maps no member of an .npz into memory.
-    """
-    with zipfile.ZipFile(path) as archive:
-        member = archive.getinfo("data.npy")
-    if member.compress_type != zipfile.ZIP_STORED:
-        advice = "pack with numpy.savez, not savez_compressed"
-        raise ValueError(f"{path}: 'data' is compressed; {advice}")
-    with path.open("rb") as file:
-        # the local header of a zip member is 30 bytes, then its name and an extra field
-        file.seek(member.header_offset + 26)
-        file.seek(sum(struct.unpack("<HH", file.read(4))), 1)
-        np.lib.format.read_magic(file)
-        (length,), _, _ = np.lib.format.read_array_header_1_0(file)
-        return file.tell(), length
+    names = found["names"][rows].tolist()
+    return Split(encoded(path, found), labels[rows].astype(np.int64), names, classes)
 
 
 def parquet(path: Path, *columns: str) -> tuple[dict[str, np.ndarray], list[str]]:
