@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from companion.data.images import Split
 from companion.messages import one_line
@@ -33,7 +34,7 @@ def arrays(path: Path, names: Sequence[str], kind: str, train: bool) -> dict[str
         with np.load(path, allow_pickle=False) as file:
             found = {name: file[name] for name in names}
     except zipfile.BadZipFile as error:
-        raise ValueError(f"{path}: damaged, {error}") from error
+        raise ValueError(f"{path} is damaged: {error}") from error
     return found | {"rows": np.flatnonzero(found["split"] == (0 if train else 1))}
 
 
@@ -73,25 +74,40 @@ def npz(path: Path, train: bool) -> Split:
     return Split(encoded(path, found), labels[rows].astype(np.int64), names, classes)
 
 
-def parquet(path: Path, *columns: str) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Return columns of a packed file of texts or clips, in its order, and its class names.
+def parquet(root: Path, train: bool, name: str) -> Split:
+    """Return one split of a packed file of texts (``text_*.parquet``) or clips (``audio_*``).
+
+    Its column ``split`` is "train", "test" or another word for rows that are not used.
+    """
+    kind = name.partition("_")[0]
+    rows, classes = table(root / name, kind, "label", "split")
+    return taken(rows[rows["split"] == ("train" if train else "test")], kind, classes)
+
+
+def table(path: Path, *columns: str) -> tuple[pd.DataFrame, list[str]]:
+    """Return columns of a packed file of texts or clips, and its class names.
 
     One row is one text (column ``text``) or one clip (column ``audio``: the bytes of an audio
     file). ``label`` counts from 0; the class names, in its order, are JSON in the schema's metadata
-    under ``class_names``. ``split`` is "train", "test" or another word for rows that are not used;
-    see `clips` for the columns of folds. Raises ValueError, naming the file, for anything else.
+    under ``class_names``. Raises ValueError, naming the file, for anything else.
     """
     import pyarrow.parquet  # here: image notebooks need no parquet
 
     try:
-        table = pyarrow.parquet.read_table(path, columns=list(columns))
+        read = pyarrow.parquet.read_table(path, columns=list(columns))
     except pyarrow.ArrowException as error:
         wanted = f"{path} has not the columns {', '.join(columns)}"
         raise ValueError(f"{wanted}: {one_line(error)}") from error
-    classes = json.loads((table.schema.metadata or {}).get(b"class_names", b"[]"))
-    found = {name: table[name].to_numpy() for name in columns}
-    _check_labels(path, found["label"], classes)
-    return found, classes
+    classes = json.loads((read.schema.metadata or {}).get(b"class_names", b"[]"))
+    rows = read.to_pandas()
+    _check_labels(path, rows["label"].to_numpy(), classes)
+    return rows, classes
+
+
+def taken(rows: pd.DataFrame, column: str, classes: Sequence[str]) -> Split:
+    """Return a split of rows of a table, its items in ``column``; names are the rows' numbers."""
+    labels, names = rows["label"].to_numpy(np.int64), [f"{i:06d}" for i in rows.index]
+    return Split(rows[column].tolist(), labels, names, list(classes))
 
 
 def _check_labels(path: Path, labels: np.ndarray, classes: Sequence[str]) -> None:
