@@ -202,9 +202,8 @@ def masked_crops(views: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
     row by row. Masked patches become zero, the mean colour. Returns (B, V + G, 3, s, s).
     """
     crops, side = len(masks), math.isqrt(masks.shape[1])
-    patch = views.shape[-1] // side
-    keep = (~masks).reshape(crops, 1, side, side)
-    keep = keep.repeat_interleave(patch, 2).repeat_interleave(patch, 3)  # (G, 1, s, s)
+    keep = (~masks).reshape(crops, 1, side, side).to(views.dtype)
+    keep = F.interpolate(keep, views.shape[-1])  # (G, 1, s, s), each patch in one value
     whole = views[:, :crops]
     return torch.cat([whole * keep, views[:, crops:], whole], 1)
 
