@@ -105,15 +105,15 @@ class TwoTokens(VisionTransformer):
 def whisper(width: int = 384, depth: int = 4) -> VisionTransformer:
     """Return Whisper's encoder (defaults: tiny), read out as the mean over the clip's tokens."""
     read = dict(class_token=False, global_pool="avg", fc_norm=False)
-    return behind(WhisperStem(width), VisionTransformer, depth, width // 64, 1e-5, **read)
+    return tower(WhisperStem(width), VisionTransformer, depth, width // 64, 1e-5, **read)
 
 
 def ssast(width: int = 768, depth: int = 12, heads: int = 12) -> TwoTokens:
     """Return the patch-based SSAST (defaults: base, as in the paper) for 128 mel bands."""
-    return behind(PatchStem(width), TwoTokens, depth, heads, 1e-6, reg_tokens=1)
+    return tower(PatchStem(width), TwoTokens, depth, heads, 1e-6, reg_tokens=1)
 
 
-def behind(stem: nn.Module, kind: type, depth: int, heads: int, eps: float, **read_out):
+def tower(stem: nn.Module, kind: type, depth: int, heads: int, eps: float, **read_out):
     """Return a vision transformer behind a stem that adds positions; ``eps`` is the norms'."""
     model = kind(
         embed_dim=stem.positions.shape[1],
