@@ -36,12 +36,8 @@ def cifar(root: Path, train: bool, name: str) -> Split:
 LAYOUTS = {  # torchvision's class, the folder names begin at, its attribute of files, memory bank
     "dtd": ("DTD", "dtd/dtd/images", "_image_files", "train"),  # partition 1 of the ten
     "flowers102": ("Flowers102", "flowers-102", "_image_files", "train"),
-    "aircraft": (
-        "FGVCAircraft",
-        "fgvc-aircraft-2013b/data",
-        "_image_files",
-        "train",
-    ),  # 100 variants
+    # 100 variants
+    "aircraft": ("FGVCAircraft", "fgvc-aircraft-2013b/data", "_image_files", "train"),
     "pets": ("OxfordIIITPet", "oxford-iiit-pet", "_images", "trainval"),
     "food101": ("Food101", "food-101/images", "_image_files", "train"),
 }
