@@ -97,7 +97,7 @@ def texts() -> dict[str, np.ndarray]:
     encoder = load("all-MiniLM-L6-v2", device="cpu", dtype="float32")
     found = {}
     for name, more in {"kl": {}, "simclr": {"negatives": 3}, "mlm": {}}.items():
-        (blocks,) = gradients(encoder, named(name, encoder, **more), TEXTS)
+        (blocks,) = gradients(encoder, replace(named(name, encoder), **more), TEXTS)
         found |= {f"text, {name}, {part}": block for part, block in blocks.items()}
     return found
 
@@ -109,7 +109,7 @@ def audio() -> dict[str, np.ndarray]:
     for name in names:
         encoder = load(name, device="cpu", dtype="float32")
         for kind, more in {"kl": {}, "simclr": {"negatives": 2}}.items():
-            (blocks,) = gradients(encoder, named(kind, encoder, **more), sounds())
+            (blocks,) = gradients(encoder, replace(named(kind, encoder), **more), sounds())
             found |= {f"audio, {name}, {kind}, {part}": block for part, block in blocks.items()}
     return found
 

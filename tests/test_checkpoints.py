@@ -194,9 +194,9 @@ def test_the_companion_finds_a_file_by_the_name_that_a_hub_gives_it(tmp_path, mo
     (tmp_path / "checkpoints").mkdir()
     monkeypatch.setenv("FUNGI_DATA", str(tmp_path))
     model, name = network(), "test_vit.r160_in1k"
-    assert table.local_file(name) is None
+    assert table.local_file(f"{name}.safetensors") is None
     file = write(tmp_path / "checkpoints" / f"{name}.safetensors", model.state_dict())
-    assert table.local_file(name) == file and table.unavailable(name) is None
+    assert table.local_file(file.name) == file and table.unavailable(name) is None
     backbone = table.load(name, **CPU)
     assert backbone.name == name and backbone.fingerprint == load(file, **CPU).fingerprint
 

@@ -108,12 +108,14 @@ def test_a_name_of_timm_alone_needs_no_row():
 
 
 def test_unknown_names_list_what_exists():
-    match = "unknown backbone 'resnet_of_dreams'.*; the table has vit_mini.sup_tin100, .*any timm"
+    match = "unknown backbone .any timm.* 'resnet_of_dreams'.*; there are vit_mini.sup_tin100, "
     with pytest.raises(ValueError, match=match) as error:
         table.load("resnet_of_dreams")
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="did you mean 'all-MiniLM-L6-v2'"):
         table.load("all-MiniLM-L12-v2")
+    with pytest.raises(ValueError, match="'random:bert-base-uncased'"):
+        table.load("random:bert-base-uncased")
 
 
 # --- weights from a file of the user's

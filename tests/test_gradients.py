@@ -88,15 +88,15 @@ def test_tokens_are_the_class_token_and_the_patches():
     backbone = encoder(reg_tokens=2)
     size = backbone.inputs.size
     x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
-    tokens, whole = class_and_patches(backbone, x), backbone.model.forward_features(x)
+    tokens, whole = class_and_patches(backbone.model, x), backbone.model.forward_features(x)
     assert tokens.shape == (2, 1 + patch_count(backbone), backbone.width)
     torch.testing.assert_close(tokens[:, 0], backbone.embed(x))
     assert torch.equal(tokens[:, 1:], whole[:, 3:])  # no registers
-    with pytest.raises(ValueError, match="reads no class token"):
-        class_and_patches(encoder("avg"), x)
+    with pytest.raises(ValueError, match="has no class token"):
+        draw_parts(encoder("avg"), IBOT(), 0)
     other = load(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 4, 5)), layer="1")
     other = replace(other, inputs=replace(other.inputs, size=2))
-    with pytest.raises(ValueError, match="has no patch embedding"):
+    with pytest.raises(ValueError, match="or no square of patches"):
         draw_parts(other, IBOT(), 0)
 
 

@@ -78,7 +78,8 @@ def test_a_name_that_is_taken_is_said(name, tmp_path, monkeypatch):
     monkeypatch.setenv("FUNGI_DATA", str(tmp_path))
     for part in ("train", "test"):
         (tmp_path / name / part / "a").mkdir(parents=True)
-    with pytest.raises(ValueError, match=rf"the name of .*{name} is taken: .*; rename it"):
+    taken = rf"the name of .*{name} is taken: .*; rename it"
+    with pytest.raises(datasets.DatasetUnavailable, match=taken):
         datasets.load(name, "train")
     row = {row["name"]: row for row in datasets.table()}[name]
     assert not row["available"] and "is taken" in row["reason"]

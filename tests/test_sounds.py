@@ -9,12 +9,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
+from companion.encoders import spectrograms
 from companion.encoders.fronts import FRONTS, kaldi_bank, whisper_bank
-from companion.encoders.table import load
 from fungi_core import DINO, KL, Fungi
 from fungi_core import audio as sounds
 from fungi_core.audio import SIMCLR, AudioInputs, Noise
+from fungi_core.backbones import freeze
 from fungi_core.rows import view_batches
 from fungi_core.seeds import content_id, generator
 
@@ -152,7 +154,11 @@ def test_noise_views_follow_their_distribution():
 
 @pytest.fixture(scope="module")
 def whisper():
-    return load("random:whisper-tiny.en", device="cpu", dtype="float32")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = spectrograms.whisper()
+    inputs = AudioInputs(FRONTS["whisper"])
+    return freeze(model, "whisper", inputs, device="cpu", dtype="float32")
 
 
 def item_views(encoder, objective, x, seed=0):

@@ -2,6 +2,7 @@
 projections.
 """
 
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,7 +13,7 @@ import pandas as pd
 from sklearn.metrics import normalized_mutual_info_score
 
 from companion import paths
-from companion.data import datasets, landmarks
+from companion.data import landmarks
 from companion.encoders.objectives import named
 from companion.evaluate import clustering, probe, retrieval
 from companion.evaluate.knn import bootstrap, few_shot_indices, knn_by_similarity, vote
@@ -306,7 +307,8 @@ def by_set(runs: Sequence) -> dict[tuple[str, str], list[Pair]]:
     """
     gathered = {}
     for backbone, dataset, train, test in runs:
-        gathered.setdefault((backbone, datasets.whole_name(dataset)), []).append((train, test))
+        whole = re.sub(r"_(fold|part)\d+$", "", dataset)
+        gathered.setdefault((backbone, whole), []).append((train, test))
     return gathered
 
 

@@ -5,16 +5,15 @@ A source takes the data folder and whether the training split is asked for, and 
 where each clip is, not the clip. Folds are data sets of their own: fold i is the test split, the
 other folds are the training split.
 
-Packed files (see `packed.parquet`) have the columns audio, label and filename.
-``audio_fsdd.parquet`` has split besides; ``audio_esc.parquet`` has in_esc10 and in_esc50_fold4
+``audio_esc.parquet`` (see `packed.table`) has the columns audio, label, in_esc10 and in_esc50_fold4
 (bool), and the folds ``fold`` (1 to 5) and ``split4`` (1 to 4).
 """
 
-import csv
 from itertools import product
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from companion.data import folders, packed
 from companion.data.images import Split
@@ -29,14 +28,13 @@ def esc50(root: Path, train: bool, fold: str) -> Split:
     It has 5 official folds of 400 clips of 5 s.
     """
     base = root / "ESC-50-master"
-    with (base / "meta" / "esc50.csv").open(newline="") as file:
-        table = sorted(csv.DictReader(file), key=lambda row: row["filename"])
-    classes = {int(row["target"]): row["category"] for row in table}
-    rows = [row for row in table if (row["fold"] != fold) == train]
-    labels = np.array([int(row["target"]) for row in rows], np.int64)
-    names = [row["filename"] for row in rows]
-    files = [base / "audio" / name for name in names]
-    return Split(files, labels, names, [classes[i] for i in sorted(classes)])
+    table = pd.read_csv(base / "meta" / "esc50.csv").sort_values("filename")
+    classes = table.sort_values("target")["category"].unique().tolist()
+    rows = table[(table["fold"] != int(fold)) == train]
+    names = rows["filename"].tolist()
+    return Split(
+        [base / "audio" / name for name in names], rows["target"].to_numpy(), names, classes
+    )
 
 
 def speech_commands(root: Path, train: bool) -> Split:
@@ -49,12 +47,9 @@ def speech_commands(root: Path, train: bool) -> Split:
         (base / f"{kind}_list.txt").read_text().split() for kind in ("validation", "testing")
     )
     words = [name for name in folders.class_names([base]) if not name.startswith("_")]
-    names = sorted(testing)
-    if train:
-        inside = [(word, name) for word in words for name, _ in folders.files(base / word)]
-        found = [f"{word}/{name}" for word, name in inside if name.endswith(".wav")]
-        held_out = {*validation, *testing}
-        names = [name for name in found if name not in held_out]
+    found = [f"{word}/{name}" for word in words for name, _ in folders.files(base / word)]
+    training = {name for name in found if name.endswith(".wav")} - {*validation, *testing}
+    names = sorted(training if train else testing)
     labels = np.array([words.index(name.partition("/")[0]) for name in names], np.int64)
     return Split([base / name for name in names], labels, names, words)
 
@@ -68,25 +63,11 @@ def packed_esc(root: Path, train: bool, part: str) -> Split:
     compared with ESC-50's published protocol.
     """
     member, column, fold = part.split("/")
-    names = ("audio", "label", "filename", member, column)
-    columns, classes = packed.parquet(root / "audio_esc.parquet", *names)
-    rows = np.flatnonzero(columns[member] & ((columns[column] != int(fold)) == train))
-    present = np.unique(columns["label"][columns[member]])  # ESC-10's ten of the fifty
-    labels = np.searchsorted(present, columns["label"][rows]).astype(np.int64)
-    files = columns["filename"][rows].tolist()
-    return Split(columns["audio"][rows].tolist(), labels, files, [classes[i] for i in present])
-
-
-def fsdd(root: Path, train: bool) -> Split:
-    """Return spoken digits of six speakers from audio_fsdd.parquet.
-
-    Recordings 5 to 19 of each speaker and digit are the training split, 0 to 4 the official test.
-    """
-    names = ("audio", "label", "filename", "split")
-    columns, classes = packed.parquet(root / "audio_fsdd.parquet", *names)
-    rows = np.flatnonzero(columns["split"] == ("train" if train else "test"))
-    labels, files = columns["label"][rows].astype(np.int64), columns["filename"][rows].tolist()
-    return Split(columns["audio"][rows].tolist(), labels, files, classes)
+    table, classes = packed.table(root / "audio_esc.parquet", "audio", "label", member, column)
+    table = table[table[member]]
+    labels, present = pd.factorize(table["label"], sort=True)  # ESC-10's ten of the fifty
+    rows = table.assign(label=labels)[(table[column] != int(fold)) == train]
+    return packed.taken(rows, "audio", [classes[i] for i in present])
 
 
 KINDS = (

@@ -8,28 +8,25 @@ the official archive, and the folder where that is not here.
 """
 
 import csv
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 
-from companion.data import clips, corpora, folders, landmarks, official, packed, samples
-from companion.data.images import Images, Split, balanced
+from companion.data import folders, packed
+from companion.data.images import Images, balanced
 from companion.messages import one_line, require
 from companion.paths import ROOT, downloads_dir
 
 SPLITS = ("train", "test")
 ITEMS = {"image": "images", "text": "texts", "audio": "clips"}
-MODULES = {m.__name__.rpartition(".")[2]: m for m in (clips, corpora, landmarks, official, samples)}
 
 
 class DatasetUnavailable(FileNotFoundError):
-    """A known data set whose files are not on this machine.
-
-    The message is one line with its name, size, licence and how to get it.
-    """
+    """A known data set that cannot be read on this machine; the message says why in one line."""
 
 
 @dataclass(frozen=True)
@@ -46,86 +43,77 @@ class Entry:
     n_test: int | None = None
     n_classes: int | None = None
     gb: float = 0  # size of the download; 0: comes with an installed package
-    source: Callable[[Path, bool], Split] | None = None  # (data folder, train); None: packed only
+    source: str = ""  # "module.function" or "module.function:argument" here; "": packed only
     path: str = ""  # what the source reads inside the data folder
     get: str = ""  # how to get it
     column: str = ""  # its column in the paper's tables
     note: str = ""
     seconds: float = 0  # the length that clips are brought to
+    shift: int = 0  # of scenes: see `masks.Scenes`
+    background: int | None = None
 
 
-def _entries() -> dict[str, Entry]:
-    """Read ``datasets.csv``; its source is "module.function" or "module.function:argument"."""
+def entries(file: str, kind: type) -> dict[str, Any]:
+    """Return a table of the folder ``data`` as instances of a dataclass, by name, in its order.
 
-    def source(text: str) -> Callable[[Path, bool], Split] | None:
-        place, _, argument = text.partition(":")
-        module, _, function = place.partition(".")
-        read = getattr(MODULES[module], function) if text else None
-        return (lambda root, train: read(root, train, argument)) if argument else read
-
-    kinds = {"n_train": int, "n_test": int, "n_classes": int, "gb": float, "seconds": float}
-    with (ROOT / "data" / "datasets.csv").open(encoding="utf-8", newline="") as file:
-        rows = [{k: v for k, v in row.items() if v} for row in csv.DictReader(file)]
-    typed = [{k: kinds.get(k, str)(v) for k, v in row.items()} for row in rows]
-    return {row["name"]: Entry(**row | {"source": source(row.get("source", ""))}) for row in typed}
+    A cell is of its field's type; where it is empty the field has its default.
+    """
+    hints = get_type_hints(kind).items()
+    types = {name: (get_args(hint) or (hint,))[0] for name, hint in hints}  # int | None: int
+    with (ROOT / "data" / file).open(encoding="utf-8", newline="") as opened:
+        cells = [{k: types[k](v) for k, v in row.items() if v} for row in csv.DictReader(opened)]
+    return {row["name"]: kind(**row) for row in cells}
 
 
-DATASETS: dict[str, Entry] = _entries()
+DATASETS: dict[str, Entry] = entries("datasets.csv", Entry)
 
 
 def load(name: str, split: str, limit: int | None = None, seed: int = 0) -> Images:
     """Return a data set, ``split`` "train" (the memory bank) or "test".
 
     ``limit`` gives a subset of that many rows, drawn by ``seed``, classes as even as possible, kept
-    in data-set order. Raises ValueError for an unknown name or split, or a name that is taken, and
-    `DatasetUnavailable` for files that are not here.
+    in data-set order. Raises ValueError for an unknown name or split, and `DatasetUnavailable` for
+    files that are not here or have a name that is taken.
     """
     require("split", split, SPLITS)
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be a positive number of rows, not {limit}")
     entry, train = find(name), split == "train"
-    data = _read(entry, train)
+    data = read(entry, train)
     n, whole = len(data.labels), entry.n_train if train else entry.n_test
     kind = f"{'training' if train else 'test'} {ITEMS[entry.modality]}"
     short = f"{n} of the {whole} {kind}" if whole not in (None, n) else ""
-    images = Images(
-        name=name,
-        split=split,
-        labels=data.labels,
-        classes=data.classes,
-        metric=entry.metric,
-        names=data.names,
-        items=data.items,
-        rows=np.arange(n),
-        note="; ".join(filter(None, (short, entry.note))),
-        licence=entry.licence,
-        upright=name not in DATASETS and _stored(entry).is_dir(),  # one's own photographs
-        modality=entry.modality,
-        seconds=entry.seconds,
-    )
+    about = {key: getattr(entry, key) for key in ("metric", "licence", "modality", "seconds")}
+    about["note"] = "; ".join(filter(None, (short, entry.note)))
+    about["upright"] = name not in DATASETS and stored_at(entry).is_dir()  # one's own photographs
+    images = Images(name, split, **data._asdict(), rows=np.arange(n), **about)
     if limit is None or limit >= n:
         return images
     rows = balanced(images.labels, limit, seed)
     return images.take(rows, f"{limit} of {n} rows, class-balanced, seed {seed}")
 
 
-def _read(entry: Entry, train: bool) -> Split:
-    """Return one split from the data folder or the entry's source."""
-    if reason := _name_is_taken(entry):
-        raise ValueError(reason)
+def read(entry: Entry, train: bool, npz: Callable = packed.npz):
+    """Return one split from the data folder or the entry's source; ``npz`` reads packed files.
+
+    Raises `DatasetUnavailable` where there is none, or what there is cannot be read.
+    """
     if reason := missing(entry):
         raise DatasetUnavailable(reason)
-    stored = _stored(entry)
+    stored = stored_at(entry)
     try:
         if stored is None:
-            return entry.source(downloads_dir(), train)
-        return folders.split(stored, train) if stored.is_dir() else packed.npz(stored, train)
+            place, _, argument = entry.source.partition(":")
+            module, _, function = place.partition(".")
+            source = getattr(import_module(f"companion.data.{module}"), function)
+            return source(downloads_dir(), train, *filter(None, [argument]))
+        return folders.split(stored, train) if stored.is_dir() else npz(stored, train)
     except (OSError, RuntimeError) as error:  # a list or a folder is missing, a checksum is wrong
         reason = f"could not be read ({one_line(error)})"
         raise DatasetUnavailable(describe(entry, reason)) from error
 
 
-def _stored(entry: Entry) -> Path | None:
+def stored_at(entry: Entry) -> Path | None:
     """Return the packed file or the folder of a set in the data folder, None where it has neither.
 
     An official archive that is there comes before a folder: ImageNet 100's own also holds train/.
@@ -138,21 +126,13 @@ def _stored(entry: Entry) -> Path | None:
     return folder if not official_is_here and folders.holds_splits(folder) else None
 
 
-def _name_is_taken(entry: Entry) -> str:
-    """Return, in one line, why what lies in the data folder cannot have its name; "" if it can."""
-    stored = _stored(entry)
-    if stored is None or (entry.profile != "mini" and entry.modality == "image"):
-        return ""
-    kind = "comes with an installed package" if entry.profile == "mini" else "is no image set"
-    return f"the name of {stored} is taken: {entry.name} ({entry.title}) {kind}; rename it"
-
-
 def missing(entry: Entry) -> str:
     """Return why a data set cannot be read on this machine, in one line; "" if it can."""
-    here = entry.source and (not entry.path or (downloads_dir() / entry.path).exists())
-    if here or _stored(entry) is not None:
+    stored, place = stored_at(entry), downloads_dir() / (entry.path or f"{entry.name}.npz")
+    if stored and (entry.profile == "mini" or entry.modality != "image"):
+        return f"the name of {stored} is taken: {entry.name} is {entry.title}; rename it"
+    if stored or entry.source and (not entry.path or place.exists()):
         return ""
-    place = downloads_dir() / (entry.path or f"{entry.name}.npz")
     return describe(entry, f"is not here ({place})")
 
 
@@ -175,7 +155,7 @@ def table() -> list[dict]:
     """
     rows = []
     for entry in [*DATASETS.values(), *map(find, _further_names())]:
-        reason = _name_is_taken(entry) or missing(entry)
+        reason = missing(entry)
         get = how_to_get(entry) if reason else ""
         rows.append(vars(entry) | {"available": not reason, "reason": reason, "get": get})
     return rows
@@ -195,15 +175,7 @@ def find(name: str) -> Entry:
     if name in DATASETS:
         return DATASETS[name]
     entry = Entry(name, name)
-    if _stored(entry) is not None:
+    if stored_at(entry) is not None:
         return entry
     require("data set", name, [*DATASETS, *_further_names()])
     return entry
-
-
-def whole_name(name: str) -> str:
-    """Return what a fold is a fold of: ``name_fold1``, ``name_part2`` ... of ``name``.
-
-    Any other name stays as it is.
-    """
-    return re.sub(r"_(fold|part)\d+$", "", name)

@@ -22,22 +22,24 @@ def images(root: Path, train: bool, name: str) -> Split:
     return Split(paths, np.zeros(len(paths), np.int64), names, ["landmark"])
 
 
-class _Plain(pickle.Unpickler):
-    """Reads lists, dicts, text, numbers and NumPy arrays; nothing else that a pickle can name."""
+_ADMITTED = {  # what a pickle of lists, dicts, text, numbers and NumPy arrays names
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+    ("_codecs", "encode"): lambda text, _encoding: text.encode("latin1"),  # bytes of older pickles
+    ("__builtin__", "bytes"): bytes,  # an empty array's
+    ("builtins", "bytes"): bytes,
+}
+for _module in ("numpy.core.multiarray", "numpy._core.multiarray"):
+    for _name in ("_reconstruct", "scalar"):
+        _ADMITTED[_module, _name] = getattr(np._core.multiarray, _name)
 
+
+class _Plain(pickle.Unpickler):
     def find_class(self, module: str, name: str):
-        if module == "numpy" and name in ("ndarray", "dtype"):
-            return getattr(np, name)
-        if module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-            if name in ("_reconstruct", "scalar"):
-                return getattr(np._core.multiarray, name)
-        if (module, name) == ("_codecs", "encode"):  # how older pickles write an array's bytes
-            return lambda text, _encoding: text.encode("latin1")
-        if (module, name) in (("__builtin__", "bytes"), ("builtins", "bytes")):  # an empty one's
-            return bytes
-        raise pickle.UnpicklingError(
-            f"it names {module}.{name}; only plain lists, dicts and arrays are read"
-        )
+        if (module, name) not in _ADMITTED:
+            only = "only plain lists, dicts and arrays are read"
+            raise pickle.UnpicklingError(f"it names {module}.{name}; {only}")
+        return _ADMITTED[module, name]
 
 
 def ground_truth(file: Path) -> dict:

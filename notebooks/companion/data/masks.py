@@ -1,26 +1,25 @@
 """Segmentation sets: images with a class for every pixel, packed, as official folders, or composed.
 
 ``load("camvid", "train")[0]`` is an image and its mask; a mask holds class indices, and `VOID`
-where nothing is known. A packed file ``NAME.npz`` in the data folder needs no entry in `SETS`.
+where nothing is known. ``data/scenes.csv`` is their table; a packed file ``NAME.npz`` in the data
+folder needs no line there.
 """
 
 import hashlib
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from companion.data import datasets, folders, packed
 from companion.data.composed import TEXTURES, VOID, compose
-from companion.data.datasets import DatasetUnavailable
+from companion.data.datasets import DatasetUnavailable, Entry
 from companion.data.images import content, picture
 from companion.messages import one_line, require
-from companion.paths import downloads_dir
 from fungi_core.seeds import generator
 
 ARRAYS = ("data", "offsets", "mask_data", "mask_offsets", "split", "names", "classes")
@@ -30,13 +29,9 @@ VOC_CLASSES = (
 ).split()
 
 
-class Pairs(NamedTuple):
-    """Hold one split, undecoded: an image or mask is a path, the bytes of a file, or pixels."""
-
-    images: Sequence
-    masks: Sequence  # single-channel or palette images of class indices
-    names: list[str]
-    classes: list[str]
+# One split, undecoded: classes, names, images, and masks, single-channel or palette images of class
+# indices; an image or mask is a path, the bytes of a file, or pixels.
+Pairs = tuple[list[str], list[str], Sequence, Sequence]
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,80 +115,53 @@ def npz(path: Path, train: bool) -> Pairs:
     images) in place of ``labels``; a void class, if it has a name, is the last of ``classes``.
     Raises ValueError, naming the file, for anything else.
     """
-    packed.require(path, ARRAYS, "segmentation")
-    data, offsets, mask_data, mask_offsets, split, names, classes = packed.arrays(path, ARRAYS)
-    rows = np.flatnonzero(split == (0 if train else 1))
-    cut = lambda blob, at: [blob[at[i] : at[i + 1]].tobytes() for i in rows]
-    known = [name for name in classes.tolist() if name not in ("void", "unlabelled")]
-    if known != classes.tolist()[: len(known)]:
+    found = packed.arrays(path, ARRAYS, "segmentation", train)
+    classes, names = found["classes"].tolist(), found["names"][found["rows"]].tolist()
+    known = [name for name in classes if name not in ("void", "unlabelled")]
+    if known != classes[: len(known)]:
         order = f"the classes are {', '.join(classes)}"
         raise ValueError(f"{path}: the void class must be the last one, {order}")
-    return Pairs(cut(data, offsets), cut(mask_data, mask_offsets), names[rows].tolist(), known)
+    images, masks = (packed.encoded(path, found, of) for of in ("", "mask_"))
+    return known, names, images, masks
 
 
-def voc2012(folder: Path, train: bool) -> Pairs:
+def voc2012(root: Path, train: bool) -> Pairs:
     """Return Pascal VOC 2012 as unpacked: trainaug or val.
 
     trainaug (10,582 images) adds masks of SBD, in the folder SegmentationClassAug with its list
     trainaug.txt, as is customary; they are single-channel PNG images like VOC's own.
     """
+    folder = root / "VOCdevkit" / "VOC2012"
     listing = folder / "ImageSets" / "Segmentation" / ("trainaug.txt" if train else "val.txt")
     masks = folder / ("SegmentationClassAug" if train else "SegmentationClass")
     names = listing.read_text().split()
-    if not masks.is_dir():
-        raise FileNotFoundError(f"no folder {masks}")
     images = [folder / "JPEGImages" / f"{name}.jpg" for name in names]
-    return Pairs(images, [masks / f"{name}.png" for name in names], names, VOC_CLASSES)
+    return VOC_CLASSES, names, images, [masks / f"{name}.png" for name in names]
 
 
-def ade20k(folder: Path, train: bool) -> Pairs:
+def ade20k(root: Path, train: bool) -> Pairs:
     """Return ADE20K's scene parsing release: 20,210 training and 2,000 validation images.
 
     Mask value 0 ("other objects") is void. The names of the 150 classes are those of
     objectInfo150.txt, the first of each line's.
     """
-    part = "training" if train else "validation"
+    folder, part = root / "ADEChallengeData2016", "training" if train else "validation"
     inside = folders.files(folder / "images" / part)
     files = [file for name, file in inside if name.endswith(".jpg")]
     lines = (folder / "objectInfo150.txt").read_text().splitlines()[1:]
     classes = [line.split("\t")[-1].split(",")[0].strip() for line in lines if line.strip()]
     masks = [folder / "annotations" / part / f"{file.stem}.png" for file in files]
-    return Pairs(files, masks, [file.stem for file in files], classes)
+    return classes, [file.stem for file in files], files, masks
 
 
-def composed(folder: Path, train: bool) -> Pairs:
+def composed(root: Path, train: bool) -> Pairs:
     """Return 64 training or 48 test images of 128 px that this project composes (`compose`)."""
     count, part = (64, "train") if train else (48, "test")
     images, masks = zip(*(compose(train, i) for i in range(count)), strict=True)
-    return Pairs(images, masks, [f"{part}_{i:02d}" for i in range(count)], [*TEXTURES, "digit"])
+    return [*TEXTURES, "digit"], [f"{part}_{i:02d}" for i in range(count)], images, masks
 
 
-@dataclass(frozen=True)
-class Entry(datasets.Entry):
-    """Describe one segmentation set; its ``source`` reads the file or folder ``path``."""
-
-    source: Callable[[Path, bool], Pairs] = npz
-    shift: int = 0
-    background: int | None = None
-
-
-VOC, ADE = "Custom (Research Only)", "Custom (Research Only, Non Commercial)"
-PUT = "put {name}.npz into {root}"
-SETS = {entry.name: entry for entry in (
-    Entry("composed", "textures and digits, composed", source=composed,
-          licence="CC0, public domain; digits CC BY-SA 3.0",
-          note="composed by this project from packaged photographs and digits, not a benchmark"),
-    Entry("camvid", "CamVid, 11 classes", licence="CC BY-NC 4.0", gb=0.024, path="camvid.npz",
-          get=PUT, note="street scenes, in place of VOC and ADE20K; images re-encoded as JPEG"),
-    Entry("voc2012_part", "Pascal VOC 2012, a part", licence=VOC, gb=0.03, path="voc2012_part.npz",
-          get=PUT, note="167 of 1,464 official training and 155 of 1,449 validation images",
-          background=0),
-    Entry("voc2012", "Pascal VOC 2012, trainaug and val", licence=VOC, gb=2.0, source=voc2012,
-          path="VOCdevkit/VOC2012", background=0, get="unpack VOCtrainval_11-May-2012.tar in "
-          "{root}, and SegmentationClassAug with trainaug.txt"),
-    Entry("ade20k", "ADE20K, 150 classes", licence=ADE, gb=0.97, source=ade20k, shift=1,
-          path="ADEChallengeData2016", get="unpack ADEChallengeData2016.zip in {root}"),
-)}  # fmt: skip
+SETS: dict[str, Entry] = datasets.entries("scenes.csv", Entry)
 
 
 def load(name: str, split: str, limit: int | None = None, seed: int = 0) -> Scenes:
@@ -203,18 +171,12 @@ def load(name: str, split: str, limit: int | None = None, seed: int = 0) -> Scen
     ValueError for an unknown name or split, `DatasetUnavailable` for files that are not here.
     """
     require("split", split, datasets.SPLITS)
-    if reason := unavailable(name):
-        raise DatasetUnavailable(reason)
     entry = find(name)
-    try:
-        pairs = entry.source(downloads_dir() / entry.path, split == "train")
-    except FileNotFoundError as error:
-        raise DatasetUnavailable(datasets.describe(entry, f"is not whole ({error})")) from error
-    if not len(pairs.names):
+    pairs = datasets.read(entry, split == "train", npz)
+    about = {key: getattr(entry, key) for key in ("shift", "background", "note", "licence")}
+    scenes = Scenes(name, split, *pairs, **about)
+    if not len(scenes):
         raise DatasetUnavailable(datasets.describe(entry, f"holds no {split} image"))
-    values = dict(shift=entry.shift, background=entry.background)
-    about = dict(note=entry.note, licence=entry.licence)
-    scenes = Scenes(name, split, **pairs._asdict(), **values, **about)
     return scenes.draw(limit, seed) if limit and limit < len(scenes) else scenes
 
 
@@ -224,14 +186,8 @@ def unavailable(name: str) -> str:
 
 
 def find(name: str) -> Entry:
-    """Return the entry of a name; raises ValueError, with what there is, for an unknown one, and
-    for a packed file under the name of a set that is not read from one.
-    """
-    file = downloads_dir() / f"{name}.npz"
-    if name in SETS and file.exists() and SETS[name].source is not npz:
-        raise ValueError(f"the name of {file} is taken: {name} is {SETS[name].title}; rename it")
-    if name in SETS:
-        return SETS[name]
-    if not packed.holds(downloads_dir() / f"{name}.npz", ARRAYS):
+    """Return the entry of a name; ValueError, with what there is, for an unknown one."""
+    entry = SETS.get(name, Entry(name, name))
+    if name not in SETS and datasets.stored_at(entry) is None:
         require("segmentation set", name, SETS)
-    return Entry(name, name, path=f"{name}.npz")
+    return entry

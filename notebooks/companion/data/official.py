@@ -10,7 +10,6 @@ in the published code, though torchvision's own default for Aircraft is to do so
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -25,34 +24,22 @@ def _listed(paths: Sequence, labels: Sequence[int], classes: Sequence[str], base
     return Split(paths, np.asarray(labels, np.int64), names, list(classes))
 
 
-def _part(train: bool) -> str:
-    return "train" if train else "test"
-
-
 def cifar(root: Path, train: bool, name: str) -> Split:
     """Return CIFAR10 or CIFAR100."""
     from torchvision import datasets
 
-    data, part = getattr(datasets, name)(root, train), _part(train)
+    data, part = getattr(datasets, name)(root, train), "train" if train else "test"
     names = [f"{part}/{i:05d}" for i in range(len(data))]
     return Split(data.data, np.asarray(data.targets, np.int64), names, list(data.classes))
 
 
-class Layout(NamedTuple):
-    """Say how torchvision reads a set: its class, the folder that names begin at, attributes."""
-
-    reader: str
-    base: str
-    files: str = "_image_files"
-    train: str = "train"
-
-
-LAYOUTS = {
-    "dtd": Layout("DTD", "dtd/dtd/images"),  # partition 1 of the ten
-    "flowers102": Layout("Flowers102", "flowers-102"),
-    "aircraft": Layout("FGVCAircraft", "fgvc-aircraft-2013b/data"),  # 100 variants
-    "pets": Layout("OxfordIIITPet", "oxford-iiit-pet", "_images", "trainval"),  # the authors' name
-    "food101": Layout("Food101", "food-101/images"),
+LAYOUTS = {  # torchvision's class, the folder names begin at, its attribute of files, memory bank
+    "dtd": ("DTD", "dtd/dtd/images", "_image_files", "train"),  # partition 1 of the ten
+    "flowers102": ("Flowers102", "flowers-102", "_image_files", "train"),
+    # 100 variants
+    "aircraft": ("FGVCAircraft", "fgvc-aircraft-2013b/data", "_image_files", "train"),
+    "pets": ("OxfordIIITPet", "oxford-iiit-pet", "_images", "trainval"),
+    "food101": ("Food101", "food-101/images", "_image_files", "train"),
 }
 
 
@@ -60,15 +47,15 @@ def listed(root: Path, train: bool, name: str) -> Split:
     """Return one of `LAYOUTS`."""
     from torchvision import datasets
 
-    layout = LAYOUTS[name]
-    data = getattr(datasets, layout.reader)(root, layout.train if train else "test")
-    return _listed(getattr(data, layout.files), data._labels, data.classes, root / layout.base)
+    reader, base, files, bank = LAYOUTS[name]
+    data = getattr(datasets, reader)(root, bank if train else "test")
+    return _listed(getattr(data, files), data._labels, data.classes, root / base)
 
 
 def stanford_cars(root: Path, train: bool) -> Split:
     from torchvision.datasets import StanfordCars
 
-    data = StanfordCars(root, _part(train))
+    data = StanfordCars(root, "train" if train else "test")
     paths, labels = zip(*data._samples, strict=True)
     return _listed(paths, labels, data.classes, root / "stanford_cars")
 
@@ -90,17 +77,13 @@ def eurosat(root: Path, train: bool) -> Split:
 def cub200(root: Path, train: bool) -> Split:
     """Return CUB-200-2011 in its authors' layout: four lists and images/."""
     base = root / "CUB_200_2011"
-
-    def column(file: str) -> dict[int, str]:
-        lines = (base / file).read_text().splitlines()
-        pairs = (line.split(maxsplit=1) for line in lines if line.strip())
-        return {int(key): value.strip() for key, value in pairs}
-
-    paths, labels = column("images.txt"), column("image_class_labels.txt")
-    is_train = column("train_test_split.txt")
+    column = lambda file: dict(
+        line.split(maxsplit=1) for line in (base / f"{file}.txt").read_text().splitlines()
+    )
+    paths, labels, is_train = map(column, ("images", "image_class_labels", "train_test_split"))
     rows = [key for key in paths if (is_train[key] == "1") == train]
     files = [base / "images" / paths[key] for key in rows]
-    classes = column("classes.txt").values()
+    classes = column("classes").values()
     return _listed(files, [int(labels[key]) - 1 for key in rows], classes, base / "images")
 
 

@@ -1,45 +1,17 @@
 """Read packed data sets: one file, ``NAME.npz`` of images or ``NAME.parquet`` of others."""
 
 import json
-import struct
 import zipfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from companion.data.images import Split
 from companion.messages import one_line
 
 ARRAYS = ("data", "offsets", "labels", "split", "names", "classes")  # of a classification set
-
-
-@dataclass(frozen=True, eq=False)
-class Blob(Sequence):
-    """Byte ranges of one file, each read when it is asked for.
-
-    No handle stays open, so an instance can be sent to worker processes.
-    """
-
-    path: Path
-    starts: np.ndarray  # int64 (n,), from the beginning of the file
-    stops: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.starts)
-
-    def __getitem__(self, i: int) -> bytes:
-        with self.path.open("rb") as file:
-            file.seek(self.starts[i])
-            return file.read(self.stops[i] - self.starts[i])
-
-
-def require(path: Path, arrays: Sequence[str], kind: str) -> None:
-    """Raise ValueError where a file is no packed set of a kind, of these arrays."""
-    if not holds(path, arrays):
-        wanted = f"it must be an .npz with {', '.join(arrays)}"
-        raise ValueError(f"{path}: no packed {kind} set, {wanted}")
 
 
 def holds(path: Path, arrays: Iterable[str]) -> bool:
@@ -50,19 +22,39 @@ def holds(path: Path, arrays: Iterable[str]) -> bool:
         return {f"{array}.npy" for array in arrays} <= set(archive.namelist())
 
 
-def arrays(path: Path, names: Iterable[str]) -> list[np.ndarray]:
-    """Return arrays of an ``.npz``; raises ValueError, naming it, where one is damaged."""
+def arrays(path: Path, names: Sequence[str], kind: str, train: bool) -> dict[str, np.ndarray]:
+    """Return arrays of an ``.npz``, and under "rows" which of its images are in a split.
+
+    Raises ValueError where the file is no packed set of that kind, lacks an array or is damaged.
+    """
+    if not holds(path, names):
+        wanted = f"it must be an .npz with {', '.join(names)}"
+        raise ValueError(f"{path}: no packed {kind} set, {wanted}")
     try:
-        with np.load(path, allow_pickle=False) as found:
-            return [found[name] for name in names]
+        with np.load(path, allow_pickle=False) as file:
+            found = {name: file[name] for name in names}
     except zipfile.BadZipFile as error:
         raise ValueError(f"{path} is damaged: {error}") from error
+    return found | {"rows": np.flatnonzero(found["split"] == (0 if train else 1))}
+
+
+def encoded(path: Path, found: dict[str, np.ndarray], of: str = "") -> list[bytes]:
+    """Return the encoded images of a split (``of`` "mask_": masks), from its `arrays`.
+
+    Raises ValueError where offsets fit neither the data nor the number of images.
+    """
+    data, offsets, n = found[f"{of}data"], found[f"{of}offsets"], len(found["split"])
+    fits = len(offsets) == n + 1 and len(found["names"]) == n
+    if not fits or (np.diff(offsets) < 0).any() or offsets[0] != 0 or offsets[-1] != len(data):
+        fit = f"do not fit each other or the {len(data)} bytes of {of}data"
+        raise ValueError(f"{path}: {of}offsets, split, names {fit}")
+    return [data[offsets[i] : offsets[i + 1]].tobytes() for i in found["rows"]]
 
 
 def npz(path: Path, train: bool) -> Split:
-    """Return one split of a packed image set; its images stay on disk until they are asked for.
+    """Return one split of a packed image set.
 
-    The file is written by `numpy.savez`, not compressed, without pickles (n images, C classes):
+    The file is written by `numpy.savez`, without pickles (n images, C classes):
 
     ========== =============== ==========================================================
     data       uint8 (bytes,)  all encoded images (JPEG, PNG), one after the other
@@ -75,58 +67,47 @@ def npz(path: Path, train: bool) -> Split:
 
     Raises ValueError, naming the file, for anything else.
     """
-    require(path, ARRAYS, "classification")
-    offsets, labels, split, names, classes = arrays(path, ARRAYS[1:])
-    start, length = _data_place(path)
-    n = len(labels)
-    fits = len(offsets) == n + 1 and len(split) == len(names) == n
-    if not fits or (np.diff(offsets) < 0).any() or offsets[0] != 0 or offsets[-1] != length:
-        fit = f"do not fit each other or the {length} bytes of data"
-        raise ValueError(f"{path}: offsets, labels, split, names {fit}")
+    found = arrays(path, ARRAYS, "classification", train)
+    rows, labels, classes = found["rows"], found["labels"], found["classes"].tolist()
     _check_labels(path, labels, classes)
-    rows = np.flatnonzero(split == (0 if train else 1))
-    blob = Blob(path, start + offsets[:-1][rows], start + offsets[1:][rows])
-    return Split(blob, labels[rows].astype(np.int64), names[rows].tolist(), classes.tolist())
+    names = found["names"][rows].tolist()
+    return Split(encoded(path, found), labels[rows].astype(np.int64), names, classes)
 
 
-def _data_place(path: Path) -> tuple[int, int]:
-    """Return where the bytes of ``data`` begin in the file, and how many there are.
+def parquet(root: Path, train: bool, name: str) -> Split:
+    """Return one split of a packed file of texts (``text_*.parquet``) or clips (``audio_*``).
 
-    numpy itself maps no member of an .npz into memory.
+    Its column ``split`` is "train", "test" or another word for rows that are not used.
     """
-    with zipfile.ZipFile(path) as archive:
-        member = archive.getinfo("data.npy")
-    if member.compress_type != zipfile.ZIP_STORED:
-        advice = "pack with numpy.savez, not savez_compressed"
-        raise ValueError(f"{path}: 'data' is compressed; {advice}")
-    with path.open("rb") as file:
-        # the local header of a zip member is 30 bytes, then its name and an extra field
-        file.seek(member.header_offset + 26)
-        file.seek(sum(struct.unpack("<HH", file.read(4))), 1)
-        np.lib.format.read_magic(file)
-        (length,), _, _ = np.lib.format.read_array_header_1_0(file)
-        return file.tell(), length
+    kind = name.partition("_")[0]
+    rows, classes = table(root / name, kind, "label", "split")
+    return taken(rows[rows["split"] == ("train" if train else "test")], kind, classes)
 
 
-def parquet(path: Path, *columns: str) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Return columns of a packed file of texts or clips, in its order, and its class names.
+def table(path: Path, *columns: str) -> tuple[pd.DataFrame, list[str]]:
+    """Return columns of a packed file of texts or clips, and its class names.
 
     One row is one text (column ``text``) or one clip (column ``audio``: the bytes of an audio
     file). ``label`` counts from 0; the class names, in its order, are JSON in the schema's metadata
-    under ``class_names``. ``split`` is "train", "test" or another word for rows that are not used;
-    see `clips` for the columns of folds. Raises ValueError, naming the file, for anything else.
+    under ``class_names``. Raises ValueError, naming the file, for anything else.
     """
     import pyarrow.parquet  # here: image notebooks need no parquet
 
     try:
-        table = pyarrow.parquet.read_table(path, columns=list(columns))
+        read = pyarrow.parquet.read_table(path, columns=list(columns))
     except pyarrow.ArrowException as error:
         wanted = f"{path} has not the columns {', '.join(columns)}"
         raise ValueError(f"{wanted}: {one_line(error)}") from error
-    classes = json.loads((table.schema.metadata or {}).get(b"class_names", b"[]"))
-    found = {name: table[name].to_numpy() for name in columns}
-    _check_labels(path, found["label"], classes)
-    return found, classes
+    classes = json.loads((read.schema.metadata or {}).get(b"class_names", b"[]"))
+    rows = read.to_pandas()
+    _check_labels(path, rows["label"].to_numpy(), classes)
+    return rows, classes
+
+
+def taken(rows: pd.DataFrame, column: str, classes: Sequence[str]) -> Split:
+    """Return a split of rows of a table, its items in ``column``; names are the rows' numbers."""
+    labels, names = rows["label"].to_numpy(np.int64), [f"{i:06d}" for i in rows.index]
+    return Split(rows[column].tolist(), labels, names, list(classes))
 
 
 def _check_labels(path: Path, labels: np.ndarray, classes: Sequence[str]) -> None:

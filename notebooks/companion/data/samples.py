@@ -1,12 +1,17 @@
-"""Sources of image sets that are cut from installed packages; they need no file and no network."""
+"""Sources of sets that come with the project or are cut from installed packages; they need no file
+and no network.
+"""
 
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from PIL import Image
 
+from companion import paths
+from companion.data import packed
 from companion.data.images import Split
 
 # Colour photographs in the wheels, then grey ones; the first two are scikit-learn's, the others
@@ -45,12 +50,20 @@ def mnist5k(root: Path, train: bool) -> Split:
     Every fifth of a class is a test digit (1,000), the others are training digits (4,000).
     """
     images, labels = mnist_digits()
-    rank = np.empty(len(labels), int)  # position of a row within its class
-    for c in range(10):
-        rank[labels == c] = np.arange((labels == c).sum())
-    rows = np.flatnonzero((rank % 5 != 4) == train)
+    rows = np.flatnonzero((np.arange(len(labels)) % 5 != 4) == train)  # classes are whole fives
     names = [f"{i:04d}" for i in rows]
     return Split(images[rows], labels[rows], names, [str(c) for c in range(10)])
+
+
+def pydocs(root: Path, train: bool) -> Split:
+    """Return sentences of Python's documentation, labelled with the chapter they are from.
+
+    They lie in ``data/texts``: 1,940 sentences of 7 chapters.
+    """
+    table = pd.read_csv(paths.TEXTS / "pydocs.csv", keep_default_na=False)
+    labels, classes = pd.factorize(table["chapter"], sort=True)
+    rows = table.assign(label=labels)[table["split"] == ("train" if train else "test")]
+    return packed.taken(rows, "text", classes)
 
 
 @cache

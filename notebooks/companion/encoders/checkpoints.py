@@ -5,6 +5,7 @@ holds.
 """
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -29,15 +30,20 @@ _TORCHVISION = (  # torchvision's VisionTransformer -> timm's, in this order
 )
 
 
-def torchvision(state: Weights) -> Weights:
-    """Rename the weights of torchvision's ViT to timm's, without its classifier."""
+def renamed(state: Weights, patterns: Iterable[tuple[str, str]]) -> Weights:
+    """Return weights under the names that regular expressions make of theirs, one after another."""
     out = {}
     for key, value in state.items():
-        for pattern, name in _TORCHVISION:
+        for pattern, name in patterns:
             key = re.sub(pattern, name, key)
-        if not key.startswith("heads."):
-            out[key] = value
+        out[key] = value
     return out
+
+
+def torchvision(state: Weights) -> Weights:
+    """Rename the weights of torchvision's ViT to timm's, without its classifier."""
+    state = renamed(state, _TORCHVISION)
+    return {key: value for key, value in state.items() if not key.startswith("heads.")}
 
 
 def moco(checkpoint: dict) -> Weights:

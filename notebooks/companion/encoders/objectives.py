@@ -6,7 +6,8 @@ DeepCluster and iBOT are compared in Fig. 10; masked words are the paper's futur
 
 import math
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
@@ -58,23 +59,6 @@ def distort(view: Image.Image, place: int, rng: np.random.Generator) -> Image.Im
     return ImageOps.solarize(view) if solarize else view
 
 
-def deepcluster_loss(
-    latents: torch.Tensor, centroids: torch.Tensor, temperature: float, global_crops: int = 2
-) -> torch.Tensor:
-    """Return DeepCluster-v2's cross-entropy: each crop predicts the cluster of a global crop, (B,).
-
-    ``latents``: (B, V, C), global crops first; ``centroids``: (H, K, C), H clusterings of K
-    centroids; all of unit length. Clustering h takes as its target the centroid nearest to global
-    crop h mod ``global_crops``, without gradient; the mean is over crops and clusterings.
-    """
-    scores = torch.einsum("bvc,hkc->bhvk", latents, centroids)  # (B, H, V, K)
-    clustering = torch.arange(len(centroids), device=latents.device)
-    targets = scores[:, clustering, clustering % global_crops].argmax(-1)  # (B, H)
-    log_probabilities = F.log_softmax(scores / temperature, dim=-1)
-    targets = targets[:, :, None, None].expand(-1, -1, latents.shape[1], 1)  # (B, H, V, 1)
-    return -log_probabilities.gather(-1, targets).mean((1, 2, 3))
-
-
 @dataclass(frozen=True)
 class DeepCluster(Objective):
     """Describe crops that predict the k-means cluster of one of them (Fig. 10; Caron et al. 2018).
@@ -111,12 +95,22 @@ class DeepCluster(Objective):
         return F.normalize(F.linear(embeddings, heads["weight"]), dim=-1)
 
     def loss(self, embeddings, heads, negatives=None) -> torch.Tensor:
-        """Return the cross-entropy of each sample, (B,); raises ValueError without centroids."""
+        """Return DeepCluster-v2's cross-entropy of each sample, (B,).
+
+        ``negatives`` are `memory`'s centroids; raises ValueError without. Clustering h takes as its
+        target the centroid nearest to global crop h mod their number, without gradient; each crop
+        predicts it. The mean is over crops and clusterings.
+        """
         if negatives is None:
             raise ValueError("DeepCluster needs centroids (clusterings * K, dim), see memory")
         centroids = negatives.unflatten(0, (self.clusterings, -1))  # (H, K, C)
         latents = self.latents(embeddings, heads)
-        return deepcluster_loss(latents, centroids, self.temperature, self.views.global_count)
+        scores = torch.einsum("bvc,hkc->bhvk", latents, centroids)  # (B, H, V, K)
+        clustering = torch.arange(self.clusterings, device=latents.device)
+        targets = scores[:, clustering, clustering % self.views.global_count].argmax(-1)  # (B, H)
+        log_probabilities = F.log_softmax(scores / self.temperature, dim=-1)
+        targets = targets[:, :, None, None].expand(-1, -1, latents.shape[1], 1)  # (B, H, V, 1)
+        return -log_probabilities.gather(-1, targets).mean((1, 2, 3))
 
     def memory(self, latents: torch.Tensor, generator: np.random.Generator) -> torch.Tensor:
         """Return centroids of the training images' latents (N, V, C), (clusterings * K, C)."""
@@ -128,29 +122,6 @@ class DeepCluster(Objective):
             means = KMeans(count, n_init=1, random_state=state).fit(crop).cluster_centers_
             found.append(F.normalize(torch.from_numpy(means), dim=-1))
         return torch.cat(found)
-
-
-def ibot_loss(
-    student: torch.Tensor,
-    teacher: torch.Tensor,
-    student_patches: torch.Tensor,
-    teacher_patches: torch.Tensor,
-    student_temperature: float,
-    teacher_temperature: float,
-) -> torch.Tensor:
-    """Return iBOT's loss: class tokens of different crops, plus patch tokens behind the mask, (B,).
-
-    ``student``: (B, V, C), the masked global crops first; ``teacher``: (B, G, C), the global crops
-    unmasked. ``student_patches``, ``teacher_patches``: (B, G, M, C), the M masked patches of each
-    global crop. Both means weigh the same (iBOT's lambda 1 = lambda 2 = 1); no centring.
-    """
-    soft = lambda z: F.softmax(z.detach() / teacher_temperature, dim=-1)
-    log_soft = lambda z: F.log_softmax(z / student_temperature, dim=-1)
-    among = -soft(teacher) @ log_soft(student).transpose(1, 2)  # (B, G, V)
-    other = 1 - torch.eye(*among.shape[1:], device=among.device)  # a crop is not its own target
-    image = (among * other).sum((1, 2)) / other.sum()
-    patches = -(soft(teacher_patches) * log_soft(student_patches)).sum(-1).mean((1, 2))
-    return image + patches
 
 
 @dataclass(frozen=True)
@@ -182,48 +153,46 @@ class IBOT(Objective):
 
     def factors(self, backbone, batch, heads, negatives, layers):
         """Return all tokens and their factors: the loss reads tokens of masked and whole crops."""
-        masked = masked_crops(batch, heads["masks"])
+        masked, model = masked_crops(batch, heads["masks"]), backbone.model
         loss = lambda tokens: self.loss(tokens, heads)
-        read = lambda views: class_and_patches(backbone, views)
-        return tapped_factors(backbone.model, read, masked, loss, layers)
+        return tapped_factors(model, partial(class_and_patches, model), masked, loss, layers)
 
     def loss(self, embeddings, heads, negatives=None) -> torch.Tensor:
         """Return the loss of each sample, (B,), from tokens (B, V + G, 1 + patches, D).
 
-        Class tokens come first; the V student views are followed by the G whole global crops.
+        Class tokens come first; the V student views, masked global crops first, are followed by the
+        G global crops whole. Class tokens of different crops and masked patches have means of the
+        same weight (iBOT's lambda 1 = lambda 2 = 1); no centring.
         """
-        last = self.views.global_count
-        student = embeddings[:, :-last], ""
-        teacher = embeddings[:, -last:].detach(), "teacher_"
-        images = [head_latents(x[:, :, 0], heads, True, prefix) for x, prefix in (student, teacher)]
-        patches = []
-        for x, prefix in (student, teacher):
-            hidden = [x[:, i, 1:][:, mask] for i, mask in enumerate(heads["masks"])]
-            patches.append(
-                head_latents(torch.stack(hidden, 1), heads, True, prefix)
-            )  # (B, G, M, C)
-        return ibot_loss(*images, *patches, self.student_temperature, self.teacher_temperature)
+        last, masks = self.views.global_count, heads["masks"]
+        logits, patches = [], []  # of student and teacher: (B, V or G, C), (B, G, M, C)
+        for tokens, prefix in ((embeddings[:, :-last], ""), (embeddings[:, -last:], "teacher_")):
+            hidden = torch.stack([tokens[:, i, 1:][:, mask] for i, mask in enumerate(masks)], 1)
+            logits.append(head_latents(tokens[:, :, 0], heads, True, prefix))
+            patches.append(head_latents(hidden, heads, True, prefix))
+        soft = lambda z: F.softmax(z.detach() / self.teacher_temperature, dim=-1)
+        log_soft = lambda z: F.log_softmax(z / self.student_temperature, dim=-1)
+        among = -soft(logits[1]) @ log_soft(logits[0]).transpose(1, 2)  # (B, G, V)
+        other = 1 - torch.eye(*among.shape[1:], device=among.device)  # a crop is not its own target
+        image = (among * other).sum((1, 2)) / other.sum()
+        return image - (soft(patches[1]) * log_soft(patches[0])).sum(-1).mean((1, 2))
 
 
 def patch_count(backbone) -> int:
-    """Return the number of patch tokens of an image; raises ValueError for other networks."""
-    if not hasattr(backbone.model, "patch_embed"):
-        raise ValueError(f"{backbone.name} has no patch embedding; iBOT needs a vision transformer")
-    return backbone.model.patch_embed.num_patches
+    """Return the number of patch tokens of an image; raises ValueError where iBOT cannot read."""
+    model = backbone.model
+    count = getattr(getattr(model, "patch_embed", None), "num_patches", 0)
+    token = getattr(model, "global_pool", "") == "token" and model.num_prefix_tokens
+    if not token or count != math.isqrt(count) ** 2:
+        needs = "iBOT needs both"
+        raise ValueError(f"{backbone.name} has no class token or no square of patches; {needs}")
+    return count
 
 
-def class_and_patches(backbone, views: torch.Tensor) -> torch.Tensor:
+def class_and_patches(model, views: torch.Tensor) -> torch.Tensor:
     """Return class token and patch tokens behind the final norm, (N, 3, s, s) -> (N, 1 + T, D)."""
-    model, patches = backbone.model, patch_count(backbone)
-    first = getattr(model, "num_prefix_tokens", None)
-    pooled = getattr(model, "global_pool", None) != "token"
-    if not first or pooled or patches != math.isqrt(patches) ** 2:
-        raise ValueError(
-            f"{backbone.name} reads no class token or has no square grid of patches; "
-            "iBOT needs both"
-        )
     x = model.forward_features(views)  # (N, class token and registers, patches, D)
-    return torch.cat([x[:, :1], x[:, first:]], 1)
+    return torch.cat([x[:, :1], x[:, model.num_prefix_tokens :]], 1)
 
 
 def masked_crops(views: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
@@ -233,9 +202,8 @@ def masked_crops(views: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
     row by row. Masked patches become zero, the mean colour. Returns (B, V + G, 3, s, s).
     """
     crops, side = len(masks), math.isqrt(masks.shape[1])
-    patch = views.shape[-1] // side
-    keep = (~masks).reshape(crops, 1, side, side)
-    keep = keep.repeat_interleave(patch, 2).repeat_interleave(patch, 3)  # (G, 1, s, s)
+    keep = (~masks).reshape(crops, 1, side, side).to(views.dtype)
+    keep = F.interpolate(keep, views.shape[-1])  # (G, 1, s, s), each patch in one value
     whole = views[:, :crops]
     return torch.cat([whole * keep, views[:, crops:], whole], 1)
 
@@ -269,24 +237,6 @@ class MaskedCopies(Views):
         return np.stack([hidden, np.ones_like(chosen, int), np.where(chosen, ids, -1)], 1)
 
 
-def masked_loss(
-    predictions: torch.Tensor, targets: torch.Tensor, table: torch.Tensor
-) -> torch.Tensor:
-    """Return the mean cross-entropy of the hidden tokens, (B,).
-
-    ``predictions``: (B, V, T, D), final latents of V masked copies; ``targets``: (B, V, T) int64,
-    the token behind each mask, -1 where nothing is hidden; ``table``: (words, D), its rows score a
-    latent by their inner product. Logits are made for hidden tokens alone, 15 % of (B, V, T,
-    words).
-    """
-    hidden = targets >= 0
-    logits = predictions[hidden] @ table.T  # (hidden tokens, words)
-    losses = F.cross_entropy(logits, targets[hidden], reduction="none")
-    sample = hidden.nonzero()[:, 0]
-    total = torch.zeros(len(targets), dtype=losses.dtype, device=losses.device)
-    return total.index_add(0, sample, losses) / hidden.sum((1, 2))
-
-
 @dataclass(frozen=True)
 class MaskedWords(Objective):
     """Describe masked language modelling of texts (ours), after BERT (Devlin et al. 2018).
@@ -304,14 +254,21 @@ class MaskedWords(Objective):
 
     def factors(self, backbone, batch, heads, negatives, layers):
         """Return all tokens and their factors: the loss reads the tokens behind the masks."""
-        targets = batch[:, :, 2]
-        loss = lambda tokens: self.loss(tokens, heads, targets)
-        read = lambda views: text.hidden(backbone.model, views)
-        return tapped_factors(backbone.model, read, batch, loss, layers)
+        model, loss = backbone.model, lambda tokens: self.loss(tokens, heads, batch[:, :, 2])
+        return tapped_factors(model, partial(text.hidden, model), batch, loss, layers)
 
     def loss(self, embeddings, heads, negatives=None) -> torch.Tensor:
-        """Return the loss of each sample, (B,), from tokens (B, V, T, D) and targets (B, V, T)."""
-        return masked_loss(embeddings, negatives, heads["table"])
+        """Return the mean cross-entropy of the hidden tokens, (B,).
+
+        ``embeddings``: final latents of the copies, (B, V, T, D); ``negatives``: the token behind
+        each mask, -1 where nothing is hidden, (B, V, T). Logits are made for hidden tokens alone,
+        15 % of (B, V, T, words).
+        """
+        hidden = negatives >= 0
+        logits = embeddings[hidden] @ heads["table"].T  # (hidden tokens, words)
+        losses = F.cross_entropy(logits, negatives[hidden], reduction="none")
+        total = torch.zeros(len(hidden), dtype=losses.dtype, device=losses.device)
+        return total.index_add(0, hidden.nonzero()[:, 0], losses) / hidden.sum((1, 2))
 
 
 PAPER = {  # the paper's settings by kind of input: Table 17, Table 19, Table 12; and ours
@@ -321,14 +278,13 @@ PAPER = {  # the paper's settings by kind of input: Table 17, Table 19, Table 12
 }
 
 
-def named(objective: str | Objective, backbone, **settings) -> Objective:
+def named(objective: str | Objective, backbone) -> Objective:
     """Return an objective by its name, with the paper's settings for what the backbone reads.
 
-    An objective is returned as it is. ``settings`` replace some. Raises ValueError for unknown
-    names.
+    An objective is returned as it is. Raises ValueError for unknown names.
     """
     if isinstance(objective, Objective):
         return objective
     known = {one.name: one for one in PAPER[backbone.inputs.kind]}
     require(f"{backbone.inputs.kind} objective", objective, known)
-    return replace(known[objective], **settings)
+    return known[objective]

@@ -8,7 +8,6 @@ read-out and target layers are those of the image backbones: the target is
 """
 
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -105,40 +104,41 @@ class TwoTokens(VisionTransformer):
 
 def whisper(width: int = 384, depth: int = 4) -> VisionTransformer:
     """Return Whisper's encoder (defaults: tiny), read out as the mean over the clip's tokens."""
-    model = VisionTransformer(
-        embed_dim=width,
-        depth=depth,
-        num_heads=width // 64,
-        num_classes=0,
-        class_token=False,
-        pos_embed="none",
-        global_pool="avg",
-        fc_norm=False,
-        norm_layer=partial(nn.LayerNorm, eps=1e-5),
-    )
-    model.patch_embed = WhisperStem(width)
-    return model
+    read = dict(class_token=False, global_pool="avg", fc_norm=False)
+    return tower(WhisperStem(width), VisionTransformer, depth, width // 64, 1e-5, **read)
 
 
 def ssast(width: int = 768, depth: int = 12, heads: int = 12) -> TwoTokens:
     """Return the patch-based SSAST (defaults: base, as in the paper) for 128 mel bands."""
-    model = TwoTokens(
-        embed_dim=width,
+    return tower(PatchStem(width), TwoTokens, depth, heads, 1e-6, reg_tokens=1)
+
+
+def tower(stem: nn.Module, kind: type, depth: int, heads: int, eps: float, **read_out):
+    """Return a vision transformer behind a stem that adds positions; ``eps`` is the norms'."""
+    model = kind(
+        embed_dim=stem.positions.shape[1],
         depth=depth,
         num_heads=heads,
         num_classes=0,
-        reg_tokens=1,
         pos_embed="none",
-        norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        norm_layer=partial(nn.LayerNorm, eps=eps),
+        **read_out,
     )
-    model.patch_embed = PatchStem(width)
+    model.patch_embed = stem
     return model
 
 
-def on_spectrograms(model: VisionTransformer) -> VisionTransformer:
-    """Return an image network that is shown filter banks (changed in place)."""
-    model.patch_embed = ImageStem(model.patch_embed)
-    return model
+_WHISPER = (  # transformers' WhisperEncoder, or the model around it -> timm's, in this order
+    (r"^model\.encoder\.", ""),
+    (r"^layers\.", "blocks."),
+    (r"\.self_attn\.out_proj\.", ".attn.proj."),
+    (r"\.self_attn_layer_norm\.", ".norm1."),
+    (r"\.final_layer_norm\.", ".norm2."),
+    (r"\.(fc[12])\.", r".mlp.\1."),
+    (r"^layer_norm\.", "norm."),
+    (r"^(conv[12])\.", r"patch_embed.\1."),
+    (r"^embed_positions\.weight$", "patch_embed.positions"),
+)
 
 
 def whisper_weights(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -146,28 +146,13 @@ def whisper_weights(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
     Queries, keys and values are one layer there, and keys have a bias of zero.
     """
-    state = {key.removeprefix("model.encoder."): x.float() for key, x in state.items()}
-    names = {
-        "self_attn.out_proj": "attn.proj",
-        "self_attn_layer_norm": "norm1",
-        "final_layer_norm": "norm2",
-        "fc1": "mlp.fc1",
-        "fc2": "mlp.fc2",
-    }
-    out, depth = {}, 1 + max(int(key.split(".")[1]) for key in state if key.startswith("layers."))
-    for i in range(depth):
-        ours, theirs = f"blocks.{i}.", f"layers.{i}."
-        for kind in ("weight", "bias"):
-            part = {x: state.get(f"{theirs}self_attn.{x}_proj.{kind}") for x in "qkv"}
-            part["k"] = torch.zeros_like(part["q"]) if part["k"] is None else part["k"]
-            out[f"{ours}attn.qkv.{kind}"] = torch.cat([part["q"], part["k"], part["v"]])
-            for old, new in names.items():
-                out[f"{ours}{new}.{kind}"] = state[f"{theirs}{old}.{kind}"]
-    for kind in ("weight", "bias"):
-        out[f"norm.{kind}"] = state[f"layer_norm.{kind}"]
-        for conv in ("conv1", "conv2"):
-            out[f"patch_embed.{conv}.{kind}"] = state[f"{conv}.{kind}"]
-    return out | {"patch_embed.positions": state["embed_positions.weight"]}
+    encoder = {key: x.float() for key, x in state.items() if not key.startswith("model.decoder.")}
+    state = checkpoints.renamed(encoder, _WHISPER)
+    for name in [key for key in state if ".self_attn.q_proj." in key]:
+        q, k, v = (state.pop(name.replace("q_proj", f"{x}_proj"), None) for x in "qkv")
+        k = torch.zeros_like(q) if k is None else k
+        state[name.replace("self_attn.q_proj", "attn.qkv")] = torch.cat([q, k, v])
+    return state
 
 
 def ssast_weights(checkpoint: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -183,20 +168,7 @@ def ssast_weights(checkpoint: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
     positions = state.pop("pos_embed")  # (1, 2 + f t, D)
     replaced = ("head", "cls_token", "dist_token")
     out = {key: x for key, x in state.items() if not key.startswith(replaced)}
-    # One channel, as published.
-    out["patch_embed.proj.weight"] = state["patch_embed.proj.weight"].sum(1, keepdim=True)
     out["cls_token"] = state["cls_token"] + positions[:, :1]
     out["reg_token"] = state["dist_token"] + positions[:, 1:2]
-    out["patch_embed.positions"] = (
-        positions[:, 2:].transpose(1, 2).unflatten(2, grid)
-    )  # (1, D, f, t)
-    return out
-
-
-def load(kind: str, file: Path | None) -> VisionTransformer:
-    """Return the "whisper" or "ssast" encoder with the weights of ``file``; None: seeded random."""
-    make, convert = {"whisper": (whisper, whisper_weights), "ssast": (ssast, ssast_weights)}[kind]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = make()
-    return model if file is None else checkpoints.load_into(model, file, convert)
+    grids = positions[:, 2:].transpose(1, 2).unflatten(2, grid)  # (1, D, f, t)
+    return out | {"patch_embed.positions": grids}

