@@ -15,6 +15,7 @@ from companion import paths
 from companion.data import datasets, landmarks
 from companion.encoders.objectives import named
 from companion.evaluate import clustering, probe, retrieval
+from companion.evaluate.cka import cka_matrix
 from companion.evaluate.knn import bootstrap, few_shot_indices, knn_by_similarity, vote
 from companion.protocol import (
     COMBINATIONS,
@@ -318,9 +319,6 @@ def joined_pairs(
 
     CKA is unbiased, of the test rows, the mean over the seeds.
     """
-    # Here: torchmetrics takes long to import, and a notebook that cannot run should end fast.
-    from companion.evaluate.cka import cka_matrix
-
     unit = [{LETTERS[x]: normalize(block) for x, block in test.blocks.items()} for _, test in pairs]
     names, cka = list(unit[0]), np.mean([cka_matrix(blocks) for blocks in unit], 0)
     right = lambda x: np.array([right_or_wrong(*pair, x, k, pca) for pair in pairs])  # (seeds, N)
