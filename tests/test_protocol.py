@@ -498,17 +498,6 @@ def test_folds_are_found_by_name():
     assert gathered["net", "esc10"] == [("esc10_fold1",) * 2, ("esc10_fold2",) * 2]
 
 
-def test_other_modalities_are_left_out_and_named(capsys):
-    mixed = ["vit_micro.sup_tin100", "vit_micro.on_spectrograms"], ["digits", "synthetic_sounds"]
-    assert protocol.of_modality("audio", *mixed) == (
-        ["vit_micro.on_spectrograms"],
-        ["synthetic_sounds"],
-    )
-    assert "no audio: vit_micro.sup_tin100, digits" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        protocol.of_modality("audio", mixed[0][:1], mixed[1])
-
-
 def test_changed_images_are_those_that_scikit_learns_votes_put_on_the_other_side():
     def drawn(n, seed):
         out = rows(n, seed)

@@ -51,17 +51,13 @@ def collect(
     n_train: int,
     n_test: int,
     seed: int,
-    modality: str | None = None,
     **options,
 ) -> list[Run]:
     """Return (backbone, data set, train, test) for every pair that can be run `here`.
 
-    ``modality``: others are left out, and said so, since a profile names image backbones for every
-    notebook. ``options`` go to `features.features` (``layer``, ``projection``).
+    ``options`` go to `features.features` (``projection``).
     """
     encoders, sets = here(encoders, sets)
-    if modality:
-        encoders, sets = of_modality(modality, encoders, sets)
     sizes = dict(n_train=n_train, n_test=n_test, seed=seed)
     runs = []
     for backbone in encoders:
@@ -87,26 +83,6 @@ def here(encoders: Sequence[str], sets: Sequence[str] | None = None) -> tuple[li
             display(lacking.set_index("name"))
     if not found[0] or (sets is not None and not found[1]):
         explore.end("Nothing can be run here without what the table names; see README, Profiles.")
-    return found[0], found[1]
-
-
-def of_modality(
-    modality: str, encoders: Sequence[str], sets: Sequence[str]
-) -> tuple[list[str], list[str]]:
-    """Return the backbones and data sets of one modality; the others are named.
-
-    The notebook ends where none is left.
-    """
-    known = {row["name"]: row["modality"] for row in datasets.table()}
-    of = lambda name: known.get(name) or table.row_of(name).modality
-    if others := [name for name in (*encoders, *sets) if of(name) != modality]:
-        print(f"Left out, no {modality}: {', '.join(others)}")
-    found = [[name for name in names if of(name) == modality] for names in (encoders, sets)]
-    if not all(found):
-        explore.end(
-            f"No {modality} backbone and data set left; `python -m companion.run` takes this "
-            "notebook's own from the profile."
-        )
     return found[0], found[1]
 
 
