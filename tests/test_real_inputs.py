@@ -336,7 +336,6 @@ TAKES_LABELS = {
     "knn_by_similarity": lambda y: knn.knn_by_similarity(X @ X.T, y, 3),
     "vote": lambda y: knn.vote(np.arange(30)[:, None], y),
     "few_shot_indices": lambda y: knn.few_shot_indices(y, 2),
-    "per_class_accuracy": lambda y: knn.per_class_accuracy(Y, y, 3),
     "bootstrap": lambda y: knn.bootstrap(Y > 0, generator=np.random.default_rng(0), labels=y),
     "probe": lambda y: probe.predict(X, y, X, seed=0),
     "same_class": lambda y: retrieval.same_class(y, y),
@@ -354,13 +353,6 @@ def test_labels_are_a_vector_of_any_kind_and_nothing_else(takes):
         with pytest.raises(ValueError, match=r"one a row|one sample a row") as error:
             given(wrong if wrong is not None else np.array(0))
         assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("other", [np.array(list("abc"))[Y], Y.astype(float), Y > 0])
-def test_accuracy_of_other_kinds_of_labels_is_one_line(other):
-    for pair in ((other, Y), (Y, other)):
-        with pytest.raises(ValueError, match="accuracy counts indices of classes, int"):
-            knn.per_class_accuracy(*pair, 3)
 
 
 # --- sounds

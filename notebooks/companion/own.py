@@ -205,7 +205,7 @@ def identical(album: Album) -> np.ndarray:
 def accuracy(
     album: Album, letters: Sequence[str], *, k: int, apart: float = 1.0, seed: int = 0
 ) -> pd.DataFrame:
-    """Return leave-one-out kNN accuracy, `protocol.knn`'s table.
+    """Return leave-one-out kNN accuracy, `protocol.over_seeds`'s table.
 
     Each image is named by its ``k`` nearest among all others, by fewer where fewer may vote: the
     same picture, and images whose embeddings have a cosine above ``apart`` (shots of one scene),
