@@ -9,6 +9,7 @@ random effects.
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -374,6 +375,12 @@ def similarity(a: Features, b: Features, letters: str) -> np.ndarray:
         else:
             total += normalize(x) @ normalize(y).T
     return total
+
+
+def project(rows: Features, drawn: Mapping[str, projection.Projection]) -> Features:
+    """Return features whose gradients, given as factors, went through a projection each."""
+    blocks = {name: one.apply(rows.blocks[name]).numpy() for name, one in drawn.items()}
+    return replace(rows, blocks=rows.blocks | blocks)
 
 
 def each(items: Iterable, label: str) -> tqdm:

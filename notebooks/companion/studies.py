@@ -4,7 +4,6 @@ projections.
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import combinations_with_replacement, product
 
 import numpy as np
@@ -30,6 +29,7 @@ from companion.protocol import (
     hits,
     metric,
     names_of,
+    project,
     right_or_wrong,
     scored,
     similarity,
@@ -254,8 +254,8 @@ def projections(
         accuracy = 100 * np.mean(hits, 1)
         gain = bootstrap(np.mean(hits, 0), exact[letter], generator=draw(kind, multiple))
         value = accuracy.mean(), accuracy.min(), accuracy.max()
-        size = "d" if multiple == 1 else f"{multiple} d"
         rest = 100 * np.mean(joined), 100 * np.mean(errors), np.median(seconds)
+        size = "d" if multiple == 1 else f"{multiple} d"
         rows.append((kind, size, *value, *gain, *rest))
     columns = ["kind", "size", *QUANTITIES[:6], "joined", "distortion", "seconds"]
     return pd.DataFrame(rows, columns=columns)
@@ -265,24 +265,20 @@ def projected(
     train: Features, test: Features, letter: str, kind: str, multiple: int, draw: int, k: int
 ) -> tuple[np.ndarray, float, float, float]:
     """Return a draw's hits (N,), accuracy with the embedding, distortion, seconds for 1,000."""
-    name, width = names_of(letter)[0], train.blocks["embedding"].shape[1]
-    factors = train.blocks[name], test.blocks[name]
-    d, a = (x.shape[2] for x in factors[0][:1].appended())
+    name = names_of(letter)[0]
+    factors, width = test.blocks[name], train.blocks["embedding"].shape[1]
+    d, a = (x.shape[2] for x in factors[:1].appended())
     made = projection.draw(PROJECTIONS[kind], multiple * width, d, a, "draw", draw)
-    made.apply(factors[1][:1])  # its bits are drawn and unpacked
+    made.apply(factors[:1])  # its bits are drawn and unpacked
     start = time.perf_counter()
-    blocks = [made.apply(one).numpy() for one in factors]
-    seconds = 1000 * (time.perf_counter() - start) / sum(map(len, factors))
-    both = [
-        replace(rows, blocks=rows.blocks | {name: block})
-        for rows, block in zip((train, test), blocks, strict=True)
-    ]
+    both = [project(rows, {name: made}) for rows in (train, test)]
+    seconds = 1000 * (time.perf_counter() - start) / (len(train.labels) + len(test.labels))
     hits = right_or_wrong(*both, letter, k, None)
     joined = right_or_wrong(*both, f"E+{letter}", k, None).mean()
     pairs = np.triu_indices(min(len(test.labels), 200), 1)
     length = lambda cosines: np.sqrt(np.maximum(2 - 2 * cosines[pairs], 0))
-    true = length(projection.exact_cosine(factors[1], factors[1]).numpy())
-    unit = normalize(blocks[1])
+    true = length(projection.exact_cosine(factors, factors).numpy())
+    unit = normalize(both[1].blocks[name])
     off = length(unit @ unit.T)[true > 0] / true[true > 0] - 1
     return hits, joined, np.sqrt(np.mean(off**2)), seconds
 
