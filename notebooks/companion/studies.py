@@ -191,15 +191,6 @@ def shot_hits(
     return {key: np.array(found) for key, found in right.items()}
 
 
-def shot_curve(hits: dict[tuple[str, int], np.ndarray]) -> pd.DataFrame:
-    """Return Fig. 6: accuracy in percent by number of shots: mean of the draws, and their range."""
-    rows = []
-    for (name, count), found in hits.items():
-        accuracy = 100 * found.mean(1)
-        rows.append((name, count, accuracy.mean(), accuracy.min(), accuracy.max()))
-    return pd.DataFrame(rows, columns=["features", "shots", "value", "low", "high"])
-
-
 def pca_curve(
     pairs: Sequence[Pair],
     letters: Sequence[str],
@@ -332,14 +323,6 @@ def settings(printed: pd.DataFrame, encoder) -> pd.DataFrame:
     rows = zip(table["parameter"], table["objective"], strict=True)
     table["ours"] = [read[name](named(title.lower(), encoder)) for name, title in rows]
     return table[["objective", "parameter", "ours", "paper"]]
-
-
-def square(frame: pd.DataFrame, column: str) -> tuple[list[str], np.ndarray]:
-    """Return a column of `joined_pairs` as labels and a symmetric matrix, for the heat maps."""
-    names = list(frame["a"].unique())
-    wide = frame.pivot(index="b", columns="a", values=column).reindex(index=names, columns=names)
-    matrix = wide.to_numpy(dtype=float)
-    return names, np.where(np.isnan(matrix), matrix.T, matrix)
 
 
 def changed(
