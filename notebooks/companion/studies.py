@@ -58,9 +58,9 @@ def linear(
     fit = lambda a, b, train, _: probe.predict(a, train.labels, b, seed=seed)
     found = scored(few_shot(pairs, shots), letters, fit, pca)
     labels = pairs[0][1].labels
-    right = {name: [one.labels == labels for one in fits] for name, fits in found.items()}
+    right = {name: [one == labels for one, _ in fits] for name, fits in found.items()}
     table = compare(right, letters, *metric(pairs[0][1], shots), seed)
-    return table.assign(strength=[found[name][0].strength for name in letters])
+    return table.assign(strength=[found[name][0][1] for name in letters])
 
 
 def retrieve(

@@ -124,22 +124,16 @@ def against_published() -> pd.DataFrame:
     rows = []
     for file in sorted((paths.ROOT / "benchmarks" / "results").glob("speed_*.json")):
         record = json.loads(file.read_text())
-        machine = record["machine"]
+        machine, backbone = record["machine"], record["backbone"].removeprefix("random:")
         processor = f"{machine['processor']}, {machine['cores']} cores"
         for name, pair in record["published"].items():
-            ours, theirs = pair["ours"], pair["published"]
-            row = {
-                "machine": machine.get("gpu", processor),
-                "backbone": record["backbone"].removeprefix("random:"),
-                "features": LETTERS[name],
-                "value": ours["images_per_second"],
-                "published": theirs["images_per_second"],
-                "ratio": pair["ratio"],
-                "memory": ours["peak_bytes"] / 2**30,
-                "published_memory": theirs["peak_bytes"] / 2**30,
-            }
-            rows.append(row)
-    return pd.DataFrame(rows)
+            both = pair["ours"], pair["published"]
+            speeds = [one["images_per_second"] for one in both]
+            memory = [one["peak_bytes"] / 2**30 for one in both]
+            where = machine.get("gpu", processor), backbone, LETTERS[name]
+            rows.append((*where, *speeds, pair["ratio"], *memory))
+    columns = ["machine", "backbone", "features", "value", "published", "ratio", "memory"]
+    return pd.DataFrame(rows, columns=[*columns, "published_memory"])
 
 
 def seconds(call: Callable[[], object], device: str) -> float:
