@@ -291,10 +291,13 @@ def test_adding_a_feature_set_does_not_move_another_ones_interval():
     pd.testing.assert_frame_equal(short, long.loc[["E", "E+K"]])
 
 
-def test_pairs_are_joined_under_one_pca():
+def test_pairs_and_square():
     train, test = rows(80, 0), rows(60, 1)
     frame = studies.joined_pairs([(train, test)], k=5, pca=12)
     assert len(frame) == 10 and (frame.query("a == b")["cka"] == 1).all()
+    names, matrix = studies.square(frame, "value")
+    assert names == ["E", "K", "D", "S"] and np.isfinite(matrix).all()
+    assert np.array_equal(matrix, matrix.T)
     alone = frame.query("a == b").set_index("a")["value"]
     row = frame.query("a == 'E' and b == 'K'").iloc[0]
     assert row["gain"] == pytest.approx(row["value"] - max(alone["E"], alone["K"]))

@@ -325,6 +325,13 @@ def settings(printed: pd.DataFrame, encoder) -> pd.DataFrame:
     return table[["objective", "parameter", "ours", "paper"]]
 
 
+def square(frame: pd.DataFrame, column: str) -> tuple[list[str], np.ndarray]:
+    """Return a column of `joined_pairs` as labels and a symmetric matrix, for the heat maps."""
+    names = list(frame["a"].unique())
+    matrix = frame.pivot(index="b", columns="a", values=column).loc[names, names].to_numpy(float)
+    return names, np.where(np.isnan(matrix), matrix.T, matrix)
+
+
 def changed(
     train: Features, test: Features, letters: str, label: int, *, k: int = 20, most: int = 3
 ) -> list[dict]:
