@@ -8,7 +8,6 @@ from companion.evaluate.knn import (
     few_shot_indices,
     knn_by_similarity,
     knn_predict,
-    per_class_accuracy,
     vote,
 )
 
@@ -75,11 +74,6 @@ def test_few_shot_takes_the_first_of_each_class():
     assert draws[0].tolist() == draws[1].tolist() != draws[2].tolist()
     for rows in draws:
         assert np.bincount(labels[rows]).tolist() == [5] * 4 and len(set(rows)) == 20
-
-
-def test_accuracy_of_each_class():
-    y, predicted = np.array([0, 0, 0, 0, 2, 2, 3]), np.array([0, 0, 0, 1, 2, 0, 1])
-    np.testing.assert_allclose(per_class_accuracy(predicted, y, 5), [75, np.nan, 50, 0, np.nan])
 
 
 def resampled(values, n, rng, groups=None):

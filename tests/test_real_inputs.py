@@ -31,7 +31,6 @@ from companion import own, run
 from companion.data import datasets, folders, masks
 from companion.encoders import table
 from companion.evaluate import clustering, knn, probe, retrieval
-from companion.evaluate.cka import LinearCKA
 from companion.figures import grids, style
 from fungi_core import DINO, KL, Fungi, SimCLR, audio, devices, load
 from fungi_core.extract import describe
@@ -240,35 +239,6 @@ def test_pixels_of_32_bits_that_pillow_would_cut_are_one_line(values, tmp_path):
     assert "accepted: 0 to 255" in own.decode(file)  # named among what is skipped
 
 
-# --- metrics that accumulate
-
-
-@pytest.mark.parametrize(
-    ("x", "y"),
-    [
-        (torch.rand(2, 3), torch.rand(2, 4)),
-        (torch.full((8, 3), torch.nan), torch.rand(8, 4)),
-        (torch.rand(8, 3), torch.rand(8, 4) + torch.inf),
-        (torch.rand(8, 5), torch.rand(8, 4)),
-        (torch.rand(8, 3), torch.rand(7, 4)),
-        (torch.ones(8, 3), torch.rand(8, 4)),
-    ],
-    ids=["two rows", "nan", "infinite", "another width", "other rows", "constant"],
-)
-def test_a_bad_batch_leaves_what_was_accumulated(x, y):
-    draw = torch.Generator().manual_seed(0)
-    first = torch.rand(64, 3, generator=draw), torch.rand(64, 4, generator=draw)
-    metric, alone = LinearCKA(), LinearCKA()
-    metric.update(*first), alone.update(*first)
-    with pytest.raises(ValueError, match="^CKA "):
-        metric(x, y)
-    assert metric.n == 64 and metric.compute() == alone.compute()
-    more = torch.rand(9, 3, generator=draw), torch.rand(9, 4, generator=draw)
-    value = metric(*more)
-    alone.reset(), alone.update(*more)
-    assert metric.n == 73 and value == alone.compute()
-
-
 # --- readers of folders
 
 JUNK = (
@@ -366,7 +336,6 @@ TAKES_LABELS = {
     "knn_by_similarity": lambda y: knn.knn_by_similarity(X @ X.T, y, 3),
     "vote": lambda y: knn.vote(np.arange(30)[:, None], y),
     "few_shot_indices": lambda y: knn.few_shot_indices(y, 2),
-    "per_class_accuracy": lambda y: knn.per_class_accuracy(Y, y, 3),
     "bootstrap": lambda y: knn.bootstrap(Y > 0, generator=np.random.default_rng(0), labels=y),
     "probe": lambda y: probe.predict(X, y, X, seed=0),
     "same_class": lambda y: retrieval.same_class(y, y),
@@ -384,13 +353,6 @@ def test_labels_are_a_vector_of_any_kind_and_nothing_else(takes):
         with pytest.raises(ValueError, match=r"one a row|one sample a row") as error:
             given(wrong if wrong is not None else np.array(0))
         assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("other", [np.array(list("abc"))[Y], Y.astype(float), Y > 0])
-def test_accuracy_of_other_kinds_of_labels_is_one_line(other):
-    for pair in ((other, Y), (Y, other)):
-        with pytest.raises(ValueError, match="accuracy counts indices of classes, int"):
-            knn.per_class_accuracy(*pair, 3)
 
 
 # --- sounds

@@ -1,21 +1,19 @@
 """The controls of notebook 23: what else could stand where FUNGI's gradients stand.
 
-Each function says which test images are right, {control: one (N,) bool a seed}, as
-`protocol.hits` does; `contrasts` compares two controls with an interval.
+Each control says which test images are right, (N,) bool, from the same images and seed.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-import pandas as pd
 import torch
 import torch.nn.functional as F
 
 from companion import paths
 from companion.data.images import Images
-from companion.evaluate.knn import bootstrap, knn_by_similarity, knn_predict
-from companion.protocol import GAIN, Pair, metric, reduced, right_or_wrong, similarity
+from companion.evaluate.knn import knn_by_similarity, knn_predict
+from companion.protocol import Pair, project, reduced, right_or_wrong, similarity
 from fungi_core import DINO, KL, SimCLR, projection
 from fungi_core.backbones import Backbone
 from fungi_core.devices import default_modes
@@ -26,22 +24,37 @@ from fungi_core.seeds import generator
 
 GRADIENTS = ("kl", "dino", "simclr")
 ALL = "E+K+D+S"
+MULTIPLES = {"d": 1, "2 d": 2, "4 d": 4}  # sizes that gradients are projected to
 
-Hits = list[np.ndarray]  # (N,) bool for each seed
+Hits = dict[str, np.ndarray]  # {control: (N,) bool}
 
 
-def stand_in_hits(
-    pairs: Sequence[Pair], backbone: Backbone, *, k: int, pca: int, seed: int
-) -> dict[str, Hits]:
-    """Put other vectors in the gradients' place, joined and reduced as the gradients are."""
-    hits = {}
-    for i, (train, test) in enumerate(pairs):
-        a, b = (stand_ins(rows, backbone, seed + i) for rows in (train, test))
-        for name in a:
-            rows, queries = reduced(a[name], b[name], list(a[name]), pca)
-            right = knn_predict(rows, train.labels, queries, k=k) == test.labels
-            hits.setdefault(name, []).append(right)
-    return hits
+def hits(
+    pairs: Sequence[Pair], exact: Sequence[Pair], backbone: Backbone, *, k: int, pca: int, seed: int
+) -> dict[str, list[np.ndarray]]:
+    """Return every control's hits, {control: one (N,) bool a seed}, as `protocol.hits` does.
+
+    ``pairs``: (train, test) of each seed, counted from ``seed``; ``exact``: the same, whose
+    gradients are factors. Vectors in the gradients' place are joined and reduced as these are.
+    """
+    mixed, found = [shuffled(rows.data) for rows in pairs[0]], {}
+    for i, (pair, factors) in enumerate(zip(pairs, exact, strict=True)):
+        right = stand_in_hits(pair, backbone, k, pca, seed + i)
+        right |= shuffled_hits(pair, mixed, backbone, k, pca, seed + i)
+        right |= projected_hits(factors, k, seed + i)
+        for name, one in right.items():
+            found.setdefault(name, []).append(one)
+    return found
+
+
+def stand_in_hits(pair: Pair, backbone: Backbone, k: int, pca: int, seed: int) -> Hits:
+    """Put other vectors in the gradients' place."""
+    (train, test), right = pair, {}
+    a, b = (stand_ins(rows, backbone, seed) for rows in pair)
+    for name in a:
+        rows, queries = reduced(a[name], b[name], list(a[name]), pca)
+        right[name] = knn_predict(rows, train.labels, queries, k=k) == test.labels
+    return right
 
 
 def stand_ins(rows: Features, backbone: Backbone, seed: int) -> dict[str, dict[str, np.ndarray]]:
@@ -81,21 +94,15 @@ def mean_view(data: Images, backbone: Backbone, objective: Objective, seed: int)
 
 
 def shuffled_hits(
-    pairs: Sequence[Pair], backbone: Backbone, *, k: int, pca: int, seed: int
-) -> dict[str, Hits]:
+    pair: Pair, mixed: Sequence[Images], backbone: Backbone, k: int, pca: int, seed: int
+) -> Hits:
     """Join KL gradients of the images with their pixels shuffled, beside those of the images."""
-    hits = {"E+K": [], "E+K, shuffled pixels": []}
-    mixed = [shuffled(rows.data) for rows in pairs[0]]
-    for i, pair in enumerate(pairs):
-        root = paths.store_dir()
-        other = [extract(data, backbone, [KL()], seed=seed + i, root=root) for data in mixed]
-        swapped = [
-            replace(rows, blocks=rows.blocks | {"kl": noise.blocks["kl"]})
-            for rows, noise in zip(pair, other, strict=True)
-        ]
-        for name, both in zip(hits, (pair, swapped), strict=True):
-            hits[name].append(right_or_wrong(*both, "E+K", k, pca))
-    return hits
+    root, swapped = paths.store_dir(), []
+    for rows, data in zip(pair, mixed, strict=True):
+        noise = extract(data, backbone, [KL()], seed=seed, root=root).blocks["kl"]
+        swapped.append(replace(rows, blocks=rows.blocks | {"kl": noise}))
+    both = {"E+K": pair, "E+K, shuffled pixels": swapped}
+    return {name: right_or_wrong(*one, "E+K", k, pca) for name, one in both.items()}
 
 
 def shuffled(data: Images) -> Images:
@@ -110,42 +117,18 @@ def shuffled(data: Images) -> Images:
     return replace(data, name=f"{data.name}_shuffled", items=[mix(i) for i in rows], rows=rows)
 
 
-def projected_hits(
-    exact: Sequence[Pair], multiples: Sequence[int], *, k: int, seed: int
-) -> dict[str, Hits]:
-    """Compare inner products of projected gradients with the exact ones that they stand for.
+def projected_hits(exact: Pair, k: int, seed: int) -> Hits:
+    """Compare inner products of gradients through a dense +-1 matrix with the exact ones.
 
-    ``exact``: pairs whose gradients are factors. No PCA: neighbours by the sum of cosines.
+    ``exact``: rows whose gradients are factors. No PCA: neighbours by the sum of cosines.
     """
-    hits = {}
-    for i, (train, test) in enumerate(exact):
-        right = lambda a, b: knn_by_similarity(similarity(b, a, ALL), a.labels, k) == b.labels
-        for multiple in multiples:
-            both = [projected(rows, multiple, seed + i) for rows in (train, test)]
-            size = "d" if multiple == 1 else f"{multiple} d"
-            hits.setdefault(f"projected to {size}", []).append(right(*both))
-        hits.setdefault("exact products", []).append(right(train, test))
-    return hits
-
-
-def projected(rows: Features, multiple: int, seed: int) -> Features:
-    """Return features whose factors went through a dense +-1 matrix to ``multiple`` times d."""
-    width, blocks = rows.blocks["embedding"].shape[1], {}
-    for name in GRADIENTS:
-        sizes = (x.shape[2] for x in rows.blocks[name][:1].appended())
-        made = projection.draw("rademacher", multiple * width, *sizes, "control", seed)
-        blocks[name] = made.apply(rows.blocks[name]).numpy()
-    return replace(rows, blocks=rows.blocks | blocks)
-
-
-def contrasts(
-    hits: Mapping[str, Hits], compared: Sequence[tuple[str, str]], test: Features, seed: int
-) -> pd.DataFrame:
-    """Return the paired difference of controls: variant, against, value, gain with its interval."""
-    _, labels = metric(test)
-    rows = []
-    for name, other in compared:
-        draw = generator("bootstrap", seed, "control", name, other)
-        gain = bootstrap(hits[name], hits[other], generator=draw, labels=labels)
-        rows.append((name, other, 100 * np.mean(hits[name]), *gain))
-    return pd.DataFrame(rows, columns=["variant", "against", "value", *GAIN])
+    pairs, width = {}, exact[0].blocks["embedding"].shape[1]
+    for size, multiple in MULTIPLES.items():
+        drawn = {}
+        for name in GRADIENTS:
+            shape = (x.shape[2] for x in exact[0].blocks[name][:1].appended())
+            drawn[name] = projection.draw("rademacher", multiple * width, *shape, "control", seed)
+        pairs[f"projected to {size}"] = [project(rows, drawn) for rows in exact]
+    pairs["exact products"] = exact
+    right = lambda a, b: knn_by_similarity(similarity(b, a, ALL), a.labels, k) == b.labels
+    return {name: right(*pair) for name, pair in pairs.items()}

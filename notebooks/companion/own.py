@@ -169,7 +169,7 @@ def cosines(album: Features, letters: str) -> np.ndarray:
 def accuracy(
     album: Features, letters: Sequence[str], *, k: int, apart: float = 0.98, seed: int = 0
 ) -> pd.DataFrame:
-    """Return leave-one-out kNN accuracy, `protocol.knn`'s table.
+    """Return leave-one-out kNN accuracy, `protocol.over_seeds`'s table.
 
     Each image is named by its ``k`` nearest among all others, by fewer where fewer may vote: images
     whose embeddings have a cosine above ``apart`` (shots of one scene, the same picture twice) have

@@ -46,7 +46,7 @@ class Page:
         """Return features of every backbone and data set of the page that can be run here.
 
         What is missing is shown. ``options`` replace parameters (``seed``) or go to
-        `protocol.collect` (``modality``, ``projection``).
+        `protocol.collect` (``projection``).
         """
         chosen = self.parameters["backbones"], self.parameters["datasets"]
         return self.use(protocol.collect(*chosen, objectives, **self.sizes() | options))

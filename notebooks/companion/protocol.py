@@ -8,7 +8,9 @@ random effects.
 
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -24,7 +26,6 @@ from companion.evaluate.knn import (
     bootstrap,
     few_shot_indices,
     knn_predict,
-    per_class_accuracy,
     random_effects,
 )
 from companion.figures.style import LETTERS
@@ -51,17 +52,13 @@ def collect(
     n_train: int,
     n_test: int,
     seed: int,
-    modality: str | None = None,
     **options,
 ) -> list[Run]:
     """Return (backbone, data set, train, test) for every pair that can be run `here`.
 
-    ``modality``: others are left out, and said so, since a profile names image backbones for every
-    notebook. ``options`` go to `features.features` (``layer``, ``projection``).
+    ``options`` go to `features.features` (``projection``).
     """
     encoders, sets = here(encoders, sets)
-    if modality:
-        encoders, sets = of_modality(modality, encoders, sets)
     sizes = dict(n_train=n_train, n_test=n_test, seed=seed)
     runs = []
     for backbone in encoders:
@@ -90,26 +87,6 @@ def here(encoders: Sequence[str], sets: Sequence[str] | None = None) -> tuple[li
     return found[0], found[1]
 
 
-def of_modality(
-    modality: str, encoders: Sequence[str], sets: Sequence[str]
-) -> tuple[list[str], list[str]]:
-    """Return the backbones and data sets of one modality; the others are named.
-
-    The notebook ends where none is left.
-    """
-    known = {row["name"]: row["modality"] for row in datasets.table()}
-    of = lambda name: known.get(name) or table.row_of(name).modality
-    if others := [name for name in (*encoders, *sets) if of(name) != modality]:
-        print(f"Left out, no {modality}: {', '.join(others)}")
-    found = [[name for name in names if of(name) == modality] for names in (encoders, sets)]
-    if not all(found):
-        explore.end(
-            f"No {modality} backbone and data set left; `python -m companion.run` takes this "
-            "notebook's own from the profile."
-        )
-    return found[0], found[1]
-
-
 def missing(encoders: Sequence[str], sets: Sequence[str]) -> pd.DataFrame:
     """Return what the grid needs and this machine has not: name, size, licence, how to get it.
 
@@ -129,13 +106,6 @@ def missing(encoders: Sequence[str], sets: Sequence[str]) -> pd.DataFrame:
     return frame
 
 
-def knn(
-    train: Features, test: Features, letters: Sequence[str] = COMBINATIONS, **options
-) -> pd.DataFrame:
-    """Return the accuracy of each feature set on one data set: see `over_folds`."""
-    return over_folds([(train, test)], letters, **options)
-
-
 def over_seeds(
     pairs: Sequence[Pair],
     letters: Sequence[str] = COMBINATIONS,
@@ -144,9 +114,12 @@ def over_seeds(
     seed: int = 0,
     **options,
 ) -> pd.DataFrame:
-    """Return `over_folds`'s table for one data set whose features were drawn with several seeds.
+    """Return kNN accuracies in percent of one data set, whose features were drawn with some seeds.
 
-    ``pairs``: (train, test) of each seed, the same images. Intervals cover images and seeds.
+    ``pairs``: (train, test) of each seed, the same images; intervals cover images and seeds.
+    Columns: features, setting, value, low, high; the gain over "E" and the step from the set before
+    it in ``letters``, in points, each with its interval. ``options`` go to `hits`. The metric is
+    the data set's (accuracy or mean per class).
     """
     found = hits(pairs, letters, shots=shots, **options)
     return compare(found, letters, *metric(pairs[0][1], shots), seed)
@@ -160,12 +133,7 @@ def over_folds(
     seed: int = 0,
     **options,
 ) -> pd.DataFrame:
-    """Return kNN accuracies in percent over all folds; each test row of each fold counts once.
-
-    Columns: features, setting, value, low, high; the gain over "E" and the step from the set before
-    it in ``letters``, in points, each with its interval. ``options`` go to `hits`. The metric is
-    the data set's (accuracy or mean per class).
-    """
+    """Return `over_seeds`'s table over all folds; each test row of each fold counts once."""
     found = hits(folds, letters, shots=shots, **options)
     correct = {name: np.concatenate(each_fold) for name, each_fold in found.items()}
     setting, labels = metric(folds[0][1], shots)
@@ -187,10 +155,28 @@ def hits(
     ``shots``: only the first so many training images of each class. ``pca``: PCA size, fitted on
     the training rows of each pair that are used (None: no PCA).
     """
-    if shots:
-        pairs = [(train.take(few_shot_indices(train.labels, shots)), test) for train, test in pairs]
+    pairs = few_shot(pairs, shots)
+    right = lambda a, b, train, test: knn_predict(a, train.labels, b, k=k) == test.labels
+    return scored(pairs, letters, right, pca)
+
+
+def few_shot(pairs: Sequence[Pair], shots: int | None) -> Sequence[Pair]:
+    """Return pairs with the first ``shots`` training images of each class, or with all for None."""
+    if not shots:
+        return pairs
+    return [(train.take(few_shot_indices(train.labels, shots)), test) for train, test in pairs]
+
+
+def scored(
+    pairs: Sequence[Pair], letters: Sequence[str], score: Callable, pca: int | None
+) -> dict[str, list]:
+    """Return what ``score`` says of the embedding and each feature set, {set: [one a pair]}.
+
+    ``score(a, b, train, test)`` gets the features of the training and test rows (`fungi_features`)
+    before the rows themselves.
+    """
     sets = each(dict.fromkeys(("E", *letters)), f"{pairs[0][1].data.name} feature sets")
-    return {name: [right_or_wrong(*pair, name, k, pca) for pair in pairs] for name in sets}
+    return {x: [score(*fungi_features(*pair, x, pca), *pair) for pair in pairs] for x in sets}
 
 
 def outcomes(
@@ -243,14 +229,23 @@ def variants(
     ``pairs``: {variant: (train, test)}. Columns: variant, value, low, high in percent; the gain
     over the variant called ``default``, paired, in points, with its interval.
     """
-    _, per_class = metric(pairs[default][1])
+    _, labels = metric(pairs[default][1])
     correct = {name: right_or_wrong(*pair, letters, k, None) for name, pair in pairs.items()}
+    draw = lambda kind, name: generator("bootstrap", seed, "variant", letters, kind, name)
+    return against(correct, default, draw, labels)
+
+
+def against(
+    correct: Mapping[Any, np.ndarray], default, draw: Callable, labels: np.ndarray | None = None
+) -> pd.DataFrame:
+    """Return `variants`' table from what is right, {variant: (N,) or (seeds, N)}.
+
+    ``draw(kind, variant)`` makes the generator of its "own" and of its "paired" interval.
+    """
     rows = []
-    for name in pairs:
-        draw = lambda kind, n=name: generator("bootstrap", seed, "variant", letters, kind, n)
-        own = bootstrap(correct[name], generator=draw("own"), labels=per_class)
-        base = correct[default]
-        gain = bootstrap(correct[name], base, generator=draw("paired"), labels=per_class)
+    for name, right in correct.items():
+        own = bootstrap(right, generator=draw("own", name), labels=labels)
+        gain = bootstrap(right, correct[default], generator=draw("paired", name), labels=labels)
         rows.append((name, *own, *gain))
     return pd.DataFrame(rows, columns=["variant", *QUANTITIES[:6]])
 
@@ -273,33 +268,24 @@ def class_gains(
 ) -> pd.DataFrame:
     """Return each class's accuracy minus the embedding's: features, class, value."""
     labels = np.concatenate([test.labels for _, test in folds])
-    classes, by_class = folds[0][1].data.classes, {}
-    for name in ("E", *letters):
-        found = np.concatenate([predict(*fold, name, k, pca) for fold in folds])
-        by_class[name] = per_class_accuracy(found, labels, len(classes))
-    gains = {name: by_class[name] - by_class["E"] for name in letters}
-    frames = [pd.DataFrame({"features": n, "class": classes, "value": x}) for n, x in gains.items()]
-    return pd.concat(frames, ignore_index=True).dropna(subset="value")
-
-
-def predict(train: Features, test: Features, letters: str, k: int, size=None) -> np.ndarray:
-    """Return kNN labels of the test images from a feature set, after PCA to ``size``."""
-    a, b = fungi_features(train, test, letters, size)
-    return knn_predict(a, train.labels, b, k=k)
+    found = hits(folds, letters, k=k, pca=pca)
+    right = pd.DataFrame({name: np.concatenate(rows) for name, rows in found.items()})
+    by_class = 100 * right.groupby(labels).mean()  # (classes with test rows, feature sets)
+    gains = by_class[list(letters)].sub(by_class["E"], axis=0)
+    gains.index = pd.Index([folds[0][1].data.classes[i] for i in gains.index], name="class")
+    gains = gains.melt(var_name="features", ignore_index=False).reset_index()
+    return gains[["features", "class", "value"]]
 
 
 def right_or_wrong(train, test, letters: str, k: int, size: int | None) -> np.ndarray:
-    """Say whether each test image is classified correctly, (N,) bool."""
-    return predict(train, test, letters, k, size) == test.labels
+    """Say whether kNN puts each test image right by a feature set, after PCA to ``size``, (N,)."""
+    a, b = fungi_features(train, test, letters, size)
+    return knn_predict(a, train.labels, b, k=k) == test.labels
 
 
-def pooled(frame: pd.DataFrame, sign: int = 1) -> tuple[float, float, float]:
-    """Return the random-effects mean of gains measured on different data sets.
-
-    ``sign=-1`` turns the difference round.
-    """
-    mean, low, high, _ = random_effects(*frame[GAIN].to_numpy(float).T)
-    return (mean, low, high) if sign == 1 else (-mean, -high, -low)
+def pooled(frame: pd.DataFrame) -> tuple[float, float, float]:
+    """Return the random-effects mean of gains measured on different data sets, its interval."""
+    return random_effects(*frame[GAIN].to_numpy(float).T)[:3]
 
 
 def mean_over(
@@ -385,6 +371,12 @@ def similarity(a: Features, b: Features, letters: str) -> np.ndarray:
         else:
             total += normalize(x) @ normalize(y).T
     return total
+
+
+def project(rows: Features, drawn: Mapping[str, projection.Projection]) -> Features:
+    """Return features whose gradients, given as factors, went through a projection each."""
+    blocks = {name: one.apply(rows.blocks[name]).numpy() for name, one in drawn.items()}
+    return replace(rows, blocks=rows.blocks | blocks)
 
 
 def each(items: Iterable, label: str) -> tqdm:

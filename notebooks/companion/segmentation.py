@@ -71,10 +71,6 @@ class Case:
         views = self.memory, self.support, self.queries
         return incontext.Lookup(*views, self.encoder, each, draw, head)
 
-    def vectors(self, kind: str, views: Views) -> np.ndarray:
-        """Return one kind's unit vectors of every patch, (V, T, D), by the first head."""
-        return scenes.vectors(kind, views, self.encoder, 0, self.support)
-
 
 def collect(
     names: Sequence[str], sets: Sequence[str], *, side: int, limit: int, seed: int
@@ -275,13 +271,10 @@ def explorer(case: Case, images: int) -> Callable[[int, int, int], tuple]:
     """
     memory = case.views(case.train.draw(min(images, len(case.train)), case.seed), "memory")
     queries, patch, classes = case.queries, case.memory.patch, case.test.classes
-    side = queries.size // patch
-    joined = {}  # {title: (memory rows, query rows)}
-    for title, kinds in {"embedding": ["embedding"], FUNGI: ["embedding", FUNGI]}.items():
-        joined[title] = [
-            np.concatenate([case.vectors(kind, views) for kind in kinds], -1) / len(kinds) ** 0.5
-            for views in (memory, queries)
-        ]
+    side, vectors = queries.size // patch, {}  # {kind: (memory rows, query rows)}
+    for kind in ("embedding", FUNGI):
+        both = memory, queries
+        vectors[kind] = [scenes.vectors(kind, x, case.encoder, 0, case.support) for x in both]
 
     def label(shares: np.ndarray) -> str:
         return classes[int(shares.argmax())] if shares.max() > 0 else "void"
@@ -292,8 +285,9 @@ def explorer(case: Case, images: int) -> Callable[[int, int, int], tuple]:
 
     def look(image: int, row: int, column: int) -> tuple[dict, dict[str, list[dict]]]:
         at, found = row * side + column, {}
-        for title, (keys, asked) in joined.items():
-            similarity = keys.reshape(-1, keys.shape[-1]) @ asked[image, at]
+        cosines = {x: (keys @ asked[image, at]).ravel() for x, (keys, asked) in vectors.items()}
+        cosines[FUNGI] = (cosines["embedding"] + cosines[FUNGI]) / 2  # of joined vectors, eq. 8
+        for title, similarity in cosines.items():
             found[title] = []
             for m in np.argsort(-similarity, kind="stable")[:8]:
                 v, there = divmod(int(m), memory.patches)

@@ -5,7 +5,6 @@ projections.
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import combinations_with_replacement, product
 
 import numpy as np
@@ -16,6 +15,7 @@ from companion import paths
 from companion.data import landmarks
 from companion.encoders.objectives import named
 from companion.evaluate import clustering, probe, retrieval
+from companion.evaluate.cka import cka_matrix
 from companion.evaluate.knn import bootstrap, few_shot_indices, knn_by_similarity, vote
 from companion.protocol import (
     COMBINATIONS,
@@ -23,13 +23,16 @@ from companion.protocol import (
     LETTERS,
     QUANTITIES,
     Pair,
+    against,
     compare,
     each,
-    fungi_features,
+    few_shot,
     hits,
     metric,
     names_of,
+    project,
     right_or_wrong,
+    scored,
     similarity,
 )
 from fungi_core import projection
@@ -53,20 +56,12 @@ def linear(
     Every feature set has the same validation rows (``seed``). PCA is fitted on all training rows
     that are used.
     """
-    if shots:
-        few = lambda train: train.take(few_shot_indices(train.labels, shots))
-        pairs = [(few(train), test) for train, test in pairs]
-    correct, strength = {}, {}
-    for name in each(dict.fromkeys(("E", *letters)), f"{pairs[0][1].data.name} probes"):
-        done = []
-        for train, test in pairs if name != "E" else pairs[:1]:  # no seed changes the embedding
-            a, b = fungi_features(train, test, name, pca)
-            done.append(probe.predict(a, train.labels, b, seed=seed))
-        right = [found.labels == pairs[0][1].labels for found in done]
-        correct[name] = np.array(right if name != "E" else right * len(pairs))  # (seeds, N)
-        strength[name] = done[0].strength
-    table = compare(correct, letters, *metric(pairs[0][1], shots), seed)
-    return table.assign(strength=[strength[name] for name in letters])
+    fit = lambda a, b, train, _: probe.predict(a, train.labels, b, seed=seed)
+    found = scored(few_shot(pairs, shots), letters, fit, pca)
+    labels = pairs[0][1].labels
+    right = {name: [one == labels for one, _ in fits] for name, fits in found.items()}
+    table = compare(right, letters, *metric(pairs[0][1], shots), seed)
+    return table.assign(strength=[found[name][0][1] for name in letters])
 
 
 def retrieve(
@@ -83,19 +78,16 @@ def retrieve(
     class".
     """
     truth, settings = relevant(*pairs[0])
-    rankings = {name: [] for name in dict.fromkeys(("E", *letters))}
-    for (train, test), (name, found) in product(pairs, rankings.items()):
-        database, queries = fungi_features(train, test, name, pca)
-        found.append(retrieval.rank(queries, database))
-    frames = []
+    rank = lambda database, queries, *_: retrieval.rank(queries, database)
+    rankings, frames = scored(pairs, letters, rank, pca), []
     for setting, protocol in settings.items():
-        scored = {
+        precision = {
             name: np.array([retrieval.scores(x, truth, protocol) for x in found])  # (seeds, N)
             for name, found in rankings.items()
         }
-        counted = ~np.isnan(scored["E"][0])  # queries with a positive, the same for every set
-        scored = {name: x[:, counted] for name, x in scored.items()}
-        frames.append(compare(scored, letters, setting, None, seed))
+        counted = ~np.isnan(precision["E"][0])  # queries with a positive, the same for every set
+        precision = {name: x[:, counted] for name, x in precision.items()}
+        frames.append(compare(precision, letters, setting, None, seed))
     return pd.concat(frames, ignore_index=True)
 
 
@@ -129,11 +121,10 @@ def cluster(
     """
     starts = generator("kmeans", seed).integers(2**31, size=runs).tolist()
     labels = pairs[0][1].labels
-    clusters, right, rows = len(np.unique(labels)), {}, {}
-    for name in each(dict.fromkeys(("E", *letters)), f"{pairs[0][1].data.name} clusters"):
-        spaces = [fungi_features(*pair, name, pca)[1] for pair in pairs]
-        found = [[clustering.kmeans(x, clusters, s) for s in starts] for x in spaces]
-        # (seeds, runs, N)
+    count = len(np.unique(labels))
+    group = lambda _, x, *__: [clustering.kmeans(x, count, start) for start in starts]
+    right, rows = {}, {}
+    for name, found in scored(pairs, letters, group, pca).items():  # found: (seeds, runs, N)
         matched = np.array([[clustering.match(c, labels) == labels for c in one] for one in found])
         nmi = [100 * normalized_mutual_info_score(labels, c) for one in found for c in one]
         right[name] = matched.mean(1)
@@ -201,35 +192,23 @@ def shot_hits(
     return {key: np.array(found) for key, found in right.items()}
 
 
-def shot_curve(hits: dict[tuple[str, int], np.ndarray]) -> pd.DataFrame:
-    """Return Fig. 6: accuracy in percent by number of shots: mean of the draws, and their range."""
-    rows = []
-    for (name, count), found in hits.items():
-        accuracy = 100 * found.mean(1)
-        rows.append((name, count, accuracy.mean(), accuracy.min(), accuracy.max()))
-    return pd.DataFrame(rows, columns=["features", "shots", "value", "low", "high"])
-
-
 def pca_curve(
     pairs: Sequence[Pair],
     letters: Sequence[str],
-    sizes: Sequence[int | None],
+    sizes: Sequence[int],
     *,
     k: int,
     seed: int,
 ) -> pd.DataFrame:
-    """Return Table 16: features, size (None: no PCA), accuracy, and its paired gain over no PCA."""
-    rows = []
+    """Return Table 16: features, size (NaN: no PCA), accuracy, and its paired gain over no PCA."""
+    frames = []
     for name in each(letters, f"{pairs[0][1].data.name} PCA sizes"):
         right = lambda size, n=name: np.array([right_or_wrong(*pair, n, k, size) for pair in pairs])
-        plain = right(None)
-        for size in sizes:
-            correct = plain if size is None else right(size)
-            draw = lambda kind, n=name, s=size: generator("bootstrap", seed, kind, n, s)
-            value = bootstrap(correct, generator=draw("own"))
-            gain = bootstrap(correct, plain, generator=draw("paired"))
-            rows.append((name, size, *value, *gain))
-    return pd.DataFrame(rows, columns=["features", "size", *QUANTITIES[:6]])
+        correct = {size: right(size) for size in dict.fromkeys([None, *sizes])}
+        draw = lambda kind, size, n=name: generator("bootstrap", seed, kind, n, size)
+        frames.append(against(correct, None, draw).assign(features=name))
+    curve = pd.concat(frames, ignore_index=True).rename(columns={"variant": "size"})
+    return curve[["features", "size", *QUANTITIES[:6]]]
 
 
 def projections(
@@ -267,8 +246,8 @@ def projections(
         accuracy = 100 * np.mean(hits, 1)
         gain = bootstrap(np.mean(hits, 0), exact[letter], generator=draw(kind, multiple))
         value = accuracy.mean(), accuracy.min(), accuracy.max()
-        size = "d" if multiple == 1 else f"{multiple} d"
         rest = 100 * np.mean(joined), 100 * np.mean(errors), np.median(seconds)
+        size = "d" if multiple == 1 else f"{multiple} d"
         rows.append((kind, size, *value, *gain, *rest))
     columns = ["kind", "size", *QUANTITIES[:6], "joined", "distortion", "seconds"]
     return pd.DataFrame(rows, columns=columns)
@@ -278,24 +257,20 @@ def projected(
     train: Features, test: Features, letter: str, kind: str, multiple: int, draw: int, k: int
 ) -> tuple[np.ndarray, float, float, float]:
     """Return a draw's hits (N,), accuracy with the embedding, distortion, seconds for 1,000."""
-    name, width = names_of(letter)[0], train.blocks["embedding"].shape[1]
-    factors = train.blocks[name], test.blocks[name]
-    d, a = (x.shape[2] for x in factors[0][:1].appended())
+    name = names_of(letter)[0]
+    factors, width = test.blocks[name], train.blocks["embedding"].shape[1]
+    d, a = (x.shape[2] for x in factors[:1].appended())
     made = projection.draw(PROJECTIONS[kind], multiple * width, d, a, "draw", draw)
-    made.apply(factors[1][:1])  # its bits are drawn and unpacked
+    made.apply(factors[:1])  # its bits are drawn and unpacked
     start = time.perf_counter()
-    blocks = [made.apply(one).numpy() for one in factors]
-    seconds = 1000 * (time.perf_counter() - start) / sum(map(len, factors))
-    both = [
-        replace(rows, blocks=rows.blocks | {name: block})
-        for rows, block in zip((train, test), blocks, strict=True)
-    ]
+    both = [project(rows, {name: made}) for rows in (train, test)]
+    seconds = 1000 * (time.perf_counter() - start) / (len(train.labels) + len(test.labels))
     hits = right_or_wrong(*both, letter, k, None)
     joined = right_or_wrong(*both, f"E+{letter}", k, None).mean()
     pairs = np.triu_indices(min(len(test.labels), 200), 1)
     length = lambda cosines: np.sqrt(np.maximum(2 - 2 * cosines[pairs], 0))
-    true = length(projection.exact_cosine(factors[1], factors[1]).numpy())
-    unit = normalize(blocks[1])
+    true = length(projection.exact_cosine(factors, factors).numpy())
+    unit = normalize(both[1].blocks[name])
     off = length(unit @ unit.T)[true > 0] / true[true > 0] - 1
     return hits, joined, np.sqrt(np.mean(off**2)), seconds
 
@@ -320,20 +295,16 @@ def joined_pairs(
 
     CKA is unbiased, of the test rows, the mean over the seeds.
     """
-    # Here: torchmetrics takes long to import, and a notebook that cannot run should end fast.
-    from companion.evaluate.cka import cka_matrix
-
     unit = [{LETTERS[x]: normalize(block) for x, block in test.blocks.items()} for _, test in pairs]
     names, cka = list(unit[0]), np.mean([cka_matrix(blocks) for blocks in unit], 0)
-    right = lambda x: np.array([right_or_wrong(*pair, x, k, pca) for pair in pairs])  # (seeds, N)
-    correct, rows = {x: right(x) for x in names}, []
-    both_of = combinations_with_replacement(range(len(names)), 2)
-    for i, j in each(both_of, f"{pairs[0][1].data.name} pairs"):
+    both_of = list(combinations_with_replacement(range(len(names)), 2))
+    joined = {(i, j): names[i] if i == j else f"{names[i]}+{names[j]}" for i, j in both_of}
+    correct, rows = hits(pairs, joined.values(), k=k, pca=pca), []
+    for (i, j), letters in joined.items():
         a, b = names[i], names[j]
-        both = correct[a] if i == j else right(f"{a}+{b}")
-        better = max((correct[a], correct[b]), key=np.mean)
+        both, better = correct[letters], max((correct[a], correct[b]), key=np.mean)
         gain = bootstrap(both, better, generator=generator("bootstrap", seed, "pair", a, b))
-        rows.append((a, b, cka[i, j], 100 * both.mean(), *gain))
+        rows.append((a, b, cka[i, j], 100 * np.mean(both), *gain))
     return pd.DataFrame(rows, columns=["a", "b", "cka", "value", *GAIN])
 
 

@@ -1,11 +1,8 @@
 """Images per second of features against the stock forward pass, within one run (Table 22)."""
 
-import ctypes
 import json
-import re
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -127,22 +124,16 @@ def against_published() -> pd.DataFrame:
     rows = []
     for file in sorted((paths.ROOT / "benchmarks" / "results").glob("speed_*.json")):
         record = json.loads(file.read_text())
-        machine = record["machine"]
+        machine, backbone = record["machine"], record["backbone"].removeprefix("random:")
         processor = f"{machine['processor']}, {machine['cores']} cores"
         for name, pair in record["published"].items():
-            ours, theirs = pair["ours"], pair["published"]
-            row = {
-                "machine": machine.get("gpu", processor),
-                "backbone": record["backbone"].removeprefix("random:"),
-                "features": LETTERS[name],
-                "value": ours["images_per_second"],
-                "published": theirs["images_per_second"],
-                "ratio": pair["ratio"],
-                "memory": ours["peak_bytes"] / 2**30,
-                "published_memory": theirs["peak_bytes"] / 2**30,
-            }
-            rows.append(row)
-    return pd.DataFrame(rows)
+            both = pair["ours"], pair["published"]
+            speeds = [one["images_per_second"] for one in both]
+            memory = [one["peak_bytes"] / 2**30 for one in both]
+            where = machine.get("gpu", processor), backbone, LETTERS[name]
+            rows.append((*where, *speeds, pair["ratio"], *memory))
+    columns = ["machine", "backbone", "features", "value", "published", "ratio", "memory"]
+    return pd.DataFrame(rows, columns=[*columns, "published_memory"])
 
 
 def seconds(call: Callable[[], object], device: str) -> float:
@@ -153,25 +144,3 @@ def seconds(call: Callable[[], object], device: str) -> float:
     call()
     wait()
     return time.perf_counter() - start
-
-
-def peak_memory(call: Callable[[], object], device: str) -> float:
-    """Return the MiB that a call took at its peak beyond what was in use before.
-
-    They are the card's, or this process's; NaN where the system is not Linux.
-    """
-    if device != "cpu":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    if not reset.exists():
-        return float("nan")
-    kib = lambda field: int(re.search(rf"{field}:\s+(\d+)", status.read_text())[1])
-    # What was freed before is given back: it would hide what is taken now.
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    reset.write_text("5")  # the peak starts again from what is resident now
-    before = kib("VmRSS")
-    call()
-    return (kib("VmHWM") - before) / 1024

@@ -3,7 +3,7 @@
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 from sklearn.cluster import KMeans
-from sklearn.metrics import confusion_matrix
+from sklearn.metrics.cluster import contingency_matrix
 from threadpoolctl import threadpool_limits
 
 from companion.evaluate.knn import one_a_row
@@ -26,12 +26,8 @@ def match(clusters, labels) -> np.ndarray:
     without a class get -1.
     """
     labels, clusters = one_a_row(labels, clusters), one_a_row(clusters, labels)
-    names, clusters = np.unique(clusters, return_inverse=True)
-    classes, labels = np.unique(labels, return_inverse=True)
-    sizes = range(max(len(names), len(classes)))
-    counts = confusion_matrix(clusters, labels, labels=sizes)
-    counts = counts[: len(names), : len(classes)]  # (clusters, classes)
-    rows, columns = linear_sum_assignment(counts, maximize=True)
+    rows, columns = linear_sum_assignment(contingency_matrix(clusters, labels), maximize=True)
+    names, clusters = np.unique(clusters, return_inverse=True)  # in the order of the rows
     named = np.full(len(names), -1, np.int64)
-    named[rows] = classes[columns]
+    named[rows] = np.unique(labels)[columns]
     return named[clusters]

@@ -15,14 +15,7 @@ import torch.nn.functional as F
 
 from companion import paths
 from companion.evaluate import iou
-from companion.evaluate.scenes import (
-    LOSSES,
-    SCENES,
-    SUPPORT,
-    Views,
-    choose_all,
-    vectors,
-)
+from companion.evaluate.scenes import LOSSES, SCENES, SUPPORT, Views, choose_all, vectors
 from fungi_core.backbones import Backbone
 from fungi_core.filling import write
 from fungi_core.search import largest, rows_at_once

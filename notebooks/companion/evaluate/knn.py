@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy.stats import norm, t
-from sklearn.metrics import recall_score
 from sklearn.neighbors import KNeighborsClassifier
 
 
@@ -61,18 +60,6 @@ def few_shot_indices(
     else:
         chosen = [generator.choice(some, shots, replace=False) for some in rows]
     return np.sort(np.concatenate(chosen))
-
-
-def per_class_accuracy(predicted, labels, n_classes: int) -> np.ndarray:
-    """Return the percentage of each true class that was predicted right, (C,); NaN for none."""
-    labels, predicted = one_a_row(labels, predicted), one_a_row(predicted, labels)
-    for name, array in (("predicted", predicted), ("labels", labels)):
-        if not np.issubdtype(array.dtype, np.integer):
-            raise ValueError(f"{name} are {array.dtype}; accuracy counts indices of classes, int")
-    if labels.max() >= n_classes:
-        raise ValueError(f"labels up to {labels.max()} do not fit n_classes = {n_classes}")
-    settings = dict(labels=np.arange(n_classes), average=None, zero_division=np.nan)
-    return 100 * recall_score(labels, predicted, **settings)
 
 
 def bootstrap(

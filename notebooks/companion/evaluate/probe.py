@@ -5,8 +5,6 @@ without an intercept: C = 1 / (strength * rows). The published script finds the 
 ``cyanure``.
 """
 
-from typing import NamedTuple
-
 import numpy as np
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedShuffleSplit
@@ -15,14 +13,6 @@ from companion.evaluate.knn import one_a_row
 
 STRENGTHS = tuple(np.linspace(5e-6, 5e-4, 5).tolist())  # section A.3
 STEPS = 1000  # at most; the optimum is found in fewer
-
-
-class Probe(NamedTuple):
-    """Hold labels (M,), the strength chosen, and the validation accuracy (%) of each strength."""
-
-    labels: np.ndarray
-    strength: float
-    validation: np.ndarray
 
 
 def fit(x, y, strength: float) -> LogisticRegression:
@@ -37,28 +27,25 @@ def fit(x, y, strength: float) -> LogisticRegression:
     return LogisticRegression(C=1 / (strength * rows), **settings).fit(x, y)
 
 
-def predict(train_x, train_y, test_x, *, seed: int, strengths=STRENGTHS) -> Probe:
-    """Return labels of ``test_x`` (M, d), learned from ``train_x`` (N, d) with labels ``train_y``.
+def predict(
+    train_x, train_y, test_x, *, seed: int, strengths=STRENGTHS
+) -> tuple[np.ndarray, float]:
+    """Return labels (M,) of ``test_x`` (M, d), and the strength chosen, learned from ``train_x``
+    (N, d) with labels ``train_y``.
 
     The strength is the best on a validation split (20 % of the training rows, stratified, drawn by
     ``seed``; the weakest of equals); then all rows are fitted. The published script keeps its
     validation rows apart from the five a class of the few-shot setting, where it chooses with many
-    more labels than it trains on; here they come out of the training rows.
+    more labels than it trains on; here they come out of the training rows. Raises ValueError where
+    the split would miss a class.
     """
     train_x = np.asarray(train_x, np.float64)
     train_y = one_a_row(train_y, train_x)
-    classes, counts = np.unique(train_y, return_counts=True)
-    if counts.min() < 2 or 0.2 * len(train_y) < len(classes):
-        raise ValueError(
-            "an 80/20 validation split needs five training rows a class on average and two of "
-            f"each: {len(train_y)} rows, {len(classes)} classes, the smallest has {counts.min()}"
-        )
     split = StratifiedShuffleSplit(1, train_size=0.8, random_state=seed)
     kept, held = next(split.split(train_x, train_y))
     accuracies = [
-        100 * fit(train_x[kept], train_y[kept], strength).score(train_x[held], train_y[held])
+        fit(train_x[kept], train_y[kept], strength).score(train_x[held], train_y[held])
         for strength in strengths
     ]
     best = strengths[int(np.argmax(accuracies))]
-    labels = fit(train_x, train_y, best).predict(np.asarray(test_x, np.float64))
-    return Probe(labels, best, np.array(accuracies))
+    return fit(train_x, train_y, best).predict(np.asarray(test_x, np.float64)), best

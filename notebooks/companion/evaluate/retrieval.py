@@ -27,10 +27,6 @@ def rank(queries, database) -> np.ndarray:
     0 to all.
     """
     a, b = (np.asarray(x, np.float64) for x in (queries, database))
-    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
-        raise ValueError(
-            f"queries (Q, d) and database (N, d) must have one width, got {a.shape} and {b.shape}"
-        )
     a, b = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in (a, b))
     return np.argsort(-(a @ b.T), axis=1, kind="stable")
 
