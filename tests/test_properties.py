@@ -15,6 +15,7 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image
 
 from companion.evaluate import knn as evaluate
+from companion.evaluate.cka import LinearCKA
 from fungi_core import DINO, KL, SimCLR, projection, search, store, views
 from fungi_core.gradients import Factors
 from fungi_core.seeds import content_id, generator
@@ -185,6 +186,32 @@ def test_a_search_finds_the_largest_products_however_its_queries_are_cut(rows, w
     assert all(len({*row}) == k for row in indices.tolist())
     alone = torch.cat([search.nearest(query[None], keys, k)[0] for query in queries])
     assert torch.equal(alone, values)
+
+
+# --- CKA
+
+
+@given(st.integers(4, 60), st.integers(1, 6), st.integers(1, 6), st.booleans(), seeds, st.data())
+def test_cka_of_merged_shards_is_that_of_all_rows(n, p, q, unbiased, seed, data):
+    rng = np.random.default_rng(seed)
+    x, y = rng.standard_normal((n, p)), rng.standard_normal((n, q))
+    y[:, :1] += x[:, :1]
+    whole = LinearCKA(unbiased)
+    whole.update(x, y)
+    cuts = sorted(data.draw(st.lists(st.integers(0, n), max_size=5)))
+    order, metrics = rng.permutation(n), []
+    for low, high in zip([0, *cuts], [*cuts, n]):
+        if low < high:
+            metrics.append(LinearCKA(unbiased))
+            metrics[-1].update(x[order[low:high]], y[order[low:high]])
+    for other in metrics[1:]:
+        metrics[0].merge_state(other)
+    try:
+        expected = float(whole.compute())
+    except ValueError:  # no spread: then none in the parts either
+        return
+    np.testing.assert_allclose(float(metrics[0].compute()), expected, rtol=1e-6, atol=1e-6)
+    assert expected <= 1 + 1e-9
 
 
 # --- store

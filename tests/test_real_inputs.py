@@ -31,6 +31,7 @@ from companion import own, run
 from companion.data import datasets, folders, masks
 from companion.encoders import table
 from companion.evaluate import clustering, knn, probe, retrieval
+from companion.evaluate.cka import LinearCKA
 from companion.figures import grids, style
 from fungi_core import DINO, KL, Fungi, SimCLR, audio, devices, load
 from fungi_core.extract import describe
@@ -237,6 +238,35 @@ def test_pixels_of_32_bits_that_pillow_would_cut_are_one_line(values, tmp_path):
         with pytest.raises(ValueError, match=r"mode [IF] with values from .*; accepted: 0 to 255"):
             to_image(item)
     assert "accepted: 0 to 255" in own.decode(file)  # named among what is skipped
+
+
+# --- metrics that accumulate
+
+
+@pytest.mark.parametrize(
+    ("x", "y"),
+    [
+        (torch.rand(2, 3), torch.rand(2, 4)),
+        (torch.full((8, 3), torch.nan), torch.rand(8, 4)),
+        (torch.rand(8, 3), torch.rand(8, 4) + torch.inf),
+        (torch.rand(8, 5), torch.rand(8, 4)),
+        (torch.rand(8, 3), torch.rand(7, 4)),
+        (torch.ones(8, 3), torch.rand(8, 4)),
+    ],
+    ids=["two rows", "nan", "infinite", "another width", "other rows", "constant"],
+)
+def test_a_bad_batch_leaves_what_was_accumulated(x, y):
+    draw = torch.Generator().manual_seed(0)
+    first = torch.rand(64, 3, generator=draw), torch.rand(64, 4, generator=draw)
+    metric, alone = LinearCKA(), LinearCKA()
+    metric.update(*first), alone.update(*first)
+    with pytest.raises(ValueError, match="^CKA "):
+        metric(x, y)
+    assert metric.n == 64 and metric.compute() == alone.compute()
+    more = torch.rand(9, 3, generator=draw), torch.rand(9, 4, generator=draw)
+    value = metric(*more)
+    alone.reset(), alone.update(*more)
+    assert metric.n == 73 and value == alone.compute()
 
 
 # --- readers of folders

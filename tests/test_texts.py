@@ -480,6 +480,7 @@ def test_missing_weights_are_one_line(monkeypatch):
 
 
 def test_image_notebooks_never_import_what_texts_need():
+    """Not the CKA metric: torchmetrics itself imports transformers where it is installed."""
     code = (
         "import sys; from companion import features, protocol, run\n"
         "from companion.figures import plots, style\n"

@@ -15,7 +15,6 @@ from companion import paths
 from companion.data import landmarks
 from companion.encoders.objectives import named
 from companion.evaluate import clustering, probe, retrieval
-from companion.evaluate.cka import cka_matrix
 from companion.evaluate.knn import bootstrap, few_shot_indices, knn_by_similarity, vote
 from companion.protocol import (
     COMBINATIONS,
@@ -295,6 +294,9 @@ def joined_pairs(
 
     CKA is unbiased, of the test rows, the mean over the seeds.
     """
+    # Here: torchmetrics takes long to import, and a notebook that cannot run should end fast.
+    from companion.evaluate.cka import cka_matrix
+
     unit = [{LETTERS[x]: normalize(block) for x, block in test.blocks.items()} for _, test in pairs]
     names, cka = list(unit[0]), np.mean([cka_matrix(blocks) for blocks in unit], 0)
     both_of = list(combinations_with_replacement(range(len(names)), 2))
