@@ -44,7 +44,7 @@ SHAPES = [
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_triton_is_its_twin_and_near_float64(shape, dtype):
     (d, a, bits), expected = case(*shape, dtype)
-    found = kernels._launch(d, a, bits, block=(32, 32, 16), splits=3)
+    found = kernels.project_tokens_triton(d, a, bits, block=(32, 32, 16), splits=3)
     twin = kernels.project_tokens_torch(d, a, bits)
     assert found.dtype == twin.dtype == torch.float32
     assert error(found, expected) <= LIMIT[dtype]
@@ -56,8 +56,8 @@ def test_triton_is_its_twin_and_near_float64(shape, dtype):
 @needs_triton
 def test_a_tokens_result_does_not_depend_on_the_others():
     (d, a, bits), _ = case(70, 3, 41, 20)
-    whole = kernels._launch(d, a, bits, block=(32, 32, 16), splits=3)
-    alone = kernels._launch(d[66:67], a[66:67], bits, block=(32, 32, 16), splits=3)
+    whole = kernels.project_tokens_triton(d, a, bits, block=(32, 32, 16), splits=3)
+    alone = kernels.project_tokens_triton(d[66:67], a[66:67], bits, block=(32, 32, 16), splits=3)
     torch.testing.assert_close(whole[66:67], alone, rtol=0, atol=0)
 
 
