@@ -15,7 +15,6 @@ import os
 import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -30,56 +29,72 @@ from fungi_core.projection import Rademacher
 from fungi_core.rows import draw_parts, gradient_rows
 
 OBJECTIVES = {"kl": KL(), "dino": DINO(), "simclr": SimCLR()}
-IMAGES = {"kl": 32, "dino": 4, "simclr": 2}  # decoded 256 x 256 images a timed call
+IMAGES = {"kl": 32, "dino": 4, "simclr": 2}  # decoded 256 x 256 images a timed call on a CPU
+MORE = 4  # times as many on a card, which a few do not fill
 NEGATIVES = 256 * 49  # latents; their values do not change the time
 
 
-def pictures(count: int) -> list[Image.Image]:
+def pictures(name: str, device: str) -> list[Image.Image]:
+    """Return the images of one objective's timed call."""
+    count = IMAGES[name] * (1 if device == "cpu" else MORE)
     noise = np.random.default_rng(0).integers(0, 256, (count, 16, 16, 3), dtype=np.uint8)
     return [Image.fromarray(pixels).resize((256, 256), Image.BICUBIC) for pixels in noise]
 
 
-def ours(name: str, backbone: str, device: str):
+def ours(name: str, backbone: str, device: str, negatives: int):
     """Return a call that makes features, and of how many images."""
     encoder, objective = load(backbone, device=device), OBJECTIVES[name]
     parts = draw_parts(encoder, objective, 0)
     if objective.negatives:
-        parts.negatives = torch.randn(NEGATIVES, objective.dim).to(encoder.device)
-    images = pictures(IMAGES[name])
+        parts.negatives = torch.randn(negatives, objective.dim).to(encoder.device)
+    images = pictures(name, device)
     return lambda: list(gradient_rows(encoder, objective, [parts], images, 0)), len(images)
 
 
-def published(name: str, backbone: str, device: str):
+def published(name: str, backbone: str, device: str, negatives: int):
     """Return the same of the published library."""
     import fungivision.config as config
     from fungivision import FUNGIWrapper
 
     kinds = {"kl": config.KLConfig, "dino": config.DINOConfig, "simclr": config.SimCLRConfig}
-    settings, device = kinds[name](), torch.device(device)
-    encoder = load(backbone, device=device, dtype="float32")
-    model = throughput.plain_model(encoder)
-    wrapper = FUNGIWrapper(model, encoder.layer, device, extractor_configs=[settings])
+    settings, encoder = kinds[name](), load(backbone, device=device, dtype="float32")
+    model, where = throughput.plain_model(encoder), torch.device(device)
+    size = {"input_dim": encoder.inputs.size}
+    wrapper = FUNGIWrapper(model, encoder.layer, where, **size, extractor_configs=[settings])
     if name == "simclr":
-        negatives = torch.randn(NEGATIVES, settings.latent_dim).to(device)
-        wrapper.extractors[0].comparison_batch = negatives
-    images = pictures(IMAGES[name])
+        latents = torch.randn(negatives, settings.latent_dim).to(device)
+        wrapper.extractors[0].comparison_batch = latents
+    images = pictures(name, device)
     return lambda: wrapper(images), len(images)
 
 
 def seconds(call, device: str, repeats: int) -> list[float]:
     """Return the wall-clock seconds of each repeat, behind one that is not counted."""
-    call()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        if device != "cpu":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return times
+    return [throughput.seconds(call, device) for _ in range(repeats + 1)][1:]
 
 
-def per_token(encoder, repeats: int, tokens: int = 1024) -> dict:
+def per_call(call, device: str, repeats: int, least: float = 0.02) -> float:
+    """Return the median seconds of a call, short ones timed many in a row, ``least`` s together.
+
+    Launching a kernel and waiting for a card take longer than a short kernel itself.
+    """
+    many = max(1, round(least / min(seconds(call, device, 2))))
+
+    def in_a_row() -> None:
+        for _ in range(many):
+            call()
+
+    return float(np.median(seconds(in_a_row, device, repeats))) / many
+
+
+def matrix_flops(device: str, dtype: torch.dtype, repeats: int, side: int | None = None) -> float:
+    """Return the FLOP/s of a plain product of square matrices, by default 2,048 or 8,192 wide."""
+    side, rng = side or (2048 if device == "cpu" else 8192), torch.Generator().manual_seed(0)
+    a, b = (torch.randn(side, side, generator=rng).to(device, dtype) for _ in range(2))
+    return 2 * side**3 / per_call(lambda: a @ b, device, repeats)
+
+
+def per_token(encoder, repeats: int, tokens: int = 1024, side: int | None = None) -> dict:
     """Measure the projection of ``tokens`` outer products at the target layer.
 
     Beside it stands what a plain matrix product reaches here.
@@ -91,11 +106,10 @@ def per_token(encoder, repeats: int, tokens: int = 1024) -> dict:
     inputs, gradients = draw(1, tokens, layer.in_features), draw(1, tokens, layer.out_features)
     factors = Factors(inputs, gradients, layer.bias is not None)
     made = Rademacher(encoder.width, columns, "benchmark")
-    median = lambda call: float(np.median(seconds(call, encoder.device, repeats)))
-    own = median(lambda: made.apply_tokens(factors, encoder.dtype))
-    side = 2048 if encoder.device == "cpu" else 8192
-    a, b = (draw(side, side).to(encoder.dtype) for _ in range(2))
-    flops, matrix = 2 * tokens * columns * encoder.width / own, 2 * side**3 / median(lambda: a @ b)
+    project = lambda: made.apply_tokens(factors, encoder.dtype)
+    own = per_call(project, encoder.device, repeats)
+    flops = 2 * tokens * columns * encoder.width / own
+    matrix = matrix_flops(encoder.device, encoder.dtype, repeats, side)
     return {
         "tokens": tokens,
         "seconds": own,
@@ -105,30 +119,35 @@ def per_token(encoder, repeats: int, tokens: int = 1024) -> dict:
     }
 
 
-def worker(which: str, name: str, backbone: str, device: str, repeats: int) -> None:
-    call, count = {"ours": ours, "published": published}[which](name, backbone, device)
+def measured(
+    which: str, name: str, backbone: str, device: str, repeats: int, negatives: int = NEGATIVES
+) -> dict:
+    """Measure one library: images/s, and this process's (or the card's) peak memory in bytes."""
+    make = {"ours": ours, "published": published}[which]
+    call, count = make(name, backbone, device, negatives)
     times = seconds(call, device, repeats)
     peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if device != "cpu":
-        peak = torch.cuda.max_memory_allocated()
-    print(json.dumps({"images_per_second": count / float(np.median(times)), "peak_bytes": peak}))
+        peak = torch.cuda.max_memory_allocated(device)
+    return {"images_per_second": count / float(np.median(times)), "peak_bytes": peak}
 
 
-def in_a_process(*arguments: str) -> dict:
-    done = subprocess.run(
-        [sys.executable, __file__, "--worker", *arguments], capture_output=True, text=True
-    )
+def in_a_process(*arguments: str | int) -> dict:
+    """Return what `measured` does in a process of its own."""
+    command = [sys.executable, __file__, "--worker", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        sys.exit(f"benchmark {' '.join(arguments)} failed: {done.stderr.strip().splitlines()[-1]}")
+        what = " ".join(map(str, arguments))
+        sys.exit(f"benchmark {what} failed: {done.stderr.strip().splitlines()[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def against_published(backbone: str, device: str) -> dict:
+def against_published(backbone: str, device: str, measure=in_a_process, repeats: int = 2) -> dict:
     """Measure both libraries for each objective: speeds, their ratio and peak memory."""
     found = {}
     for name in IMAGES:
         pair = {
-            which: in_a_process(which, name, backbone, device, "2")
+            which: measure(which, name, backbone, device, repeats)
             for which in ("ours", "published")
         }
         speed = {which: one["images_per_second"] for which, one in pair.items()}
@@ -150,7 +169,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.worker:
         *where, repeats = args.worker
-        return worker(*where, int(repeats))
+        return print(json.dumps(measured(*where, int(repeats))))
 
     encoder = load(args.backbone, device=args.device)
     stock = throughput.measure(encoder, views_a_call=98, repeats=args.repeats)
@@ -162,7 +181,7 @@ def main() -> None:
     if args.out:
         machine = {"processor": cpu(), "cores": os.cpu_count(), "torch": torch.__version__}
         if encoder.device != "cpu":
-            machine["gpu"] = torch.cuda.get_device_name()
+            machine["gpu"] = torch.cuda.get_device_name(encoder.device)
         record = {"backbone": args.backbone, "device": encoder.device}
         record |= {"dtype": str(encoder.dtype), "machine": machine}
         record |= {"stock": stock.to_dict("records"), "published": pairs, "per_token": tokens}

@@ -26,11 +26,7 @@ def project_tokens(d: torch.Tensor, a: torch.Tensor, bits: torch.Tensor) -> torc
 
     The sums are cut in the same places whatever T is, so no token depends on its batch.
     """
-    if not d.is_cuda:
-        return project_tokens_torch(d, a, bits)
-    if d.shape[1] == 1:  # gradients that are vectors: few rows and many columns, so many splits
-        return _launch(d, a, bits, block=(64, 128, 64), splits=64)
-    return _launch(d, a, bits, block=(128, 128, 64), splits=3)
+    return (project_tokens_triton if d.is_cuda else project_tokens_torch)(d, a, bits)
 
 
 def project_tokens_torch(
@@ -68,8 +64,10 @@ def unpack(
     return signs.flatten(1)[:, start - 8 * first : stop - 8 * first]
 
 
-def _launch(d, a, bits, block: tuple[int, int, int], splits: int) -> torch.Tensor:
-    """Run the kernel on (T, rows) tiles, the entries in ``splits`` parts that are added up last."""
+def project_tokens_triton(d, a, bits, block=None, splits: int = 3) -> torch.Tensor:
+    """Do it by the kernel, on (T, rows) tiles, the entries in ``splits`` parts added up last."""
+    if block is None:  # gradients that are vectors: few rows and many columns, so many splits
+        block, splits = ((64, 128, 64), 64) if d.shape[1] == 1 else ((128, 128, 64), 3)
     (count, d_out), d_in, rows = d.shape, a.shape[1], len(bits)
     tokens, outputs, entries = block
     blocks = triton.cdiv(d_in, entries)
@@ -78,7 +76,8 @@ def _launch(d, a, bits, block: tuple[int, int, int], splits: int) -> torch.Tenso
     grid = triton.cdiv(count, tokens), triton.cdiv(rows, outputs), len(out)
     sizes = count, d_out, d_in, rows, bits.stride(0), blocks, share
     tensors, widen = (d.contiguous(), a.contiguous(), bits, out), not a.is_cuda
-    _project[grid](*tensors, *sizes, *block, widen, num_warps=8)
+    with torch.cuda.device_of(a):  # Triton launches on the current card, wherever the tensors are
+        _project[grid](*tensors, *sizes, *block, widen, num_warps=8)
     return out.sum(0)
 
 

@@ -17,9 +17,9 @@ SMALL = (
 )
 
 
-def small():
+def small(device="cpu"):
     """Return the test network at 32 px, 64 wide, with seeded random weights."""
-    return load(NAME, arguments={"img_size": 32}, device="cpu", dtype="float32")
+    return load(NAME, arguments={"img_size": 32}, device=device, dtype="float32")
 
 
 def picture(number: int) -> Image.Image:

@@ -13,6 +13,7 @@ needs_triton = pytest.mark.skipif(
     kernels.triton is None, reason="Triton has no build for this platform"
 )
 LIMIT = {torch.float32: 1e-3, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+OFF = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # from the twin
 
 
 def case(tokens, d_out, d_in, rows, dtype=torch.float32):
@@ -43,7 +44,7 @@ SHAPES = [
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_triton_is_its_twin_and_near_float64(shape, dtype):
     (d, a, bits), expected = case(*shape, dtype)
-    found = kernels._launch(d, a, bits, block=(32, 32, 16), splits=3)
+    found = kernels.project_tokens_triton(d, a, bits, block=(32, 32, 16), splits=3)
     twin = kernels.project_tokens_torch(d, a, bits)
     assert found.dtype == twin.dtype == torch.float32
     assert error(found, expected) <= LIMIT[dtype]
@@ -55,8 +56,8 @@ def test_triton_is_its_twin_and_near_float64(shape, dtype):
 @needs_triton
 def test_a_tokens_result_does_not_depend_on_the_others():
     (d, a, bits), _ = case(70, 3, 41, 20)
-    whole = kernels._launch(d, a, bits, block=(32, 32, 16), splits=3)
-    alone = kernels._launch(d[66:67], a[66:67], bits, block=(32, 32, 16), splits=3)
+    whole = kernels.project_tokens_triton(d, a, bits, block=(32, 32, 16), splits=3)
+    alone = kernels.project_tokens_triton(d[66:67], a[66:67], bits, block=(32, 32, 16), splits=3)
     torch.testing.assert_close(whole[66:67], alone, rtol=0, atol=0)
 
 
@@ -84,6 +85,21 @@ def test_unpack_is_numpys():
 
 
 @pytest.mark.cuda
-def test_on_a_card_at_the_size_of_vit_b():
-    (d, a, bits), expected = case(256, 16, 769, 768, torch.bfloat16)
-    assert error(kernels.project_tokens(d, a, bits), expected) <= 1e-2
+@pytest.mark.parametrize("dtype", OFF, ids=str)
+@pytest.mark.parametrize("shape", [(256, 16, 769, 768), (33, 1, 24_000, 768)], ids=str)
+def test_on_a_card_at_the_width_of_vit_b(shape, dtype):
+    """Gradients of patches, and of images (D_out = 1): the tiles that are used, not small ones."""
+    (d, a, bits), expected = case(*shape, dtype)
+    found, twin = kernels.project_tokens(d, a, bits), kernels.project_tokens_torch(d, a, bits)
+    assert found.is_cuda and twin.is_cuda
+    assert error(found, expected) <= LIMIT[dtype]
+    assert error(found, twin.cpu().double()) <= OFF[dtype]
+    alone = kernels.project_tokens(d[31:32], a[31:32], bits)
+    torch.testing.assert_close(found[31:32], alone, rtol=0, atol=0)
+
+
+@pytest.mark.cuda
+def test_on_the_last_card_though_the_first_is_current():
+    factors, expected = case(40, 4, 71, 33)
+    there = [x.to(f"cuda:{torch.cuda.device_count() - 1}") for x in factors]
+    assert error(kernels.project_tokens(*there), expected) <= LIMIT[torch.float32]

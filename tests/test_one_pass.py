@@ -45,6 +45,20 @@ def test_parts_that_differ_in_layer_are_each_part_alone(objective):
     assert len({block.tobytes() for block in together}) == 3
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("objective", SMALL, ids=lambda o: o.name)
+@pytest.mark.parametrize("layer", [LAYERS[5], LAYERS[3]])  # the class-token path, and the taps
+def test_a_cards_gradients_are_the_cpus(objective, layer):
+    """DINO's crops are made on the card: PIL's rounding is a few thousandths of its gradient."""
+    found = []
+    for device in ("cpu", "cuda"):
+        backbone, images = small(device), pictures(5)
+        part = draw_parts(backbone, objective, 0, layer)
+        part.negatives = draw_negatives(backbone, objective, part.heads, images, 0)
+        found.append(blocks(backbone, objective, [part], images)[0])
+    close(found[1], found[0], 2e-2 if objective.name == "dino" else 1e-3)
+
+
 def test_parts_share_the_views_and_the_forward_pass(monkeypatch):
     backbone, images, calls = small(), pictures(2), []
     objective = SMALL[0]

@@ -106,6 +106,17 @@ def test_gradients_are_projected_by_the_signs(encoder, support):
     torch.testing.assert_close(found.flatten(0, 1), expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.cuda
+def test_a_cards_patches_are_the_cpus(encoder, support):
+    model = helpers.encoder().model
+    card = load(model, layer=encoder.layer, device="cuda", dtype="float32").at_size(SIZE)
+    found = unit_gradients(card, pictures(), ["a", "b"], support.cuda())
+    expected = unit_gradients(encoder, pictures(), ["a", "b"], support)
+    assert found.is_cuda and helpers.relative(found.cpu(), expected) < 1e-3
+    both = [tokens.unit_tokens(one, pictures()).cpu() for one in (card, encoder)]
+    assert helpers.relative(*both) < 1e-4
+
+
 def test_an_images_features_do_not_depend_on_its_batch(encoder, support):
     both = unit_gradients(encoder, pictures(), ["a", "b"], support)
     alone = unit_gradients(encoder, pictures()[1:], ["b"], support)
@@ -148,6 +159,18 @@ def test_neighbours_equal_a_full_sort(rows, k):
     expected = (queries @ keys.T).sort(1, descending=True)
     assert torch.equal(index, expected.indices[:, :k])
     torch.testing.assert_close(value, expected.values[:, :k])
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("rows", [63, 5003])
+def test_neighbours_on_a_card_are_as_near_as_the_cpus(rows):
+    random = torch.Generator().manual_seed(rows)
+    queries, keys = (torch.randn(n, 12, generator=random) for n in (70, rows))
+    value, index = search.nearest(queries.cuda(), keys.cuda(), 5)
+    expected = (queries @ keys.T).topk(5).values
+    torch.testing.assert_close(value.cpu(), expected, rtol=1e-5, atol=1e-5)
+    # Ties may fall either way, so what was found is compared by how near it is.
+    torch.testing.assert_close((queries @ keys.T).gather(1, index.cpu()), expected)
 
 
 def test_too_small_a_memory():

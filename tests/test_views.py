@@ -580,3 +580,16 @@ def test_a_gpu_cuts_the_same_boxes(monkeypatch):
 def test_crops_of_a_gpu_are_those_of_the_cpu():
     on_card = drawn(picture(), Crops(), seed=3, device="cuda").cpu().numpy().astype(int)
     assert np.abs(on_card - drawn(picture(), Crops(), seed=3).astype(int)).max() <= 2
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_patches_of_a_gpu_are_those_of_the_cpu(dtype):
+    takes, kind = ImageInputs(96, (0.5,) * 3, (0.25,) * 3), Patches()
+    drawn_once = kind.draw(picture(), takes, np.random.default_rng(0), "cpu")
+    pixels = torch.from_numpy(drawn_once.copy())[None]  # (1, 1, s, s, 3)
+    on_card = kind.finish(pixels.cuda(), takes, dtype)
+    expected = kind.finish(pixels, takes, torch.float32)
+    close = 1e-5 if dtype == torch.float32 else 2e-2
+    assert on_card.is_cuda and on_card.dtype == dtype and on_card.shape == (1, 49, 3, 96, 96)
+    torch.testing.assert_close(on_card.cpu().float(), expected, rtol=close, atol=close)

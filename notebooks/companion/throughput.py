@@ -71,33 +71,36 @@ def feature(
 ) -> Callable[[], torch.Tensor]:
     """Return a call that makes projected gradients (images, d) of decoded images.
 
-    It starts from uint8 views: normalisation, patches, loss, backward and projection are included.
-    Pixels and negatives are noise, since values do not change the time.
+    It starts from uint8 views on the device: normalisation, patches, loss, backward and projection
+    are included. Pixels and negatives are noise, since values do not change the time.
     """
     inputs, rng = backbone.inputs, torch.Generator().manual_seed(seed)
     blank = Image.new("RGB", (inputs.size, inputs.size))
     drawn = objective.views.draw(blank, inputs, generator(seed), "cpu")
     batch = torch.randint(0, 256, (images, *drawn.shape), generator=rng, dtype=torch.uint8)
+    batch = batch.to(backbone.device)
     part, negatives = draw_parts(backbone, objective, seed), None
     if objective.negatives:
         count = objective.negatives * objective.views.count(inputs)
         negatives = torch.randn(count, objective.dim, generator=rng).to(backbone.device)
 
     def call() -> torch.Tensor:
-        views = objective.views.finish(batch.to(backbone.device), inputs, backbone.dtype)
+        views = objective.views.finish(batch, inputs, backbone.dtype)
         _, (factors,) = objective.factors(backbone, views, part.heads, negatives, [part.layer])
         return part.projection.apply(factors, backbone.dtype)
 
     return call
 
 
-def precision(name: str, images: Sequence, *, seed: int = 0) -> pd.DataFrame:
-    """Return cosines of the default dtype's features to float32's on the same images.
+def precision(
+    name: str, images: Sequence, *, device="auto", dtype="auto", seed: int = 0
+) -> pd.DataFrame:
+    """Return cosines of features in ``dtype`` ("auto": the default) to float32's, of the images.
 
     Columns: features, dtype, mean, median, lowest, and how many images are below 0.99. Heads,
     projection, views and negatives (the images' own, in float32) are the same in both.
     """
-    low, full = load(name), load(name, dtype="float32")
+    low, full = (load(name, device=device, dtype=d) for d in (dtype, "float32"))
     dtype, table = str(low.dtype).removeprefix("torch."), []
     for objective in OBJECTIVES:
         part = draw_parts(full, objective, seed)
@@ -138,7 +141,7 @@ def against_published() -> pd.DataFrame:
 
 def seconds(call: Callable[[], object], device: str) -> float:
     """Return the wall-clock seconds of a call, until the device has done it."""
-    wait = (lambda: None) if device == "cpu" else torch.cuda.synchronize
+    wait = (lambda: None) if device == "cpu" else partial(torch.cuda.synchronize, device)
     wait()
     start = time.perf_counter()
     call()
