@@ -75,14 +75,16 @@ class Lookup:
                 here = slice(start, start + step)
                 tokens = queries[i, here] @ keys.T  # (Q, M)
                 for kind in kinds:
-                    similarity = tokens
-                    if kind != "embedding":
-                        rows, asked = sides[kind]
-                        own = asked[i, here] if asked.shape[1] > 1 else asked[i]  # (Q or 1, D)
-                        cosine = own @ rows.T  # to all rows, or to all views
-                        cosine = cosine if len(rows) == len(view) else cosine[:, view]
-                        similarity = (tokens + cosine).div_(2)
-                    value, index = largest(similarity, k)
+                    rows, asked = sides[kind]
+                    if kind == "embedding":
+                        value, index = largest(tokens, k)
+                    else:  # the sum of both cosines: halved once it is k columns wide
+                        if asked.shape[1] > 1:
+                            both = torch.addmm(tokens, asked[i, here], rows.T)
+                        else:  # one vector an image, on either side: (1, V) -> (1, M)
+                            both = tokens + (asked[i] @ rows.T)[:, view]
+                        value, index = largest(both, k)
+                        value = value / 2
                     found[kind].append(transfer(value, labels[index], self.temperature))
             yield {kind: torch.cat(blocks) for kind, blocks in found.items()}
 
