@@ -431,3 +431,13 @@ def test_jupyterlab_takes_the_settings_of_the_checkout(monkeypatch):
     assert kernels == {"commsOverSubshells": "disabled"}
     (server := ServerApp()).load_config_file()
     assert server.tornado_settings["websocket_max_message_size"] > 1e9
+
+
+def test_the_budgets_of_the_benchmark_are_those_of_the_page(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import budgets
+
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    rows = re.findall(r"^\| ([^|]+) \| (\d+) \|$", page, re.MULTILINE)
+    assert {name: int(seconds) for name, seconds in rows} == budgets.SECONDS
+    assert list(budgets.MEASURES) == list(budgets.SECONDS)
