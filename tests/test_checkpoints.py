@@ -2,12 +2,15 @@
 
 import json
 import os
+import socket
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
+from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.data import ImageNetInfo, create_transform, resolve_data_config
@@ -199,6 +202,22 @@ def test_the_companion_finds_a_file_by_the_name_that_a_hub_gives_it(tmp_path, mo
     assert table.local_file(file.name) == file and table.unavailable(name) is None
     backbone = table.load(name, **CPU)
     assert backbone.name == name and backbone.fingerprint == load(file, **CPU).fingerprint
+
+
+def test_a_hub_that_does_not_answer_is_one_line_at_once(tmp_path, monkeypatch):
+    """No ten tries: what is missing, how to get it, and where a file of it may lie instead."""
+    monkeypatch.setenv("FUNGI_DATA", str(tmp_path))
+    with socket.socket() as closed:  # a port where nothing listens
+        closed.bind(("127.0.0.1", 0))
+        nowhere = f"http://127.0.0.1:{closed.getsockname()[1]}"
+    monkeypatch.setattr(constants, "ENDPOINT", nowhere)
+    start, name = time.perf_counter(), "test_vit2.r160_in1k"
+    with pytest.raises(ConnectionError) as error:
+        table.load(name, **CPU)
+    assert time.perf_counter() - start < 5
+    place = tmp_path / "checkpoints" / f"{name}.safetensors"
+    expected = f"{name} needs its weights: hf download timm/{name}, or that file as {place}"
+    assert str(error.value) == f"{expected}; the hub does not answer"
 
 
 def test_fungi_takes_a_path(tmp_path):

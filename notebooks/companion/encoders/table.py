@@ -13,7 +13,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import timm
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import constants, try_to_load_from_cache
+from huggingface_hub.utils import get_session
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 import fungi_core
@@ -90,7 +91,8 @@ def pca_size(name: str, width: int) -> int:
 def load(name: str, *, layer: str | None = None, device="auto", dtype="auto") -> Backbone:
     """Return a named backbone, frozen; see the module.
 
-    Raises FileNotFoundError, in one line, where weights are missing, ValueError for unknown names.
+    Raises FileNotFoundError or, where the hub has them but does not answer, ConnectionError, each
+    in one line, where weights are missing; ValueError for unknown names.
     """
     row = row_of(name)
     options = dict(layer=layer, device=device, dtype=dtype)
@@ -100,6 +102,8 @@ def load(name: str, *, layer: str | None = None, device="auto", dtype="auto") ->
         return {"text": load_text, "audio": load_audio}[row.modality](row, options)
     if row.url and name == row.name:
         return load_published(row, options)
+    if how_to_get(name) and not row.url:
+        reach_hub(name)
     arguments = {"img_size": row.img_size} if row.img_size else {}
     source = local_file(f"{name}.safetensors") or (
         f"random:{row.architecture}" if row.url else name
@@ -172,6 +176,19 @@ def how_to_get(name: str) -> str | None:
     if row.url:
         return f"into checkpoints: {row.url}"
     return f"hf download {hub_name(row)}" + " model.safetensors" * (row.modality == "audio")
+
+
+def reach_hub(name: str) -> None:
+    """Raise ConnectionError, within seconds, where weights are missing and the hub does not answer.
+
+    Its own client tries ten times before it gives up.
+    """
+    try:
+        get_session().head(constants.ENDPOINT, timeout=3)
+    except Exception as error:  # kinds differ between versions of the client; the cause is kept
+        place = f"or that file as {paths.downloads_dir() / 'checkpoints' / name}.safetensors"
+        said = f"{name} needs {unavailable(name)}, {place}; the hub does not answer"
+        raise ConnectionError(said) from error
 
 
 def unavailable(name: str) -> str | None:
