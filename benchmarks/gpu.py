@@ -202,10 +202,10 @@ def speed(plan: Plan) -> Rows:
         yield judged(row, RATIO[objective.name])
 
 
-def peak_memory(call, device: str) -> float:
-    """Return the MiB that a call took on a card beyond what was in use; NaN on a CPU."""
+def peak_memory(call, device: str) -> float | None:
+    """Return the MiB that a call took on a card beyond what was in use; None on a CPU."""
     if device == "cpu":
-        return float("nan")
+        return None
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     call()
@@ -301,7 +301,7 @@ def main() -> None:
     cases = measure(plan)
     if out:
         settings = vars(plan) | {"dry": args.dry}
-        record = provenance.provenance("benchmarks/gpu.py", settings, seed=0, started=started)
+        record = provenance.provenance("benchmarks/gpu.py", settings | {"seed": 0}, started=started)
         record |= {"date": time.strftime("%Y-%m-%d", time.gmtime(started))}
         record |= {"card": None if args.dry else card(plan.device), "cases": cases}
         out.parent.mkdir(parents=True, exist_ok=True)

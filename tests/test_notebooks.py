@@ -263,17 +263,7 @@ def test_lint(slug):
     assert faults(run.NOTEBOOKS / f"{slug}.ipynb") == []
 
 
-NOT_YET = {
-    "18_discrepancies": "it is longer than 80 lines of code",
-}
-
-
-def marked(slug: str):
-    marks = [pytest.mark.xfail(strict=True, reason=NOT_YET[slug])] if slug in NOT_YET else []
-    return pytest.param(slug, marks=marks)
-
-
-@pytest.mark.parametrize("slug", [marked(slug) for slug in run.notebooks()])
+@pytest.mark.parametrize("slug", run.notebooks())
 def test_the_page_does_the_repeated_work(slug):
     assert page_faults(run.NOTEBOOKS / f"{slug}.ipynb") == []
 

@@ -79,7 +79,7 @@ def row_of(name: str) -> Row:
     if row and (bare == name or row.modality == "image"):
         return row
     if not timm.is_model(bare.split(".")[0]):
-        require("backbone (any timm name works too)", name, table())
+        require("backbone", name, [*table(), "any timm name"])
     return Row(bare, bare)
 
 
