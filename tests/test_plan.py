@@ -50,6 +50,8 @@ def test_jobs_are_those_of_the_parameters():
         Job("a", "x", split, 5, 6, 1, "embedding+kl+dino+simclr") for split in ("train", "test")
     ]
     assert len(plan.jobs(parameters, "paper")) == 2 * 2 * 3
+    others = plan.jobs(parameters | {"simclr_steps": 3}, "mini", {"a", "x"})
+    assert {job.group for job in others} == {"embedding+kl+dino"}  # its SimCLR is its own
     sounds = plan.jobs(parameters | {"datasets": ["synthetic_sounds"], "backbones": ["a"]}, "mini")
     assert {job.group for job in sounds} == {"embedding+kl+simclr"}
     assert plan.jobs({"backbones": ["a"]}, "mini") == []

@@ -41,17 +41,18 @@ class Job(NamedTuple):
         return max(1, math.ceil(self.rows / rows))
 
 
-def groups(profile: str, dataset: str) -> list[str]:
-    """Return the groups of features of a data set; each is a job.
+def groups(profile: str, dataset: str, parameters: Collection[str] = ()) -> list[str]:
+    """Return the groups of features of a data set that a notebook reads; each is a job.
 
     A job starts Python and torch, which takes seconds: as long as the mini extraction itself. So
     one job makes all features, but in the paper profile, where they take hours, each gradient has
     its own. The embedding comes with the KL gradient for nothing. Text and audio have no DINO
-    (Tables 12, 19); a data set without an entry in the table holds images.
+    (Tables 12, 19); a data set without an entry in the table holds images. A notebook whose
+    ``parameters`` hold ``simclr_steps`` extracts SimCLR itself, with its own number of views.
     """
     entry = datasets.DATASETS.get(dataset)
     image = entry is None or entry.modality == "image"
-    names = ["embedding+kl", "dino", "simclr"] if image else ["embedding+kl", "simclr"]
+    names = ["embedding+kl"] + ["dino"] * image + ["simclr"] * ("simclr_steps" not in parameters)
     return names if profile == "paper" else ["+".join(names)]
 
 
@@ -73,7 +74,7 @@ def jobs(parameters: dict, profile: str, present: Collection[str] | None = None)
         for dataset in sets
         for split in ("train", "test")
         for seed in seeds
-        for group in groups(profile, dataset)
+        for group in groups(profile, dataset, parameters)
     ]
 
 
