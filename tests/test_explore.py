@@ -103,14 +103,18 @@ def test_the_panel_loads_at_once_then_files_or_a_folder_whichever_came_last(live
         calls.append((files, folder, backbone))
         if folder == "bad":
             raise ValueError("bad is no folder")
+        if folder == "long":
+            raise KeyboardInterrupt  # the stop button
 
     explore.chooser(load, folder="", backbone="a", backbones=["a", "b"])
     (upload,), (button,) = widgets(ipywidgets.FileUpload), widgets(ipywidgets.Button)[-1:]
     place = next(w for w in widgets(ipywidgets.Text) if not isinstance(w, ipywidgets.Combobox))
     (name,) = widgets(ipywidgets.Combobox)
-    place.value, name.value = "bad", "b"
-    button.click()
+    name.value = "b"
+    place.value = "bad"  # Enter
     assert "ValueError: bad is no folder\n" in capsys.readouterr().out and not button.disabled
+    place.value = "long"
+    assert "stopped; run again to resume\n" in capsys.readouterr().out and not button.disabled
     file = {
         "name": "x.jpg",
         "type": "",
@@ -123,6 +127,7 @@ def test_the_panel_loads_at_once_then_files_or_a_folder_whichever_came_last(live
     assert calls == [
         ([], "", "a"),
         ([], "bad", "b"),
+        ([], "long", "b"),
         ([("x.jpg", b"1")], "", "b"),
         ([("x.jpg", b"1")], "", "b"),
     ]

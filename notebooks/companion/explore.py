@@ -84,10 +84,12 @@ def _control(name: str, choice):
 
 def _attempt(show: Callable, *values, **named) -> None:
     """Show what a function returns, or what it raises as one line: a reader's choice that cannot
-    be drawn is no reason for a page of traceback.
+    be drawn, or the stop button, is no reason for a page of traceback.
     """
     try:
         result = show(*values, **named)
+    except KeyboardInterrupt:
+        print("stopped; run again to resume")
     except Exception as error:
         print(f"{type(error).__name__}: {one_line(error)}")
     else:
@@ -97,7 +99,8 @@ def _attempt(show: Callable, *values, **named) -> None:
 
 def chooser(load: Callable, *, folder: str, backbone: str, backbones: Sequence[str]):
     """Show a panel for one's own images: files (a zip, too) or a folder, a backbone, a button. It
-    runs ``load(files, folder, backbone)`` at once and at each click, with its progress below.
+    runs ``load(files, folder, backbone)`` at once, at each click, when files are chosen and when a
+    folder is entered, with its progress below.
     ``files``: (name, bytes) pairs, empty at the start.
 
     Without a reader: ``load((), folder, backbone)``.
@@ -111,6 +114,7 @@ def chooser(load: Callable, *, folder: str, backbone: str, backbones: Sequence[s
     files = FileUpload(accept="image/*,.zip", multiple=True, description="files", **narrow)
     nested = "a sub-folder per class, or files only"
     place = Text(folder, description="or a folder", placeholder=nested, **wide)
+    place.continuous_update = False  # it changes when Enter is pressed
     name = Combobox(description="backbone", ensure_option=False, options=list(backbones), **wide)
     # a hint, no value: a browser offers only names that hold what is typed
     name.placeholder = f"{backbone}, or any timm name"
@@ -134,6 +138,7 @@ def chooser(load: Callable, *, folder: str, backbone: str, backbones: Sequence[s
 
     button.on_click(click)
     files.observe(dropped, "value")
+    place.observe(lambda change: change["new"] and click(), "value")
     display(VBox([HBox([files, place]), HBox([button, name]), output]))
     click()
 
