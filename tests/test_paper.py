@@ -15,7 +15,7 @@ import pytest
 import yaml
 from test_run import written_files
 
-from companion import paper, run
+from companion import paper, paths, run
 from companion.paths import PAPER, ROOT
 
 # Numbers in the body of each printed table, counted on the page: rows x columns, "-" and "N/A" left
@@ -493,3 +493,15 @@ def test_a_page_lists_claims_by_verdict_and_what_was_written(tmp_path, monkeypat
     ]
     assert "| Fig. 5, Fig. 11 | [fig05_fig11_bars](fig05_fig11_bars.png) | [CSV](fig05_" in page
     assert "| Table 1 | table01_sets | [CSV](table01_sets.csv) |" in page  # a table is no picture
+
+
+def test_figures_elsewhere_are_not_mixed_with_those_of_this_checkout(monkeypatch, tmp_path):
+    """Only what is committed is read from it; what a run left in it is not."""
+    monkeypatch.setattr(paths, "ROOT", tmp_path / "checkout")
+    for profile in ("mini", "lite"):
+        (tmp_path / "checkout" / "figures" / profile).mkdir(parents=True)
+    monkeypatch.setenv("FUNGI_FIGURES", str(tmp_path / "elsewhere"))
+    assert paths.results_dir("mini") == tmp_path / "elsewhere" / "mini"
+    assert paths.results_dir("lite") == tmp_path / "checkout" / "figures" / "lite"
+    (tmp_path / "elsewhere" / "lite").mkdir(parents=True)
+    assert paths.results_dir("lite") == tmp_path / "elsewhere" / "lite"

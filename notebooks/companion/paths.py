@@ -39,8 +39,8 @@ def figures_dir() -> Path:
 
 
 def results_dir(profile: str) -> Path:
-    """Return the folder of a profile's results to be read: of this machine's runs, else as
-    committed.
+    """Return the folder of a profile's results to be read: of this machine's runs, else those
+    committed, which are of ``lite`` alone.
     """
     own = figures_dir() / profile
-    return own if own.is_dir() else ROOT / "figures" / profile
+    return ROOT / "figures" / profile if profile == "lite" and not own.is_dir() else own
