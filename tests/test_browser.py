@@ -53,10 +53,9 @@ def lab(tmp_path_factory):
     }
     env |= {"FUNGI_STORE": str(paths.store_dir()), "FUNGI_FIGURES": str(folder / "figures")}
     env |= {"PYTHONPATH": str(paths.ROOT)}
-    shutil.copy(paths.ROOT / "Makefile", folder)
     asked = subprocess.run(
-        ["make", "-n", "lab"], cwd=folder, capture_output=True, text=True, check=True
-    ).stdout
+        ["make", "-n", "lab"], cwd=paths.ROOT, capture_output=True, text=True, check=True
+    ).stdout.replace(str(paths.ROOT), str(folder))
     line = next(line for line in asked.splitlines() if "jupyter lab" in line)
     setting, _, _, *options, _ = shlex.split(line)  # VARIABLE=value jupyter lab --option notebook
     env |= dict([setting.split("=", 1)])
@@ -266,20 +265,3 @@ def test_a_wrong_choice_is_one_line(notebook):
     line = cell.get_by_text("ValueError: no/such/folder is no folder")
     line.wait_for()
     assert cell.locator('[data-mime-type="application/vnd.jupyter.error"]').count() == 0
-
-
-def test_the_stop_button_stops_any_extraction_and_the_next_click_resumes(notebook):
-    page = notebook("20_your_own_data")
-    cell = cell_with(page, "explore.chooser(")
-    for backbone in ("vit_mini.simclr_tin100", "vit_micro.sup_tin100"):  # the second, the third
-        cell.get_by_placeholder("or any timm name").fill(backbone)
-        cell.get_by_role("button", name="extract").click()
-        page.wait_for_timeout(4000)
-        start = time.monotonic()
-        page.get_by_title("Interrupt the kernel").first.click()
-        cell.get_by_text("stopped; run again to resume").wait_for(timeout=20_000)
-        print(f"stopped after {time.monotonic() - start:.1f} s")
-    cell.get_by_role("button", name="extract").click()
-    cell.get_by_text("128 images, 16 classes, vit_micro").wait_for(timeout=300_000)
-    errors = page.locator('[data-mime-type="application/vnd.jupyter.error"]')
-    assert errors.count() == 0
