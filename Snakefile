@@ -126,7 +126,7 @@ rule notebook:
         others=lambda wc: [f"{RUNS}/{slug}.ipynb" for slug in SLUGS if slug != SCOREBOARD and wc.slug == SCOREBOARD],
     output: report(RUNS + "/{slug}.ipynb", category="executed notebooks")  # for snakemake --report
     params: parameters=lambda wc: plan["parameters"][wc.slug]
-    threads: lambda wc: CORES or 2 if wc.slug in ALONE else THREADS
+    threads: lambda wc: CORES or 2 if wc.slug in ALONE and not PAPER else THREADS
     resources:
         gpu=GPU, mem_mb=lambda wc, attempt: MEMORY * attempt, runtime=lambda wc, attempt: 4 * MINUTES * attempt,
         slurm_extra=lambda wc: "--exclusive" if wc.slug in ALONE else ""
