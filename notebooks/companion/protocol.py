@@ -157,7 +157,7 @@ def hits(
     """
     pairs = few_shot(pairs, shots)
     right = lambda a, b, train, test: knn_predict(a, train.labels, b, k=k) == test.labels
-    return scored(pairs, letters, right, pca)
+    return scored(pairs, ["E", *letters], right, pca)
 
 
 def few_shot(pairs: Sequence[Pair], shots: int | None) -> Sequence[Pair]:
@@ -170,12 +170,12 @@ def few_shot(pairs: Sequence[Pair], shots: int | None) -> Sequence[Pair]:
 def scored(
     pairs: Sequence[Pair], letters: Sequence[str], score: Callable, pca: int | None
 ) -> dict[str, list]:
-    """Return what ``score`` says of the embedding and each feature set, {set: [one a pair]}.
+    """Return what ``score`` says of each feature set, {set: [one a pair]}.
 
     ``score(a, b, train, test)`` gets the features of the training and test rows (`fungi_features`)
     before the rows themselves.
     """
-    sets = each(dict.fromkeys(("E", *letters)), f"{pairs[0][1].data.name} feature sets")
+    sets = each(dict.fromkeys(letters), f"{pairs[0][1].data.name} feature sets")
     return {x: [score(*fungi_features(*pair, x, pca), *pair) for pair in pairs] for x in sets}
 
 
