@@ -10,8 +10,8 @@ INSTALLED := .venv/.installed
 SNAKEMAKE  = $(BIN)/snakemake --cores "$(CORES)" --resources "gpu=$(GPUS)" --keep-going --rerun-incomplete --nolock --quiet all
 SCRATCH   := $(CURDIR)/build/test
 # One process a core, of one thread: two such processes do more than one process of two threads. A file stays in one.
-TESTS      = $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist loadfile
-TEST_ENV   = OMP_NUM_THREADS=1 FUNGI_STORE="$(SCRATCH)/store" FUNGI_FIGURES="$(SCRATCH)/figures"
+TESTS      = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist loadfile
+TEST_ENV   = FUNGI_STORE="$(SCRATCH)/store" FUNGI_FIGURES="$(SCRATCH)/figures"
 
 .PHONY: help install reproduce lite paper plan lab site check test lint format normalize refresh gallery lock licences audit clean
 .DEFAULT_GOAL := help
@@ -68,7 +68,7 @@ format: $(INSTALLED)  ## lay out the code as `make lint` wants it
 	$(BIN)/ruff format .
 
 check: $(INSTALLED) lint  ## while working: style, and the tests that answer in under five minutes
-	OMP_NUM_THREADS=1 $(TESTS) -m "not contract and not batch" tests
+	$(TESTS) -m "not contract and not batch" tests
 
 # Features are extracted once, into build/test, for the contract and nbval alike; committed figures stay as they are.
 test: $(INSTALLED) lint  ## everything that CI runs

@@ -41,7 +41,7 @@ class Job(NamedTuple):
         return max(1, math.ceil(self.rows / rows))
 
 
-def groups(profile: str, dataset: str, parameters: Collection[str] = ()) -> list[str]:
+def groups(profile: str, dataset: str, parameters: Collection[str]) -> list[str]:
     """Return the groups of features of a data set that a notebook reads; each is a job.
 
     A job starts Python and torch, which takes seconds: as long as the mini extraction itself. So
