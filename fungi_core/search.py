@@ -21,9 +21,9 @@ def nearest(queries: torch.Tensor, keys: torch.Tensor, k: int) -> tuple[torch.Te
 def rows_at_once(keys: torch.Tensor) -> int:
     """Return for how many queries the similarities to ``keys`` are held at once.
 
-    They take 256 MiB on a CPU, 4 GiB on a GPU, whatever the sizes.
+    They take 64 MiB on a CPU, 4 GiB on a GPU, whatever the sizes.
     """
-    return max(1, (2**26 if keys.device.type == "cpu" else 2**30) // len(keys))
+    return max(1, (2**24 if keys.device.type == "cpu" else 2**30) // len(keys))
 
 
 def largest(block: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:

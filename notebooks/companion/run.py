@@ -16,6 +16,7 @@ import json
 import logging
 import math
 import os
+import resource
 import sys
 import time
 from contextlib import suppress
@@ -246,8 +247,15 @@ def main(argv: list[str] | None = None) -> int:
         red, plain = ("\033[31m", "\033[0m") if sys.stderr.isatty() else ("", "")
         print(f"{red}{one_line(e)}{plain}", file=sys.stderr)
         return 1 if isinstance(e, RuntimeError) else 2
-    print(f"{args.notebook} ({args.profile}): {time.perf_counter() - start:.0f} s, {out}")
+    took = time.perf_counter() - start
+    print(f"{args.notebook} ({args.profile}): {took:.0f} s, {peak_gb():.1f} GB at its peak, {out}")
     return 0
+
+
+def peak_gb() -> float:
+    """Return the most memory that a finished child process held at once, in GB."""
+    held = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss  # KiB; on macOS bytes
+    return held * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 if __name__ == "__main__":
