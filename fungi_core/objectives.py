@@ -20,7 +20,7 @@ from .inputs import Views, Whole
 from .views import Crops, Patches
 
 Heads = dict[str, torch.Tensor]
-_FAINT = 0.1  # see `SimCLR.faint`
+_FAINT = 0.05  # see `SimCLR.faint`
 
 
 def kl_loss(
@@ -255,7 +255,8 @@ class SimCLR(Objective):
         """Say which samples pull their views hardly anywhere: views of a flat image are all equal.
 
         The pull is the gradient of unit latents, summed over views, in units of 1 / temperature.
-        bfloat16 moves it by up to 0.01, whatever its length: `_FAINT` is where that is a tenth.
+        bfloat16 moves it by up to 0.01, whatever its length; of 150 images (flat ones, textures,
+        photographs) none above 0.039 had a cosine below 0.99 to its gradient in float32.
         """
         with torch.enable_grad():
             latents = F.normalize(self.latents(embeddings, heads), dim=-1).requires_grad_()

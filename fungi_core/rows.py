@@ -226,7 +226,7 @@ def gradient_rows(
         if backbone.dtype != torch.float32:
             faint = np.flatnonzero(objective.faint(embeddings, *given).cpu().numpy())
             few = Subset(items, (start + faint).tolist())
-            if len(faint):  # rarely: the network in float32 is not loaded before
+            if len(faint):  # the network in float32 is not loaded before
                 again = list(gradient_rows(backbone.in_float32, objective, parts, few, seed))
                 for i, block in enumerate(projected):
                     block[faint] = np.concatenate([gradients[i] for *_, gradients in again])
