@@ -2,6 +2,8 @@
 PYTHON  ?= python3.11
 PROFILE ?= mini
 CORES   ?= all
+# Waiting threads sleep; see notebooks/companion/__init__.py. Here, too, for a kernel that imports torch first.
+export OMP_WAIT_POLICY ?= passive
 GPUS    ?= $(shell nvidia-smi -L 2>/dev/null | grep -c GPU | sed 's/^0$$/1/')
 
 BIN       := .venv/bin

@@ -70,3 +70,12 @@ def test_what_a_scheduler_chose_stays(machine, monkeypatch, given):
 def test_without_a_gpu_nothing_is_done(machine, monkeypatch):
     monkeypatch.setenv("PATH", str(machine))
     assert devices.visible() == [] and devices.claim() is None
+
+
+def test_threads_that_wait_sleep_unless_the_user_says_otherwise():
+    """Spinning ones take a busy machine's cores from each other; see `companion`."""
+    code = "import companion, os; print(os.environ['OMP_WAIT_POLICY'])"
+    for asked, expected in (({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active")):
+        env = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"} | asked
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+        assert done.stdout.strip() == expected, done.stderr
