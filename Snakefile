@@ -111,7 +111,10 @@ rule shard:  # one of several jobs that fill different rows of one store
 
 
 rule features:  # all rows; after its shards it finds them there, and reads every checksum
-    input: CODE_OF_FEATURES, lambda wc: plan["shards"].get((FOLDER + "/{names}.done").format(**dict(wc.items())), [])
+    input:
+        CODE_OF_FEATURES, lambda wc: plan["shards"].get((FOLDER + "/{names}.done").format(**dict(wc.items())), []),
+        # Negatives are training images: made beside the training split, they would be passed twice.
+        lambda wc: (FOLDER + "/{names}.done").format(**dict(wc.items()) | {"split": "train"}) if wc.split == "test" else [],
     output: touch(FOLDER + "/{names}.done")
     params: names=lambda wc: wc.names.replace("+", " ")
     threads: THREADS

@@ -131,12 +131,26 @@ def test_the_papers_profile_asks_for_gpus_and_is_in_shards(snakemake, tmp_path):
     resources = re.findall(r"resources: .*", text)
     wanted = ("gpu=1", "mem_mb=64000", "runtime=")
     assert sum(all(word in line for word in wanted) for line in resources) == 13
+    assert text.count("threads: 8\n") == 13
 
 
 @pytest.mark.batch
 def test_mini_asks_for_no_gpu(snakemake):
     text = snakemake("--cores", "2", "--config", "profile=mini", "--", "runs/mini/15_pca.ipynb")
     assert counts(text) == {"features": 6, "notebook": 1} and "gpu=1" not in text
+    assert "threads:" not in text  # one each, which is not printed
+    timed = snakemake(
+        "--cores", "2", "--config", "profile=mini", "--", "runs/mini/17_throughput.ipynb"
+    )
+    assert "threads: 2\n" in timed
+
+
+@pytest.mark.batch
+def test_the_test_split_waits_for_the_training_images_that_are_its_negatives(snakemake):
+    folder = "runs/mini/features/vit_micro.sup_tin100/digits/test-300-300-seed0"
+    target = f"{folder}/embedding+kl+dino+simclr.done"
+    text = snakemake("--cores", "2", "--config", "profile=mini", "--", target)
+    assert counts(text) == {"features": 2}
 
 
 @pytest.mark.batch
