@@ -1,6 +1,7 @@
 """What the throughput notebook prints beside its timings."""
 
 import json
+import runpy
 
 import numpy as np
 import pytest
@@ -73,3 +74,12 @@ def test_published_runs_are_read_from_their_files(tmp_path, monkeypatch):
     assert found.loc["K", ["value", "published", "ratio"]].tolist() == [60, 15, 4]
     assert found.loc["S", ["memory", "published_memory"]].tolist() == [1, 2]
     assert (found["machine"] == "P, 2 cores").all() and (found["backbone"] == "vit").all()
+
+
+def test_every_stage_of_an_extraction_is_timed(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(paths.ROOT / "benchmarks")
+    stages = runpy.run_path(str(paths.ROOT / "benchmarks" / "stages.py"))["stages"]
+    backbone = load("random:test_vit", device="cpu")
+    found, flops = stages("kl", backbone, tmp_path, 1)
+    assert [*found] == ["decode", "views", "trunk", "tail, loss", "projection", "write"]
+    assert min(found.values()) > 0 and flops > 0
