@@ -14,9 +14,10 @@ import timm
 import torch
 from safetensors import SafetensorError, safe_open
 from timm.data import resolve_data_config
+from timm.layers import PatchEmbed
 
 from . import class_token
-from .devices import default_modes, resolve_device, resolve_dtype
+from .devices import default_modes, in_dtype, resolve_device, resolve_dtype
 from .gradients import Factors, Loss, linear_layer, tapped_factors
 from .inputs import one_line
 from .views import ImageInputs
@@ -33,8 +34,7 @@ class Backbone:
     ``layer``: the target layer. ``inputs``: what items it takes (`views.ImageInputs` or another
     modality's). ``read(model, views)`` gives embeddings (N, D). ``head``: the embedding is what the
     model's own head makes of it. ``given``: the module is the caller's, not a named architecture.
-    ``fast=False`` forces the general path. ``exact``: the network in float32 where ``dtype`` is
-    another, on the CPU until it is needed.
+    ``fast=False`` forces the general path.
     """
 
     name: str
@@ -47,13 +47,12 @@ class Backbone:
     head: bool = False
     given: bool = False
     fast: bool = True
-    exact: torch.nn.Module | None = None
 
-    @cached_property
-    def in_float32(self) -> "Backbone":
-        """Return the same network with its weights as they were before they were rounded."""
-        model = copy.deepcopy(self.model).float() if self.exact is None else self.exact
-        return replace(self, model=model.to(self.device), dtype=torch.float32, exact=None)
+    @property
+    def view_dtype(self) -> torch.dtype:
+        """Return the dtype of views: float32 where patches are embedded in it."""
+        stem = getattr(self.model, "patch_embed", None)
+        return torch.float32 if isinstance(stem, PatchEmbed) else self.dtype
 
     def embed(self, views: torch.Tensor) -> torch.Tensor:
         """Return embeddings (N, D), in the backbone's dtype, of views (N, ...) of any size."""
@@ -65,7 +64,7 @@ class Backbone:
     @cached_property
     def width(self) -> int:
         """Return the embedding's size, D."""
-        views = self.inputs.blank(self.device, self.dtype)
+        views = self.inputs.blank(self.device, self.view_dtype)
         try:
             with torch.inference_mode():
                 out = self.embed(views)
@@ -119,12 +118,10 @@ class Backbone:
             if not patch or size % patch:
                 known = f"multiples of {patch} px" if patch else f"{self.inputs.size} px"
                 raise ValueError(f"{self.name} cannot take {size} px images; it takes {known}")
-            model, exact = copy.deepcopy((self.model, self.exact))
-            for one in filter(None, (model, exact)):
-                one.set_input_size((size, size))
-                one.requires_grad_(False)  # the interpolated position embedding is a new parameter
-            inputs = replace(self.inputs, size=size)
-            self._sizes[size] = replace(self, model=model, exact=exact, inputs=inputs)
+            model = copy.deepcopy(self.model)
+            model.set_input_size((size, size))
+            model.requires_grad_(False)  # the interpolated position embedding is a new parameter
+            self._sizes[size] = replace(self, model=model, inputs=replace(self.inputs, size=size))
         return self._sizes[size]
 
     @cached_property
@@ -227,12 +224,11 @@ def freeze(
     for module in model.modules() if device == "cpu" else ():
         if hasattr(module, "fused_attn"):
             module.fused_attn = False  # plain products are faster on CPUs, above all backward
-    exact = None if dtype == torch.float32 else copy.deepcopy(model).float()
-    model = model.to(device=device, dtype=dtype)
+    model = in_dtype(model.to(device), dtype)
     layer = layer or _last_attention_output(model)
     linear_layer(model, layer)
     read = read or partial(_image_embedding, head)
-    return Backbone(name, model, layer, inputs, read, device, dtype, head, exact=exact)
+    return Backbone(name, model, layer, inputs, read, device, dtype, head)
 
 
 def _image_embedding(head: bool, model: torch.nn.Module, views: torch.Tensor) -> torch.Tensor:

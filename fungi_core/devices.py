@@ -1,11 +1,14 @@
 """Where the numbers run: devices, precisions, modes of torch, and OpenMP's teams."""
 
+import copy
 import ctypes
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
+from timm.layers import PatchEmbed
 
 
 def resolve_device(device) -> str:
@@ -34,6 +37,30 @@ def resolve_dtype(dtype, device: str) -> torch.dtype:
     if found not in names.values():
         raise ValueError(f"dtype {dtype!r} is unknown; use 'auto', 'float32' or 'bfloat16'")
     return found
+
+
+def in_dtype(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+    """Bring a network into a dtype; a lower one than float32 spares the embedding of patches.
+
+    Pixels of a sky differ by less than bfloat16 can tell. Their gradients had cosines down to 0.42
+    to those in float32; with patches embedded in float32 they have 0.99 and more.
+    """
+    stem = getattr(model, "patch_embed", None)
+    if dtype == torch.float32 or not isinstance(stem, PatchEmbed):
+        return model.to(dtype)
+    stem = copy.deepcopy(stem).float()  # before its weights are rounded
+    stem.register_forward_pre_hook(_to_float32)
+    stem.register_forward_hook(partial(_to_dtype, dtype))
+    model.to(dtype).patch_embed = stem
+    return model
+
+
+def _to_float32(_, inputs: tuple) -> tuple:
+    return tuple(x.float() for x in inputs)
+
+
+def _to_dtype(dtype: torch.dtype, _, inputs: tuple, tokens: torch.Tensor) -> torch.Tensor:
+    return tokens.to(dtype)
 
 
 @contextmanager

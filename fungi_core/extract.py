@@ -34,7 +34,7 @@ from .rows import (
     trunk_rows,
 )
 
-EXTRACTION = 5  # raise when the same settings would give other features than before
+EXTRACTION = 6  # raise when the same settings would give other features than before
 _KEPT = 2**30  # bytes: what the trunk says of larger data sets is not kept
 
 

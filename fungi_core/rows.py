@@ -134,7 +134,7 @@ def view_batches(
 
     def finish(start: int, future) -> tuple[int, torch.Tensor | list[torch.Tensor]]:
         batch = future.result().to(backbone.device, non_blocking=True)
-        return start, kind.finish(batch, inputs, backbone.dtype)
+        return start, kind.finish(batch, inputs, backbone.view_dtype)
 
     workers = 1 if backbone.device == "cpu" else 8  # on a CPU the model needs the cores
     with ThreadPoolExecutor(workers) as pool:
@@ -223,13 +223,6 @@ def gradient_rows(
             part.projection.apply(one, backbone.dtype).cpu().numpy()
             for part, one in zip(parts, factors, strict=True)
         ]
-        if backbone.dtype != torch.float32:
-            faint = np.flatnonzero(objective.faint(embeddings, *given).cpu().numpy())
-            few = Subset(items, (start + faint).tolist())
-            if len(faint):  # the network in float32 is not loaded before
-                again = list(gradient_rows(backbone.in_float32, objective, parts, few, seed))
-                for i, block in enumerate(projected):
-                    block[faint] = np.concatenate([gradients[i] for *_, gradients in again])
         whole = embeddings[:, 0].cpu().numpy() if objective.sees_whole else None
         yield start, whole, projected
 

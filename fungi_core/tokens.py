@@ -88,7 +88,7 @@ def _batch(backbone: Backbone, pictures: Sequence[np.ndarray]) -> torch.Tensor:
     if not hasattr(backbone.model, "num_prefix_tokens"):
         raise ValueError(f"{backbone.name}: patch features need a timm vision transformer")
     pixels = torch.from_numpy(np.stack(pictures))[:, None].to(backbone.device)
-    return backbone.inputs.finish(pixels, backbone.dtype)[:, 0]
+    return backbone.inputs.finish(pixels, backbone.view_dtype)[:, 0]
 
 
 def _factors(

@@ -26,7 +26,7 @@ OBJECTIVES = KL(), DINO(), SimCLR()
 
 def plain_model(backbone: Backbone) -> torch.nn.Module:
     """Return the same architecture and weights as timm runs them, in the backbone's dtype."""
-    model = load(backbone.name, device=backbone.device, dtype=backbone.dtype).model
+    model = load(backbone.name, device=backbone.device, dtype="float32").model.to(backbone.dtype)
     for module in model.modules():
         if hasattr(module, "fused_attn"):  # off in ours on CPUs; timm's default is on
             module.fused_attn = bool(timm.layers.use_fused_attn())
