@@ -74,7 +74,7 @@ class Plan:
     photographs: int = 64
 
 
-DRY = Plan("random:test_vit", "cpu", (16,), 4, 8, 128, 4, 1, 64, 2, "random:test_vit", 2)
+DRY = Plan("random:test_vit", "cpu", (16,), 4, 8, 128, 4, 1, 64, 2, photographs=4)
 
 
 class Skipped(Exception):

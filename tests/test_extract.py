@@ -164,7 +164,7 @@ def test_batches_end_where_shards_end(size, objective, monkeypatch):
     monkeypatch.setattr(ImageInputs, "decode", lambda self, item, name: item)
     monkeypatch.setattr(ImageInputs, "content", lambda self, item: b"")
     inputs = ImageInputs(size, (0, 0, 0), (1, 1, 1))
-    stub = SimpleNamespace(name="stub", inputs=inputs, device="cpu", dtype=None)
+    stub = SimpleNamespace(name="stub", inputs=inputs, device="cpu", view_dtype=None)
     batches = list(view_batches(stub, objective.views, objective.name, range(600), 0))
     assert [start for start, _ in batches] == list(
         np.cumsum([0, *(len(batch) for _, batch in batches)])[:-1]

@@ -23,7 +23,7 @@ from fungi_core.store import open_entry
 from fungi_core.tokens import Loss, unit_gradients, unit_tokens
 from fungi_core.views import crop_boxes
 
-SCENES = 3  # raise when the same settings would give other predictions than before
+SCENES = 4  # raise when the same settings would give other predictions than before
 SUPPORT = 0.1  # the support index keeps this share of the patches, whatever the memory keeps
 # What joins the embedding (eq. 8): a gradient, or a control that is none.
 LOSSES = {"FUNGI": Loss(), "FUNGI, eq. 5": Loss(denominator="eq5")}
