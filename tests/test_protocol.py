@@ -513,3 +513,19 @@ def test_changed_images_are_those_that_scikit_learns_votes_put_on_the_other_side
     assert gain == sorted(gain, reverse=True) and min(gain) > 0
     assert all(len(side) == 5 for row in found for side in row["found"].values())
     assert len(studies.changed(train, test, "K", 2, k=7, most=2)) <= 4
+
+
+def test_the_gain_of_more_pretraining_by_hand():
+    """Two data sets, gains 3 and 1 against 1 and 1; half-widths 3 and 4 make 5."""
+    more, less = next(iter(studies.MORE_DATA.items()))
+    rows = [
+        (more, "a", 3, 0, 6),
+        (less, "a", 1, -3, 5),
+        (more, "b", 1, -2, 4),
+        (less, "b", 1, -3, 5),
+    ]
+    frame = pd.DataFrame(rows, columns=["backbone", "dataset", "gain", "gain_low", "gain_high"])
+    found = studies.gain_by_data(frame)
+    np.testing.assert_allclose(found, evaluate.random_effects([2, 0], [-3, -5], [7, 5])[:3])
+    assert found[0] == pytest.approx(1)
+    assert np.isnan(studies.gain_by_data(frame[frame["backbone"] == more])).all()

@@ -15,7 +15,13 @@ from companion import paths
 from companion.data import landmarks
 from companion.encoders.objectives import named
 from companion.evaluate import clustering, probe, retrieval
-from companion.evaluate.knn import bootstrap, few_shot_indices, knn_by_similarity, vote
+from companion.evaluate.knn import (
+    bootstrap,
+    few_shot_indices,
+    knn_by_similarity,
+    random_effects,
+    vote,
+)
 from companion.protocol import (
     COMBINATIONS,
     GAIN,
@@ -39,6 +45,10 @@ from fungi_core.extract import Features
 from fungi_core.features import normalize
 from fungi_core.seeds import generator
 
+MORE_DATA = {  # backbone: the one pretrained on fewer images that it is set against
+    "vit_base_patch16_224.augreg_in21k": "vit_base_patch16_224.augreg_in1k",
+    "vit_tiny_patch16_224.augreg_in21k_ft_in1k": "deit_tiny_patch16_224.fb_in1k",
+}
 PROJECTIONS = {"dense ±1": "rademacher", "rank-one ±1": "khatri-rao", "sketch": "sketch"}
 
 
@@ -63,6 +73,22 @@ def linear(
     right = {name: [one == labels for one, _ in fits] for name, fits in found.items()}
     table = compare(right, letters, *metric(pairs[0][1], shots), seed)
     return table.assign(strength=[found[name][0][1] for name in letters])
+
+
+def gain_by_data(results: pd.DataFrame) -> tuple[float, float, float]:
+    """Return the gain of the backbone pretrained on more images minus the other's (`MORE_DATA`).
+
+    ``results``: gains of one feature set, a row for each backbone and data set. The mean over data
+    sets is one of random effects; half-widths of the two add in squares. NaN without such a pair.
+    """
+    pairs = [pair for pair in MORE_DATA.items() if {*pair} <= {*results["backbone"]}]
+    if not pairs:
+        return (np.nan,) * 3
+    gains = results.set_index(["backbone", "dataset"])[GAIN]
+    more, less = (gains.loc[name] for name in pairs[0])
+    half = np.hypot(*(side["gain_high"] - side["gain_low"] for side in (more, less))) / 2
+    change = more["gain"] - less["gain"]
+    return random_effects(change, change - half, change + half)[:3]
 
 
 def retrieve(
