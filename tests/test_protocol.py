@@ -110,6 +110,14 @@ def test_gains_that_are_alike_keep_the_interval_of_equal_effects():
     assert protocol.pooled(effects([0, 0], 0)) == (0, 0, 0)  # the embedding against itself
 
 
+def test_two_networks_on_the_same_images_are_no_twice_as_many_data_sets():
+    """Their means are 1 and 3; half-widths as those of one network: by column or by index."""
+    both = pd.concat([effects([x] * 3).assign(backbone=name) for name, x in (("a", 1), ("b", 3))])
+    half = 1.959964 / np.sqrt(3)
+    for frame in (both, both.set_index("backbone")):
+        assert protocol.pooled(frame) == pytest.approx((2, 2 - half, 2 + half), rel=1e-5)
+
+
 def test_intervals_over_seeds_and_images_are_those_of_slow_resampling():
     """The crossed bootstrap, drawn one by one, seeds stretched by sqrt(S / (S - 1))."""
     draw = np.random.default_rng(0)

@@ -284,8 +284,14 @@ def right_or_wrong(train, test, letters: str, k: int, size: int | None) -> np.nd
 
 
 def pooled(frame: pd.DataFrame) -> tuple[float, float, float]:
-    """Return the random-effects mean of gains measured on different data sets, its interval."""
-    return random_effects(*frame[GAIN].to_numpy(float).T)[:3]
+    """Return the random-effects mean of gains measured on different data sets, its interval.
+
+    Several backbones see the same images: their means are averaged, and so are their half-widths.
+    """
+    many = "backbone" in [*frame.columns, *frame.index.names]
+    parts = [part for _, part in frame.groupby("backbone")] if many else [frame]
+    found = [random_effects(*part[GAIN].to_numpy(float).T)[:3] for part in parts]
+    return tuple(np.mean(found, 0).tolist())
 
 
 def mean_over(
