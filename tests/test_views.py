@@ -410,7 +410,7 @@ def test_views_of_other_data_are_refused_in_one_line():
 
     from fungi_core.text import Deletions
 
-    backbone = Some(inputs=inputs(32), name="net", device="cpu", dtype=torch.float32)
+    backbone = Some(inputs=inputs(32), name="net", device="cpu", view_dtype=torch.float32)
     with pytest.raises(
         ValueError, match="simclr takes Deletions, views of text data; net reads im"
     ):
