@@ -24,9 +24,10 @@ from PIL import Image
 from companion import throughput
 from companion.provenance import cpu
 from fungi_core import DINO, KL, SimCLR, load
+from fungi_core.backbones import Backbone
 from fungi_core.gradients import Factors, linear_layer
 from fungi_core.projection import Rademacher
-from fungi_core.rows import draw_parts, gradient_rows
+from fungi_core.rows import Parts, draw_parts, gradient_rows
 
 OBJECTIVES = {"kl": KL(), "dino": DINO(), "simclr": SimCLR()}
 IMAGES = {"kl": 32, "dino": 4, "simclr": 2}  # decoded 256 x 256 images a timed call on a CPU
@@ -41,13 +42,19 @@ def pictures(name: str, device: str) -> list[Image.Image]:
     return [Image.fromarray(pixels).resize((256, 256), Image.BICUBIC) for pixels in noise]
 
 
-def ours(name: str, backbone: str, device: str, negatives: int):
-    """Return a call that makes features, and of how many images."""
-    encoder, objective = load(backbone, device=device), OBJECTIVES[name]
+def drawn(name: str, encoder: Backbone, negatives: int = NEGATIVES) -> Parts:
+    """Return what is random about an objective's features, its negatives noise."""
+    objective = OBJECTIVES[name]
     parts = draw_parts(encoder, objective, 0)
     if objective.negatives:
         parts.negatives = torch.randn(negatives, objective.dim).to(encoder.device)
-    images = pictures(name, device)
+    return parts
+
+
+def ours(name: str, backbone: str, device: str, negatives: int):
+    """Return a call that makes features, and of how many images."""
+    encoder, objective = load(backbone, device=device), OBJECTIVES[name]
+    parts, images = drawn(name, encoder, negatives), pictures(name, device)
     return lambda: list(gradient_rows(encoder, objective, [parts], images, 0)), len(images)
 
 

@@ -13,16 +13,14 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
-from run import NEGATIVES, OBJECTIVES, matrix_flops, pictures, seconds
+from run import OBJECTIVES, drawn, matrix_flops, pictures, seconds
 from torch.utils.flop_counter import FlopCounterMode
 
 from fungi_core import load
 from fungi_core.backbones import Backbone
 from fungi_core.devices import default_modes
-from fungi_core.rows import batch_size, draw_parts
-from fungi_core.seeds import generator
+from fungi_core.rows import batch_size, view_batches
 from fungi_core.store import open_entry
 
 
@@ -42,21 +40,14 @@ def written(rows: np.ndarray, folder: Path) -> None:
 @default_modes()
 def stages(name: str, backbone: Backbone, folder: Path, repeats: int) -> tuple[dict, float]:
     """Return {stage: median seconds an image} of one objective, and the trunk's FLOP/s."""
-    objective, inputs = OBJECTIVES[name], backbone.inputs
-    part = draw_parts(backbone, objective, 0)
-    if objective.negatives:
-        part.negatives = torch.randn(NEGATIVES, objective.dim).to(backbone.device)
+    objective, part = OBJECTIVES[name], drawn(name, backbone)
     images = pictures(name, backbone.device)[: batch_size(backbone, objective.views)]
     files = [folder / f"{i}.jpg" for i in range(len(images))]
     for file, image in zip(files, images, strict=True):
         image.save(file, quality=90)
 
-    def views() -> torch.Tensor:
-        draw = lambda image: objective.views.draw(image, inputs, generator(0), backbone.device)
-        stack = inputs.stack([draw(image) for image in images]).to(backbone.device)
-        return objective.views.finish(stack, inputs, backbone.dtype)
-
-    batch = views()
+    views = lambda: list(view_batches(backbone, objective.views, name, images, 0))
+    [(_, batch)] = views()
     with FlopCounterMode(display=False) as counted:
         seen = backbone.trunk(batch)
     factors = lambda: objective.factors(

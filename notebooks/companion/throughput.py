@@ -86,7 +86,7 @@ def feature(
         negatives = torch.randn(count, objective.dim, generator=rng).to(backbone.device)
 
     def call() -> torch.Tensor:
-        views = objective.views.finish(batch, inputs, backbone.dtype)
+        views = objective.views.finish(batch, inputs, backbone.view_dtype)
         _, (factors,) = objective.factors(backbone, views, part.heads, negatives, [part.layer])
         return part.projection.apply(factors, backbone.dtype)
 
