@@ -14,10 +14,9 @@ import timm
 import torch
 from safetensors import SafetensorError, safe_open
 from timm.data import resolve_data_config
-from timm.layers import PatchEmbed
 
 from . import class_token
-from .devices import default_modes, in_dtype, resolve_device, resolve_dtype
+from .devices import default_modes, in_dtype, patch_embedding, resolve_device, resolve_dtype
 from .gradients import Factors, Loss, linear_layer, tapped_factors
 from .inputs import one_line
 from .views import ImageInputs
@@ -51,8 +50,7 @@ class Backbone:
     @property
     def view_dtype(self) -> torch.dtype:
         """Return the dtype of views: float32 where patches are embedded in it."""
-        stem = getattr(self.model, "patch_embed", None)
-        return torch.float32 if isinstance(stem, PatchEmbed) else self.dtype
+        return torch.float32 if patch_embedding(self.model) else self.dtype
 
     def embed(self, views: torch.Tensor) -> torch.Tensor:
         """Return embeddings (N, D), in the backbone's dtype, of views (N, ...) of any size."""

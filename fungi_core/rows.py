@@ -210,12 +210,14 @@ def gradient_rows(
     embedding comes along where the one view is the whole item. ``held``: what `trunk_rows` gave for
     them, see `_batches`. Eq. 1, before normalisation.
     """
-    given, layers = (parts[0].heads, parts[0].negatives), [part.layer for part in parts]
+    shared, layers = parts[0], [part.layer for part in parts]
     # Few items at a time where the activations of many layers are held.
     most = 256 if len(layers) == 1 else 2 if backbone.device == "cpu" else 8
     for start, batch in _batches(backbone, objective, items, seed, held, most):
         try:
-            embeddings, factors = objective.factors(backbone, batch, *given, layers)
+            embeddings, factors = objective.factors(
+                backbone, batch, shared.heads, shared.negatives, layers
+            )
         except LossNotFinite as error:
             name = _name(items, start + error.sample, backbone.inputs.kind)
             raise LossNotFinite(error.sample, error.value, name) from error

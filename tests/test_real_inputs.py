@@ -613,6 +613,16 @@ def _rows(backbone, objective, parts, items) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("objective", BELOW, ids=lambda one: one.name)
 def test_in_bfloat16_every_image_has_float32s_gradient(objective, pair):
+    _compare(objective, pair)
+
+
+@pytest.mark.parametrize("pair", ["vit_micro.sup_tin100"], indirect=True)
+def test_nine_views_are_enough_for_it_on_the_64_px_network(pair):
+    """On DeiT-Ti/16 one of sky has 0.977 then, and 0.99 with 25."""
+    _compare(SimCLR(Patches(stride=2), negatives=12), pair)
+
+
+def _compare(objective, pair):
     images, part = _all_kinds(), _parts(pair[0], objective)
     exact, low = (_rows(one, objective, [part], list(images.values()))[0] for one in pair)
     cosines = (normalize(exact) * normalize(low)).sum(1)
