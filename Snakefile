@@ -95,6 +95,7 @@ EXTRACT = (
     " {params.names} --n-train {wildcards.n_train} --n-test {wildcards.n_test} --seed {wildcards.seed}"
 )
 FOLDER = RUNS + "/features/{backbone}/{dataset}/{split}-{n_train}-{n_test}-seed{seed}"
+DONE = FOLDER + "/{names}.done"
 
 wildcard_constraints:
     dataset="[^/]+", split="train|test", n_train=r"\d+", n_test=r"\d+", seed=r"\d+", names="[a-z+]+", slug=r"\d\d_\w+",
@@ -112,10 +113,11 @@ rule shard:  # one of several jobs that fill different rows of one store
 
 rule features:  # all rows; after its shards it finds them there, and reads every checksum
     input:
-        CODE_OF_FEATURES, lambda wc: plan["shards"].get((FOLDER + "/{names}.done").format(**dict(wc.items())), []),
-        # Negatives are training images: made beside the training split, they would be passed twice.
-        lambda wc: (FOLDER + "/{names}.done").format(**dict(wc.items()) | {"split": "train"}) if wc.split == "test" else [],
-    output: touch(FOLDER + "/{names}.done")
+        CODE_OF_FEATURES, lambda wc: plan["shards"].get(DONE.format(**dict(wc.items())), []),
+        # SimCLR's negatives are training images: made beside the training split, they would be passed twice.
+        lambda wc: DONE.format(**dict(wc.items()) | {"split": "train"})
+            if wc.split == "test" and "simclr" in wc.names else [],
+    output: touch(DONE)
     params: names=lambda wc: wc.names.replace("+", " ")
     threads: THREADS
     resources: gpu=GPU, mem_mb=lambda wc, attempt: MEMORY * attempt, runtime=lambda wc, attempt: MINUTES * attempt
