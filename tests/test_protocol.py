@@ -90,14 +90,15 @@ def test_variants_are_compared_on_the_same_images():
 def effects(values, error=1.0):
     half = 1.959964 * error
     values = np.array(values, float)
-    return pd.DataFrame({"gain": values, "gain_low": values - half, "gain_high": values + half})
+    gains = {"gain": values, "gain_low": values - half, "gain_high": values + half}
+    return pd.DataFrame({"backbone": "vit"} | gains)
 
 
 def test_gains_on_unlike_data_sets_have_a_wide_random_effects_mean():
     """Worked by hand: effects 0 and 4, standard errors 1: Q = 8, so the variance between them is 7;
     Hartung and Knapp's standard error is 2, and t with one degree of freedom 12.706.
     """
-    mean, low, high, between = evaluate.random_effects(*effects([0, 4]).to_numpy().T)
+    mean, low, high, between = evaluate.random_effects(*effects([0, 4])[protocol.GAIN].to_numpy().T)
     assert (mean, between) == pytest.approx((2, np.sqrt(7)), rel=1e-5)
     assert (low, high) == pytest.approx((2 - 2 * 12.7062, 2 + 2 * 12.7062), rel=1e-5)
     assert protocol.pooled(effects([0, 4])) == (mean, low, high)

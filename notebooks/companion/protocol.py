@@ -286,11 +286,11 @@ def right_or_wrong(train, test, letters: str, k: int, size: int | None) -> np.nd
 def pooled(frame: pd.DataFrame) -> tuple[float, float, float]:
     """Return the random-effects mean of gains measured on different data sets, its interval.
 
-    Several backbones see the same images: their means are averaged, and so are their half-widths.
+    Several backbones (a column or level of the index) see the same images: their means are
+    averaged, and so are their half-widths.
     """
-    many = "backbone" in [*frame.columns, *frame.index.names]
-    parts = [part for _, part in frame.groupby("backbone")] if many else [frame]
-    found = [random_effects(*part[GAIN].to_numpy(float).T)[:3] for part in parts]
+    parts = frame.groupby("backbone")[GAIN]
+    found = [random_effects(*part.to_numpy(float).T)[:3] for _, part in parts]
     return tuple(np.mean(found, 0).tolist())
 
 
