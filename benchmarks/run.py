@@ -12,7 +12,6 @@ gradients, as a share of the machine's measured matrix rate.
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +22,7 @@ from PIL import Image
 
 from companion import throughput
 from companion.provenance import cpu
+from companion.run import peak_bytes
 from fungi_core import DINO, KL, SimCLR, load
 from fungi_core.backbones import Backbone
 from fungi_core.gradients import Factors, linear_layer
@@ -133,9 +133,7 @@ def measured(
     make = {"ours": ours, "published": published}[which]
     call, count = make(name, backbone, device, negatives)
     times = seconds(call, device, repeats)
-    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    if device != "cpu":
-        peak = torch.cuda.max_memory_allocated(device)
+    peak = peak_bytes() if device == "cpu" else torch.cuda.max_memory_allocated(device)
     return {"images_per_second": count / float(np.median(times)), "peak_bytes": peak}
 
 
