@@ -210,13 +210,13 @@ def gradient_rows(
     embedding comes along where the one view is the whole item. ``held``: what `trunk_rows` gave for
     them, see `_batches`. Eq. 1, before normalisation.
     """
-    shared, layers = parts[0], [part.layer for part in parts]
-    # Few items at a time where the activations of many layers are held.
-    most = 256 if len(layers) == 1 else 2 if backbone.device == "cpu" else 8
+    layers, count = [part.layer for part in parts], objective.views.count(backbone.inputs)
+    # Few views at a time where the activations of many layers are held: 2 (8) times the paper's 49.
+    most = 256 if len(layers) == 1 else (98 if backbone.device == "cpu" else 392) // count
     for start, batch in _batches(backbone, objective, items, seed, held, most):
         try:
             embeddings, factors = objective.factors(
-                backbone, batch, shared.heads, shared.negatives, layers
+                backbone, batch, parts[0].heads, parts[0].negatives, layers
             )
         except LossNotFinite as error:
             name = _name(items, start + error.sample, backbone.inputs.kind)
