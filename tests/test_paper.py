@@ -402,7 +402,10 @@ def test_the_committed_page_is_that_of_the_committed_figures(monkeypatch):
     assert page == paper.as_markdown("lite")
     assert sum(line.startswith("| ") for line in page.splitlines()) > 2 + len(paper.claims()) + 40
     for target in re.findall(r"\]\(([^)]+)\)", page):
-        assert (ROOT / "figures" / "lite" / target).is_file()
+        if target.startswith("#"):
+            assert f'<a id="{target[1:]}"></a>' in page
+        else:
+            assert (ROOT / "figures" / "lite" / target).is_file()
 
 
 def test_the_manifest_lists_every_figure_and_table_and_nothing_else(monkeypatch):
@@ -467,7 +470,7 @@ def test_an_undecided_claim_names_the_effect_that_could_have_been_seen(tmp_path,
     rows = [("table2-k", 1.0, -1.0, 4.0), ("table2-d", 2.0, 1.0, 3.0), ("fig5-full", 0.0, *bare)]
     measured = pd.DataFrame([(*row, "x") for row in rows], columns=paper.MEASURED)
     paper.save_measured(measured, "03_image_classification", "mini")
-    page = paper.as_markdown("mini").splitlines()
+    page = paper.as_markdown("mini").partition('id="claims"')[2].splitlines()
     said = lambda verdict: [line.split(" | ")[4] for line in page if f" | {verdict}" in line]
     assert said("undecided") == ["undecided", "undecided (±2.5 could be seen)"]
     assert said("agrees") == ["agrees"]
@@ -491,8 +494,10 @@ def test_a_page_lists_claims_by_verdict_and_what_was_written(tmp_path, monkeypat
         ["+1.0", "−1.0 [−1.5, −0.5]", "disagrees"],
         ["+1.8", "+2.0 [+1.0, +3.0]", "agrees"],
     ]
-    assert "| Fig. 5, Fig. 11 | [fig05_fig11_bars](fig05_fig11_bars.png) | [CSV](fig05_" in page
-    assert "| Table 1 | table01_sets | [CSV](table01_sets.csv) |" in page  # a table is no picture
+    assert "![Figure fig05_fig11_bars](fig05_fig11_bars.png)\n\nFig. 5, Fig. 11: [`fig05_" in page
+    assert "- Table 1: [`table01_sets`](table01_sets.csv), a table" in page  # it is no picture
+    assert "python -m companion.run 03_image_classification --profile mini" in page
+    assert page.count("| Table 2 | Adding the KL gradient") == 2  # on its page, and among all
 
 
 def test_figures_elsewhere_are_not_mixed_with_those_of_this_checkout(monkeypatch, tmp_path):

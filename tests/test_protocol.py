@@ -315,6 +315,22 @@ def test_pairs():
         assert value == 100 * protocol.right_or_wrong(train, test, letters, 5, 12).mean()
 
 
+def test_pairs_of_one_data_set_are_drawn_together():
+    """Two data sets of opposite slopes: drawn with all their pairs, the interval has both ends."""
+    up = pd.DataFrame({"a": list("EEK"), "b": list("KDD"), "cka": [0.1, 0.2, 0.3]})
+    pairs = pd.concat(
+        [
+            up.assign(gain=[1.0, 2.0, 3.0], dataset="rising"),
+            up.assign(gain=[3.0, 2.0, 1.0], dataset="falling"),
+            up.assign(a="E", b="E", gain=50.0, dataset="falling"),  # one feature alone is no pair
+        ]
+    )
+    value, low, high = studies.diversity(pairs)
+    assert value == pytest.approx(0) and (low, high) == pytest.approx((-1, 1))
+    value, low, high = studies.diversity(pairs[pairs["dataset"] == "rising"])
+    assert value == pytest.approx(1) and (low, high) == (-1, 1)  # nothing is known of other sets
+
+
 def test_class_gains_sum_to_the_gain_on_a_balanced_set():
     train, test = rows(80, 0), rows(60, 1)
     frame = protocol.class_gains([(train, test)], ["K"], k=5)

@@ -180,10 +180,10 @@ def written(profile: str) -> list[dict]:
     ("Fig. 2"), alt (what it shows), drawn (whether it is a picture) and minutes since the
     notebook's start.
     """
-    kinds, found = {"fig": "Fig.", "table": "Table"}, []
+    kinds, found = {"fig": "Fig.", "table": "Table", "algorithm": "Algorithm"}, []
     for file in sorted(results_dir(profile).glob("*.json")):
         record = json.loads(file.read_text(encoding="utf-8"))
-        numbers = re.findall(r"(?:^|_)(fig|table)(\d\d)(?=_|$)", file.stem)
+        numbers = re.findall(r"(?:^|_)(fig|table|algorithm)(\d+)(?=_|$)", file.stem)
         found.append(
             {
                 "name": file.stem,
@@ -229,14 +229,34 @@ def _in_a_line(item: pd.DataFrame, profile: str) -> str:
 
 
 def as_markdown(profile: str) -> str:
-    """Return the page figures/PROFILE/README.md: every claim with its verdict, the disagreements
-    first, then the figures with links.
+    """Return the page figures/PROFILE/README.md: for each notebook its claims, figures and command,
+    then every claim with its verdict, the disagreements first.
     """
-    rows, counts = by_verdict(scoreboard(profile))
+    rows, counts = by_verdict(board := scoreboard(profile))
     template = (ROOT / "data" / "site" / "claims.md").read_text(encoding="utf-8")
-    page = Template(template, trim_blocks=True, keep_trailing_newline=True)
-    given = dict(profile=profile, claims=rows, counts=counts, figures=written(profile))
-    return page.render(signed=signed, ours=ours, **given)
+    page = Template(template, trim_blocks=True)
+    given = dict(profile=profile, claims=rows, counts=counts, pages=_pages(board, profile))
+    return page.render(signed=signed, ours=ours, **given) + "\n"
+
+
+def _pages(board: pd.DataFrame, profile: str) -> list[dict]:
+    """List what each notebook has for the gallery: slug, title, items, on, claims and figures."""
+    figures, of, pages = written(profile), items().groupby("notebook")["item"].agg(list), []
+    for slug in sorted({record["notebook"] for record in figures}):
+        notebook = json.loads((ROOT / "notebooks" / f"{slug}.ipynb").read_text(encoding="utf-8"))
+        claimed = board[board["notebook"] == slug]
+        measured = claimed.dropna(subset="value")
+        pages.append(
+            {
+                "slug": slug,
+                "title": notebook["cells"][0]["source"][0].lstrip("# ").strip(),
+                "items": of.get(slug, []),
+                "on": measured["on"].mode()[0] if len(measured) else "",
+                "claims": claimed.to_dict("records"),
+                "figures": [record for record in figures if record["notebook"] == slug],
+            }
+        )
+    return pages
 
 
 def manifest(profile: str) -> str:

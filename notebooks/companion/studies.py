@@ -339,6 +339,22 @@ def joined_pairs(
     return pd.DataFrame(rows, columns=["a", "b", "cka", "value", *GAIN])
 
 
+def diversity(joined: pd.DataFrame, seed: int = 0) -> tuple[float, float, float]:
+    """Return the correlation of CKA and gain over pairs of two features, with a 95 % interval.
+
+    ``joined``: rows of `joined_pairs` with their dataset. All pairs and networks of a data set see
+    the same images, so data sets are drawn, 2,000 times; of a single one the interval is [-1, 1].
+    """
+    two = joined[joined["a"] != joined["b"]]
+    sets = [part[["cka", "gain"]].to_numpy() for _, part in two.groupby("dataset")]
+    correlation = lambda parts: float(np.corrcoef(np.concatenate(parts).T)[0, 1])
+    if len(sets) == 1:
+        return correlation(sets), -1.0, 1.0
+    draws = generator("diversity", seed).integers(0, len(sets), (2000, len(sets)))
+    low, high = np.percentile([correlation([sets[i] for i in d]) for d in draws], [2.5, 97.5])
+    return correlation(sets), float(low), float(high)
+
+
 def settings(printed: pd.DataFrame, encoder) -> pd.DataFrame:
     """Return a table of the paper's settings (12 or 19) with ours: objective, parameter, ours,
     paper.
