@@ -49,9 +49,9 @@ plan: $(INSTALLED)  ## what `make reproduce` would run for PROFILE (mini); and j
 	@$(BIN)/snakemake --cores "$(CORES)" -n --nolock --quiet rules --config "profile=$(PROFILE)"
 	@echo; echo "the whole of it, on this machine or not:"; $(BIN)/python -m companion.plan "$(PROFILE)"
 
-# The project is the root, else links to its other folders lead nowhere. notebooks/jupyter holds two settings: comms in the
-# kernel's main thread, where the stop button reaches what a widget started; and messages of more than 10 MB, since
-# photographs chosen in the browser travel in one.
+# The project is the root, else links to its other folders lead nowhere. notebooks/jupyter holds the settings: comms in the
+# kernel's main thread, where the stop button reaches what a widget started; nothing is saved unasked, so reading leaves
+# the checkout clean; and messages of more than 10 MB, since photographs chosen in the browser travel in one.
 lab: $(INSTALLED)  ## open JupyterLab at the first notebook
 	@$(BIN)/jupyter trust notebooks/*.ipynb >/dev/null
 	JUPYTER_CONFIG_PATH="$(CURDIR)/notebooks/jupyter" $(BIN)/jupyter lab --ServerApp.root_dir="$(CURDIR)" notebooks/00_start_here.ipynb

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from matplotlib_inline.backend_inline import set_matplotlib_formats
 
-from companion import paper, paths, protocol, run
+from companion import explore, paper, paths, protocol, run
 from companion.features import ALL
 from companion.figures import style
 from companion.provenance import provenance
@@ -30,6 +31,8 @@ class Page:
         if absent := [name for name in declared if name not in namespace]:
             raise ValueError(f"{slug}: no value of the parameter '{absent[0]}'; run its cell first")
         self.slug, self.started, self.used = slug, time.time(), []
+        if explore.live():
+            set_matplotlib_formats("retina")  # sharp on screens of high density
         self.parameters = {name: namespace[name] for name in declared}
         self.as_declared = all(
             self.parameters[name] == known["default"] for name, known in declared.items()

@@ -27,7 +27,7 @@ from companion import paper, paths, run
 from companion.figures.style import VERDICTS
 
 TEMPLATES = paths.ROOT / "data" / "site"
-THUMBNAIL = 560  # pixels: two for each one of a gallery column
+THUMBNAIL = 960  # pixels: two for each one of a gallery column
 
 
 def build(
@@ -61,8 +61,13 @@ def build(
         lstrip_blocks=True,
     )
     env.filters["anchor"], env.globals["ours"] = anchor, paper.ours
-    style = (TEMPLATES / "style.css").read_text() + HtmlFormatter().get_style_defs(".highlight")
-    (out / "style.css").write_text(style, encoding="utf-8")
+    code, dark = (
+        HtmlFormatter(style=name).get_style_defs(".highlight pre")
+        for name in ("default", "github-dark")
+    )
+    dark = f"@media (prefers-color-scheme: dark) {{ {dark} }}"
+    style = (TEMPLATES / "style.css").read_text(encoding="utf-8")
+    (out / "style.css").write_text("\n".join([style, code, dark]), encoding="utf-8")
     written = [write(out, env, name, shared) for name in ("index", "scoreboard")]
     around = zip([None, *pages[:-1]], pages, [*pages[1:], None], read, strict=True)
     for before, page, after, (nb, _) in around:
@@ -133,6 +138,7 @@ def body(nb: nbformat.NotebookNode, slugs: Sequence[str]) -> str:
     soup = BeautifulSoup(exporter.from_notebook_node(nb)[0], "html.parser")
     for link in soup.select("a[href]"):
         link["href"] = re.sub(r"^(\d\d_\w+)\.ipynb", r"\1.html", link["href"])
+        link["href"] = re.sub(r"^\.\./figures/\w+/README\.md", "index.html#gallery", link["href"])
     for code in soup.select(":not(pre):not(a) > code"):
         if code.text in slugs:
             code.wrap(soup.new_tag("a", href=f"{code.text}.html"))
