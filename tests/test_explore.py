@@ -94,6 +94,8 @@ def test_cells_follow_what_they_watch_and_ask_for_their_choices_again(live):
     mine.value = "abcdef"
     (slider,) = widgets(ipywidgets.IntSlider)
     assert calls == [0, 2, 0] and slider.max == 5
+    mine.value = None  # others are being made: what was shown is not theirs
+    assert not widgets(ipywidgets.IntSlider) and calls == [0, 2, 0]
 
 
 def test_the_panel_loads_at_once_then_files_or_a_folder_whichever_came_last(live, capsys):

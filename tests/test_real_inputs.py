@@ -447,13 +447,26 @@ def test_a_name_with_dollars_is_no_formula_in_any_figure(tmp_path):
     for fig in drawn:
         fig.savefig(io.BytesIO())
     assert [ax.get_title() for ax in drawn[0].axes] == names
-    assert own.short("a/$1$.jpg") == "$1$.jpg"
+    assert own.short("a/$1$.jpg") == "$1$"
+
+
+def test_the_names_that_cameras_give_stay_apart():
+    """They begin alike."""
+    names = [f"trip/IMG_20240711_18{i:02d}59.jpg" for i in range(9)] + ["a/IMG_0001.JPG"]
+    assert len({own.short(name) for name in names}) == 10
+    assert own.short(names[3]) == "…711_180359" and own.short(names[-1]) == "IMG_0001"
 
 
 def test_a_name_with_markup_is_text_in_a_table():
     name = "<img src=x> & <b>"
     html = style.show_table(pd.DataFrame({"name": [name], "cosine": [0.5]})).to_html()
     assert "&lt;img src=x&gt; &amp; &lt;b&gt;" in html and name not in html
+
+
+def test_a_link_is_a_link_in_a_table_whose_other_cells_are_text():
+    link = '<a href="02.ipynb">02</a>'
+    html = style.show_table(pd.DataFrame({"page": [link], "said": [link]}), html=["page"]).to_html()
+    assert html.count(link) == 1 and html.count("&lt;a href=") == 1
 
 
 def test_a_name_that_is_not_utf8_is_read_named_and_saved(data, tmp_path, fitted):

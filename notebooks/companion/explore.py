@@ -50,7 +50,8 @@ def interact(show: Callable, *, on: Watched | None = None, **choices):
 
     def build(_=None):
         if on is not None and on.value is None:
-            return  # nothing chosen yet; what went wrong is said there
+            page.children = []  # nothing is chosen yet, or something else is being made
+            return
         controls = {name: _control(name, choice) for name, choice in asked().items()}
         output = interactive_output(lambda **values: _attempt(show, **values), controls)
         row = HBox(list(controls.values()), layout=Layout(flex_flow="row wrap"))

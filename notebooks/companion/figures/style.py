@@ -11,7 +11,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -107,16 +107,18 @@ def save_table(table: pd.DataFrame, name: str, provenance: Mapping, folder: Path
     _save(name, table, dict(provenance) | {"alt": alt}, folder, {})
 
 
-def show_table(table: pd.DataFrame, decimals: int = 1) -> Styler:
+def show_table(table: pd.DataFrame, decimals: int = 1, html: Sequence[str] = ()) -> Styler:
     """Return a table for display in a notebook, in the colours of its theme: numbers on the right
     with `decimals` digits, words on the left, long words in wide columns, missing cells as a dash,
-    verdicts in their colours, columns named "paper..." grey. A named index becomes columns.
+    verdicts in their colours, columns named "paper..." grey. A named index becomes columns. The
+    columns ``html`` hold HTML already: links.
     """
     table = _flat(table).reset_index(drop=True)
     # An id made from the contents: the same table has the same HTML, two tables have two ids.
     name = hashlib.sha256(table.to_csv().encode()).hexdigest()[:8]
     styled = Styler(table, uuid=name, cell_ids=False).hide(axis="index")
     styled = styled.format(precision=decimals, na_rep="–", escape="html")
+    styled = styled.format(str, subset=list(html))
     # Names of data sets and backbones stay whole.
     end = re.compile(r"_(?=(low|high|spread|ratio)$)")
     styled = styled.format_index(lambda head: end.sub(" ", str(head)), axis="columns")
