@@ -149,11 +149,15 @@ def by_memory(case: Case, runs: tuple[int, int]) -> tuple[pd.DataFrame, dict[flo
 
 
 def printed_gains(case: Case) -> list[float]:
-    """Return the paper's gains of Table 3 (Table 7 for ADE20K), by memory size.
+    """Return the paper's gains by memory size, of Table 3 for VOC and Table 7 for ADE20K; NaN for
+    other sets.
 
     They are those of DINO ViT-S/16 for that backbone, else those of DINO ViT-B/16.
     """
-    table = paper.load(7 if case.dataset == "ade20k" else 3)
+    number = {"voc2012": 3, "ade20k": 7}.get(case.dataset.removesuffix("_part"))
+    if number is None:
+        return [np.nan] * len(SHARES)
+    table = paper.load(number)
     column = "DINO ViT-S/16" if case.backbone == "vit_small_patch16_224.dino" else "DINO ViT-B/16"
     return table[(table["row"] == "FUNGI") & (table["column"] == column)]["delta"].tolist()
 
