@@ -21,7 +21,7 @@ import pytest
 from PIL import Image
 
 from companion import paper, paths
-from fungi_core import views
+from fungi_core.seeds import generator
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -230,7 +230,7 @@ def test_complementarity_shows_the_images_of_another_class(notebook):
     page = notebook("02_complementarity")
     cell = cell_with(page, "explore.interact(show")
     print(f"slider: {changes(page, cell, lambda: slide(cell)):.1f} s")
-    print(f"menu: {changes(page, cell, lambda: choose(cell, 1, 1)):.1f} s")
+    print(f"menu: {changes(page, cell, lambda: choose(cell, 1, 2)):.1f} s")
 
 
 def test_scenes_show_the_neighbours_of_another_patch(notebook):
@@ -243,7 +243,7 @@ def photographs(folder: Path, count: int) -> list[Path]:
     """Write pictures of coloured clouds, each another one; return their files."""
     files = []
     for i in range(count):
-        pixels = views.generator("browser", i).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+        pixels = generator("browser", i).integers(0, 256, (6, 8, 3), dtype=np.uint8)
         files.append(folder / f"photo{i:02d}.jpg")
         Image.fromarray(pixels).resize((640, 480), Image.Resampling.BICUBIC).save(files[-1])
     return files

@@ -219,6 +219,6 @@ def test_a_notebook_of_the_profile_runs_to_its_end(slug, machine):
     assert done.returncode == 0, done.stderr
     cells = json.loads(out.read_text(encoding="utf-8"))["cells"]
     said = [o["text"] for cell in cells for o in cell.get("outputs", ()) if "text" in o]
-    assert said and "ot run" not in "".join(line for lines in said for line in lines)
+    assert said and "Not run for want" not in "".join(line for lines in said for line in lines)
     written = len(list((folder / "figures" / "paper").glob("*.csv")))
     print(f"{done.stdout.splitlines()[-1].split(', /')[0]}; {written} files of numbers so far")
