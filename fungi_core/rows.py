@@ -211,8 +211,8 @@ def gradient_rows(
     them, see `_batches`. Eq. 1, before normalisation.
     """
     layers, count = [part.layer for part in parts], objective.views.count(backbone.inputs)
-    # Few views at a time where the activations of many layers are held: 2 (8) times the paper's 49.
-    most = 256 if len(layers) == 1 else (98 if backbone.device == "cpu" else 392) // count
+    # Few views at a time where the activations of many layers are held: 1 (8) times the paper's 49.
+    most = 256 if len(layers) == 1 else (49 if backbone.device == "cpu" else 392) // count
     for start, batch in _batches(backbone, objective, items, seed, held, most):
         try:
             embeddings, factors = objective.factors(

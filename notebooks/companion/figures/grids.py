@@ -75,13 +75,14 @@ def _triangle(df: pd.DataFrame, column: str) -> pd.DataFrame:
 def source_layers(df: pd.DataFrame) -> Figure:
     """Draw Fig. 8: the accuracy of the gradients at every linear layer, a column of panels for each
     objective. Above is a heat map of the difference from the embedding with the accuracy written
-    in, below are lines.
+    in where there is room, below are lines.
 
     `df` has features, kind (which layer of a block), block (from 1), value, low, high (percent),
     base (the embedding's accuracy).
     """
     kinds, objectives = list(df["kind"].unique()), list(df["features"].unique())
     blocks = sorted(df["block"].unique())
+    roomy = len(blocks) <= 8
     looks = lines_of(kinds, ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"))
     base = {"color": colour("E"), "linewidth": 1, "linestyle": DASHED}
     size = {"height": 3.5 + 0.3 * len(kinds), "height_ratios": [0.3 * len(kinds) + 0.2, 2.0]}
@@ -91,11 +92,13 @@ def source_layers(df: pd.DataFrame) -> Figure:
         here = df[df["features"] == name]
         level = here["base"].iloc[0]
         values = here.pivot(index="kind", columns="block", values="value").loc[kinds, blocks]
-        _heatmap(top, values - level, values, ".0f", **shade)
+        _heatmap(top, values - level, values if roomy else False, ".0f", **shade)
         top.set_title(f"{NAMES[name]} gradient")
         curves_of(bottom, here, "block", looks, by="kind")
         bottom.axhline(level, **base)
-        bottom.set(xlabel="block", xticks=blocks)
+        bottom.set(xlabel="block", xticks=blocks if roomy else blocks[1::2])
+        if not roomy:
+            top.set_xticks(top.get_xticks()[1::2])
     axes[1, 0].set_ylabel("accuracy (%)")
     _colour_bar(fig, "points above\nthe embedding", axes[0])
     key(fig, looks | {"embedding": base | {"marker": ""}})
@@ -282,9 +285,9 @@ def _around_zero(reach: float) -> dict:
     return {"vmin": -reach, "vmax": reach, "cmap": "RdBu"}
 
 
-def _heatmap(ax: Axes, shade: pd.DataFrame, numbers: pd.DataFrame, fmt: str, **look) -> None:
-    """Draw a heat map coloured by `shade`, empty at NaN, with `numbers` written in; rows and
-    columns have the frame's names.
+def _heatmap(ax: Axes, shade: pd.DataFrame, numbers: pd.DataFrame | bool, fmt: str, **look) -> None:
+    """Draw a heat map coloured by `shade`, empty at NaN, with `numbers` written in (False: none);
+    rows and columns have the frame's names.
     """
     text = {"annot": numbers, "fmt": fmt, "annot_kws": {"size": SMALL, "va": "center_baseline"}}
     names = {"xticklabels": True, "yticklabels": True}  # all of them
