@@ -45,7 +45,7 @@ def write(
 
 
 def progress(total: int, label: str) -> tqdm:
-    """Return a bar with rate and time left for people; it is quiet in batch logs."""
+    """Return a bar with rate and time left for people, gone at its end; quiet in batch logs."""
     watched = sys.stderr.isatty() or "JPY_SESSION_NAME" in os.environ
     quiet = not (watched and total)
-    return tqdm(total=total, desc=label, unit="row", mininterval=0.5, disable=quiet)
+    return tqdm(total=total, desc=label, unit="row", mininterval=0.5, leave=False, disable=quiet)

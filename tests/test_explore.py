@@ -94,8 +94,16 @@ def test_cells_follow_what_they_watch_and_ask_for_their_choices_again(live):
     mine.value = "abcdef"
     (slider,) = widgets(ipywidgets.IntSlider)
     assert calls == [0, 2, 0] and slider.max == 5
-    mine.value = None  # others are being made: what was shown is not theirs
-    assert not widgets(ipywidgets.IntSlider) and calls == [0, 2, 0]
+
+    def stopped():
+        raise KeyboardInterrupt
+
+    controls = []
+    mine.renew(lambda: controls.extend(widgets(ipywidgets.IntSlider)) or "gh")
+    assert controls == [] and mine.value == "gh"  # while others are made, nothing of the last
+    with pytest.raises(KeyboardInterrupt):
+        mine.renew(stopped)
+    assert mine.value == "gh" and widgets(ipywidgets.IntSlider)
 
 
 def test_the_panel_loads_at_once_then_files_or_a_folder_whichever_came_last(live, capsys):
@@ -157,5 +165,7 @@ def test_bars_are_for_people_and_quiet_in_batch_logs(monkeypatch, capsys):
     assert not bar.disable and bar.delay == 2 and list(bar) == [0, 1, 2]
     assert capsys.readouterr().err == ""  # done before the third second
     with filling.progress(2, "two") as bar:
-        bar.update(2)
-    assert "two: 100%" in (shown := capsys.readouterr().err) and "2/2" in shown
+        bar.update(1)
+        bar.refresh()
+        assert "two:  50%" in (shown := capsys.readouterr().err) and "1/2" in shown
+    assert not capsys.readouterr().err.strip()  # gone: several would look like one that hangs

@@ -116,7 +116,7 @@ def test_neighbours_and_pairs_worked_by_hand():
     )  # cosines: 0-1 0.8, 0-2 0, 0-3 -1, 1-2 0.6, 1-3 -0.8, 2-3 0
     query, found = own.tiles(album, 0, {"embedding": "E"}, 2)
     said = [(tile["title"], tile["right"]) for tile in found["embedding"]]
-    assert query["title"] == "0.jpg" and said == [("1.jpg\n0.80", None), ("2.jpg\n0.00", None)]
+    assert query["title"] == "0.jpg" and said == [("1\n0.80", None), ("2\n0.00", None)]
     classes = own.tiles(
         replace(album, data=replace(album.data, classes=["a", "b"])), 0, {"": "E"}, 1
     )

@@ -28,6 +28,17 @@ class Watched(HasTraits):
 
     value = Any()
 
+    def renew(self, make: Callable):
+        """Set the value to what ``make`` returns. Until then it is None: what is shown is of the
+        last one, which comes back where ``make`` fails or is stopped.
+        """
+        last, self.value = self.value, None
+        try:
+            self.value = make()
+        finally:
+            if self.value is None:
+                self.value = last
+
 
 def interact(show: Callable, *, on: Watched | None = None, **choices):
     """Show a menu or slider for each of ``choices``, and below them what ``show`` returns, drawn
