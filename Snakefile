@@ -50,7 +50,7 @@ def made_plan():
     present = {row["name"] for row in datasets.table() if row["available"]}  # the rest is "not run" in the notebooks
     present |= {name for p in parameters.values() for name in p.get("backbones", ()) if not unavailable(name)}
     rows = int(config.get("rows_a_job", plan.ROWS))  # --config rows_a_job=N: another size of the shards
-    jobs = {slug: plan.jobs(parameters[slug], PROFILE, present) for slug in slugs}
+    jobs = plan.merged({slug: plan.jobs(parameters[slug], PROFILE, present) for slug in slugs})
     parts = {MARKER.format(job): job.shards(rows) for found in jobs.values() for job in found}
     return {
         "parameters": parameters,

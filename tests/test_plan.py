@@ -57,6 +57,15 @@ def test_jobs_are_those_of_the_parameters():
     assert plan.jobs({"backbones": ["a"]}, "mini") == []
 
 
+def test_a_job_whose_features_another_makes_is_that_job():
+    job = lambda group, seed=0: plan.Job("net", "digits", "train", 60, 40, seed, group)
+    all_of, two = job("embedding+kl+dino+simclr"), job("embedding+kl+dino")
+    elsewhere = job("embedding+kl", seed=1)
+    wanted = {"02": [all_of], "07": [two], "08": [job("embedding+kl"), elsewhere], "13": []}
+    found = plan.merged(wanted)
+    assert found == {"02": [all_of], "07": [all_of], "08": [all_of, elsewhere], "13": []}
+
+
 def test_the_listing_counts_jobs_shards_and_rows():
     same = [job(group="simclr"), job("vit_b_32.tv_in1k", group="simclr")]
     text = plan.listing(

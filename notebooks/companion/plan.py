@@ -78,6 +78,21 @@ def jobs(parameters: dict, profile: str, present: Collection[str] | None = None)
     ]
 
 
+def merged(wanted: dict[str, list[Job]]) -> dict[str, list[Job]]:
+    """Return the jobs of each notebook, a job whose features another one makes as well replaced by
+    that one.
+    """
+    names = lambda job: set(job.group.split("+"))
+    every = sorted(set().union(*wanted.values()), key=lambda job: len(names(job)))
+    widest = {
+        job: one
+        for one in every
+        for job in every
+        if job[:-1] == one[:-1] and names(job) <= names(one)
+    }
+    return {slug: list(dict.fromkeys(widest[job] for job in own)) for slug, own in wanted.items()}
+
+
 def listing(todo: Collection[Job]) -> str:
     """Return jobs as text: how many of each data set, split and features, their rows and shards."""
     same = defaultdict(list)
@@ -95,11 +110,11 @@ def main(argv: list[str] | None = None) -> None:
     """Print the jobs of a profile."""
     profile = (argv if argv is not None else sys.argv[1:] or ["mini"])[0]
     try:
-        wanted = [jobs(run.parameters(slug, profile), profile) for slug in run.notebooks()]
+        wanted = {slug: jobs(run.parameters(slug, profile), profile) for slug in run.notebooks()}
     except ValueError as error:
         sys.exit(f"plan: {error}")
     print(f"features to extract for the profile {profile}:")
-    print(listing(set().union(*wanted)))
+    print(listing(set().union(*merged(wanted).values())))
 
 
 if __name__ == "__main__":
