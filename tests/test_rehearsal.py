@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet
 import pytest
 import soundfile
 import timm
@@ -112,36 +113,37 @@ def scene_sets(root: Path) -> None:
 
 
 def text_sets(root: Path) -> None:
-    """Write the five text sets: 24 + 12 sentences of two classes."""
+    """Write the five text sets: 24 + 12 sentences of four classes."""
     for name in PAPER["06_text"]["datasets"]:
         rows = [
-            (f"{'good' if i % 2 else 'bad'} sentence {i} of the set {name}", i % 2, split)
+            (f"a {CLASSES[i % 4]} in sentence {i} of the set {name}", i % 4, split)
             for split, count in (("train", 24), ("test", 12))
             for i in range(count)
         ]
         frame = pd.DataFrame(rows, columns=["text", "label", "split"])
-        frame.to_parquet(root / f"text_{name}.parquet", index=False)
-        (root / f"text_{name}.classes.json").write_text(json.dumps(["bad", "good"]))
+        packed = pyarrow.Table.from_pandas(frame, preserve_index=False)
+        packed = packed.replace_schema_metadata({"class_names": json.dumps(CLASSES)})
+        pyarrow.parquet.write_table(packed, root / f"text_{name}.parquet")
 
 
 def sound_sets(root: Path) -> None:
-    """Write ESC-50 and SpeechCommands in their official layouts: 8 clips of two classes to train
-    on in one, 24 in the other.
+    """Write ESC-50 and SpeechCommands in their official layouts: 20 + 5 and 24 + 8 clips of four
+    classes.
     """
     tone = lambda label, i: 0.3 * np.sin(np.arange(8000) * (0.05 + 0.1 * label + 0.001 * i))
     esc, words = root / "ESC-50-master", root / "speech_commands_v0.02"
     (esc / "meta").mkdir(parents=True)
     (esc / "audio").mkdir()
     lines, testing = ["filename,fold,target,category,esc10,src_file,take"], []
-    for i in range(10):
-        name, label = f"{i // 2 + 1}-{i}-A-{i % 2}.wav", i % 2
-        lines.append(f"{name},{i // 2 + 1},{label},{['dog', 'hen'][label]},False,{i},A")
+    for i in range(25):
+        name, label = f"{i // 5 + 1}-{i}-A-{i % 4}.wav", i % 4
+        lines.append(f"{name},{i // 5 + 1},{label},{CLASSES[label]},False,{i},A")
         soundfile.write(esc / "audio" / name, tone(label, i), 16_000)
     (esc / "meta" / "esc50.csv").write_text("\n".join(lines) + "\n")
     for i in range(32):
-        name = f"{['no', 'yes'][i % 2]}/{i:02d}_nohash_0.wav"
+        name = f"{CLASSES[i % 4]}/{i:02d}_nohash_0.wav"
         (words / name).parent.mkdir(parents=True, exist_ok=True)
-        soundfile.write(words / name, tone(i % 2, i), 16_000)
+        soundfile.write(words / name, tone(i % 4, i), 16_000)
         testing += [name] * (i >= 24)
     (words / "testing_list.txt").write_text("\n".join(testing) + "\n")
     (words / "validation_list.txt").write_text("")
