@@ -224,18 +224,19 @@ def by_mosaic(case: Case, tiles: str, rounds: int, heads: int) -> pd.DataFrame:
 
 
 def by_classes(case: Case, found: Outcomes) -> pd.DataFrame:
-    """Return `scores` of the test images with one, two, three and more classes.
+    """Return `scores` of the test images with one, two, three and more classes, of all together
+    where so few classes are rare.
 
     A set's first class does not count where it is the background.
     """
     first = 1 if case.train.classes[0] == "background" else 0
     present = found["embedding"][0].sum(2)[:, first:] > 0  # (N, C)
     number, frames = np.clip(present.sum(1), 1, None), []
-    steps = [n for n in (1, 2, 3) if (number == n).sum() >= 10] or [1]
+    steps = [n for n in (1, 2, 3) if (number == n).sum() >= 10] or [int(number.min())]
     for n in steps:
         rows = number >= n if n == steps[-1] else number == n
         part = {kind: counts[:, rows] for kind, counts in found.items()}
-        name = f"{n} or more" if n == steps[-1] else f"{n}"
+        name = f"{n} or more" if number[rows].max() > n else f"{n}"
         frames.append(scores(part, case, classes=name, images=int(rows.sum())))
     return pd.concat(frames, ignore_index=True)
 

@@ -250,7 +250,7 @@ def by_classes(df: pd.DataFrame) -> Figure:
     """
     names = list(df["features"].unique())
     inks = dict(zip(names, (style.FUNGI, "#0072B2", "#CC79A7"), strict=False))
-    fig, parts = facets(df, CONDITION, 2.6, columns=2, width=style.PAGE)
+    fig, parts = facets(df, CONDITION, 2.6, columns=3, width=style.PAGE)
     for [ax], here in parts:
         ticks = here.drop_duplicates("classes").set_index("classes")["images"]
         for shift, (name, ink) in zip((-0.12, 0, 0.12), inks.items(), strict=False):
