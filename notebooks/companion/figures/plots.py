@@ -260,10 +260,12 @@ def by_classes(df: pd.DataFrame) -> Figure:
             for at, r in zip(x, part.itertuples(), strict=True):
                 mark(ax, at, r.gain, ink, y_interval=(r.gain_low, r.gain_high))
         ax.axhline(0, color=INK, linewidth=0.7, linestyle=DASHED)
-        labels = [f"{count}\n{images} scenes" for count, images in ticks.items()]
+        labels = [
+            f"{count.replace(' or more', '+')}\n({images})" for count, images in ticks.items()
+        ]
         ax.set(xticks=range(len(ticks)), xticklabels=labels, xlim=(-0.5, len(ticks) - 0.5))
         ax.grid(axis="y")
-    fig.supxlabel("classes in a scene")
+    fig.supxlabel("classes in a scene (how many scenes)")
     fig.supylabel("gain over the embedding (mIoU)")
     key(fig, {name: {"color": ink} for name, ink in inks.items()})
     return fig
