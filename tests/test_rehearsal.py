@@ -113,11 +113,11 @@ def scene_sets(root: Path) -> None:
 
 
 def text_sets(root: Path) -> None:
-    """Write the five text sets: 24 + 12 sentences of four classes."""
+    """Write the five text sets: 48 + 12 sentences of four classes."""
     for name in PAPER["06_text"]["datasets"]:
         rows = [
             (f"a {CLASSES[i % 4]} in sentence {i} of the set {name}", i % 4, split)
-            for split, count in (("train", 24), ("test", 12))
+            for split, count in (("train", 48), ("test", 12))
             for i in range(count)
         ]
         frame = pd.DataFrame(rows, columns=["text", "label", "split"])
