@@ -25,6 +25,7 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from test_spectrograms import published
 from transformers import BertConfig, BertModel, T5Config, T5EncoderModel
 
 from companion import run
@@ -32,7 +33,6 @@ from companion.data import datasets, masks
 from companion.encoders import table
 from companion.paths import ROOT
 from fungi_core.seeds import generator
-from tests.test_spectrograms import published
 
 PAPER = {slug: run.parameters(slug, "paper") for slug in run.notebooks()}
 NAMES = sorted({name for values in PAPER.values() for name in values.get("backbones", ())})
