@@ -98,14 +98,12 @@ def browser():
 
 
 @pytest.fixture
-def notebook(browser, lab, tmp_path, request):
-    """A function: slug -> the page with that notebook, run from top to bottom without an error;
-    with ``wait=False`` it runs still.
-    """
+def started(browser, lab, tmp_path, request):
+    """A function: slug -> the page with that notebook, which runs from top to bottom."""
     page = browser.new_page(viewport={"width": 1360, "height": 1000})
     page.set_default_timeout(60_000)
 
-    def opened(slug: str, wait: bool = True):
+    def start(slug: str):
         page.goto(
             f"{lab[0]}/lab/workspaces/{request.node.name}/tree/notebooks/{slug}.ipynb"
         )  # no other tabs
@@ -122,16 +120,25 @@ def notebook(browser, lab, tmp_path, request):
             "Run All Cells",
             lambda: page.locator(".jp-InputPrompt", has_text="*").count() > 0,
         )
-        if not wait:
-            return page
+        return page
+
+    yield start
+    shot(page, request.node.name, tmp_path)
+    page.close()
+
+
+@pytest.fixture
+def notebook(started):
+    """A function: slug -> the page with that notebook, run from top to bottom without an error."""
+
+    def finished(slug: str):
+        page = started(slug)
         last = page.locator(".jp-CodeCell").last.locator(".jp-OutputArea-output")
         errors(page).or_(last).first.wait_for(state="attached", timeout=900_000)
         assert not errors(page).all_inner_texts()
         return page
 
-    yield opened
-    shot(page, request.node.name, tmp_path)
-    page.close()
+    return finished
 
 
 def menu(page, name: str, entry: str, done) -> None:
@@ -308,7 +315,7 @@ def test_wrong_choices_are_one_line(notebook):
     assert errors(page).count() == 0
 
 
-def test_the_stop_button_stops_any_extraction_and_the_next_click_resumes(notebook, lab, tmp_path):
+def test_the_stop_button_stops_any_extraction_and_the_next_click_resumes(started, lab, tmp_path):
     """The first extraction is the cell's own, later ones are a button's: stopped in the kernel's
     main thread all the same.
     """
@@ -321,7 +328,7 @@ def test_the_stop_button_stops_any_extraction_and_the_next_click_resumes(noteboo
         assert text.count(old) == 1
         text = text.replace(old, new)
     (source.parent / "stopped.ipynb").write_text(text)
-    page = notebook("stopped", wait=False)
+    page = started("stopped")
     cell = cell_with(page, "explore.chooser(")
     for press in (lambda: None, *2 * [cell.get_by_role("button", name="extract").click]):
         press()

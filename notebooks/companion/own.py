@@ -251,9 +251,9 @@ def save(album: Features, stem: Path) -> list[Path]:
     return [stem.with_suffix(".npz"), stem.with_suffix(".parquet")]
 
 
-def short(name: str, length: int = 11) -> str:
+def short(name: str) -> str:
     """Return a file's name without folder and ending; of a longer one its end, where the names that
     cameras give differ.
     """
     name = PurePosixPath(name).stem
-    return name if len(name) <= length else f"…{name[1 - length :]}"
+    return name if len(name) <= 11 else f"…{name[-10:]}"

@@ -15,6 +15,7 @@ know of single tables.
 
 import json
 import re
+from collections.abc import Mapping
 from functools import cache
 
 import pandas as pd
@@ -239,6 +240,11 @@ def as_markdown(profile: str) -> str:
     return page.render(signed=signed, ours=ours, **given) + "\n"
 
 
+def title(notebook: Mapping) -> str:
+    """Return the first heading of a notebook, without its mark."""
+    return "".join(notebook["cells"][0]["source"]).splitlines()[0].lstrip("# ")
+
+
 def _pages(board: pd.DataFrame, profile: str) -> list[dict]:
     """List what each notebook has for the gallery: slug, title, items, on, claims and figures."""
     figures, of, pages = written(profile), items().groupby("notebook")["item"].agg(list), []
@@ -249,7 +255,7 @@ def _pages(board: pd.DataFrame, profile: str) -> list[dict]:
         pages.append(
             {
                 "slug": slug,
-                "title": notebook["cells"][0]["source"][0].lstrip("# ").strip(),
+                "title": title(notebook),
                 "items": of.get(slug, []),
                 "on": measured["on"].mode()[0] if len(measured) else "",
                 "claims": claimed.to_dict("records"),

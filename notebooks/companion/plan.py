@@ -82,15 +82,15 @@ def merged(wanted: dict[str, list[Job]]) -> dict[str, list[Job]]:
     """Return the jobs of each notebook, a job whose features another one makes as well replaced by
     that one.
     """
-    names = lambda job: set(job.group.split("+"))
-    every = sorted(set().union(*wanted.values()), key=lambda job: len(names(job)))
-    widest = {
-        job: one
-        for one in every
-        for job in every
-        if job[:-1] == one[:-1] and names(job) <= names(one)
-    }
-    return {slug: list(dict.fromkeys(widest[job] for job in own)) for slug, own in wanted.items()}
+    names, same = lambda job: set(job.group.split("+")), defaultdict(set)
+    for job in set().union(*wanted.values()):
+        same[job[:-1]].add(job)  # of the same rows
+
+    def widest(job: Job) -> Job:
+        makers = [one for one in same[job[:-1]] if names(job) <= names(one)]
+        return max(makers, key=lambda one: len(names(one)))
+
+    return {slug: list(dict.fromkeys(map(widest, own))) for slug, own in wanted.items()}
 
 
 def listing(todo: Collection[Job]) -> str:

@@ -47,7 +47,7 @@ def build(
     out.mkdir(parents=True)
     read = [executed(path, runs / path.name) for path in sources]
     pages = [
-        {"slug": path.stem, "title": title(nb), "profile": ran}
+        {"slug": path.stem, "title": paper.title(nb), "profile": ran}
         for path, (nb, ran) in zip(sources, read, strict=True)
     ]
     figures = gallery(out, profile)
@@ -119,11 +119,6 @@ def executed(source: Path, ran: Path) -> tuple[nbformat.NotebookNode, str]:
     return committed, "mini"
 
 
-def title(nb: nbformat.NotebookNode) -> str:
-    """Return the first heading, without its mark."""
-    return nb.cells[0].source.splitlines()[0].lstrip("# ")
-
-
 def body(nb: nbformat.NotebookNode, slugs: Sequence[str]) -> str:
     """Return a notebook's cells as HTML: images with a text, formulas as MathML, code folded, links
     between pages relative.
@@ -162,9 +157,9 @@ def alternatives(nb: nbformat.NotebookNode) -> list[str]:
     said = [cell.source if cell.cell_type == "markdown" else "" for cell in nb.cells]
     for here, after in zip(said, [*said[1:], ""], strict=True):
         if found := re.findall(r"^#+ +(.+)$", here, re.MULTILINE):
-            heading = f": {found[-1]}" if found[-1] != title(nb) else ""
+            heading = f": {found[-1]}" if found[-1] != paper.title(nb) else ""
         read = re.match(r"\*\*How to read it\.?\*\*\s*(.+)", after)
-        text = f"{title(nb)}{heading}. {read[1] if read else ''}"
+        text = f"{paper.title(nb)}{heading}. {read[1] if read else ''}"
         texts.append(" ".join(re.sub(r"[*`$\\]", "", text).split()))
     return texts
 

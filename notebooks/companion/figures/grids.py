@@ -82,7 +82,7 @@ def source_layers(df: pd.DataFrame) -> Figure:
     """
     kinds, objectives = list(df["kind"].unique()), list(df["features"].unique())
     blocks = sorted(df["block"].unique())
-    roomy = len(blocks) <= 8
+    step = 1 if len(blocks) <= 8 else 2  # of the blocks that are named
     looks = lines_of(kinds, ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"))
     base = {"color": colour("E"), "linewidth": 1, "linestyle": DASHED}
     size = {"height": 3.5 + 0.3 * len(kinds), "height_ratios": [0.3 * len(kinds) + 0.2, 2.0]}
@@ -92,13 +92,12 @@ def source_layers(df: pd.DataFrame) -> Figure:
         here = df[df["features"] == name]
         level = here["base"].iloc[0]
         values = here.pivot(index="kind", columns="block", values="value").loc[kinds, blocks]
-        _heatmap(top, values - level, values if roomy else False, ".0f", **shade)
+        _heatmap(top, values - level, values if step == 1 else False, ".0f", **shade)
         top.set_title(f"{NAMES[name]} gradient")
         curves_of(bottom, here, "block", looks, by="kind")
         bottom.axhline(level, **base)
-        bottom.set(xlabel="block", xticks=blocks if roomy else blocks[1::2])
-        if not roomy:
-            top.set_xticks(top.get_xticks()[1::2])
+        bottom.set(xlabel="block", xticks=blocks[step - 1 :: step])
+        top.set_xticks(top.get_xticks()[step - 1 :: step])
     axes[1, 0].set_ylabel("accuracy (%)")
     _colour_bar(fig, "points above\nthe embedding", axes[0])
     key(fig, looks | {"embedding": base | {"marker": ""}})

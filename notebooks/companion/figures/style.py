@@ -122,15 +122,11 @@ def show_table(table: pd.DataFrame, decimals: int = 1, html: Sequence[str] = ())
     # Names of data sets and backbones stay whole.
     end = re.compile(r"_(?=(low|high|spread|ratio)$)")
     styled = styled.format_index(lambda head: end.sub(" ", str(head)), axis="columns")
-    looks = {column: _look(table[column].map(_words)) for column in table}
+    read = table.assign(**{x: table[x].str.replace("<[^>]+>", "", regex=True) for x in html})
+    looks = {column: _look(read[column]) for column in table}
     styled = styled.set_table_styles(looks, overwrite=False)
     verdicts = [column for column in table if column == "verdict"]
     return styled.map(_chip, subset=verdicts)
-
-
-def _words(cell: object) -> object:
-    """Return what a reader sees of a cell: of a link its text."""
-    return re.sub("<[^>]+>", "", cell) if isinstance(cell, str) else cell
 
 
 def _look(column: pd.Series) -> list[dict]:
