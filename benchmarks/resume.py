@@ -6,7 +6,8 @@ Compared are bytes, rows and memory. Each attempt is a process of its own that e
 and KL gradients of small drawn images (the network is made for 32 px: the store is what is tried)
 and logs the rows that it hands to the store. It is killed when it has computed a number of rows
 drawn by the seed; the last one runs to its end. Exit status 1 where anything but a torn file was
-computed twice, or a byte differs.
+computed twice, or a byte differs. The gradient and the embedding come from one pass and appear one
+after the other: a kill between them tears both.
 """
 
 import argparse
@@ -114,11 +115,17 @@ def on_disk(root: Path) -> dict[str, bytes]:
 
 
 def complete(root: Path, count: int) -> dict[str, np.ndarray]:
-    """Return which rows are on disk by the files' names, {key: (count,) bool}."""
-    out = defaultdict(lambda: np.zeros(count, bool))  # trunk, embedding and gradient
+    """Return which rows need not be computed again by the files' names, {key: (count,) bool}.
+
+    A row of the gradient or of the embedding counts once both are on disk: one pass gives both.
+    """
+    out = defaultdict(lambda: np.zeros(count, bool))
     for file in root.glob("*/*.npy"):
         out[file.parent.name][int(file.name[:9]) :][: store.SHARD] = True
-    return out
+    metas = {file.parent.name: json.loads(file.read_bytes()) for file in root.glob("*/meta.json")}
+    pair = [key for key, meta in metas.items() if meta["meta"]["feature"] != "trunk"]
+    both = np.logical_and.reduce([out[key] for key in pair]) & (len(pair) == 2)
+    return out | dict.fromkeys(pair, both)
 
 
 def mib(blocks: Log) -> float | None:
