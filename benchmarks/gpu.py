@@ -223,7 +223,7 @@ def patches(plan: Plan) -> Rows:
     support, loss = F.normalize(support, dim=-1), tokens.Loss()
     part, ids = draw_parts(encoder, loss.objective(), 0), [str(i) for i in range(len(images))]
     stock = torch.inference_mode()(lambda: encoder.model(x))
-    ours = lambda: tokens.unit_gradients(encoder, images, ids, support, loss, part)
+    ours = lambda: tokens.unit_gradients(encoder, images, ids, support, [(loss, part, 0)])
     seconds = [run.per_call(call, plan.device, plan.repeats) for call in (stock, ours)]
     for name, call, spent in zip(("stock embedding", "every patch"), (stock, ours), seconds):
         row = {"features": name, "images_per_second": len(images) / spent}

@@ -110,22 +110,18 @@ def tap(model: torch.nn.Module, paths: Sequence[str]) -> Iterator[list[Tap]]:
             handle.remove()
 
 
-def tapped_factors(
+def tapped(
     model: torch.nn.Module,
     embed: Callable[[torch.Tensor], torch.Tensor],
     views: torch.Tensor,
-    loss: Loss,
     paths: Sequence[str],
-) -> tuple[torch.Tensor, list[Factors]]:
-    """Take the gradient of a loss at linear layers, from one forward and one backward pass.
+) -> tuple[torch.Tensor, list[Tap]]:
+    """Run one forward pass that is recorded behind the linear layers at ``paths``.
 
-    ``embed`` maps views (N, ...) through ``model`` to (N, D), or to (N, T, D) where the loss reads
-    all tokens. ``views``: (B, V, ...). The loss maps embeddings (B, V, ..., D) float32 to (B,).
-
-    Returns the embeddings, and the factors at every path. Raises ValueError for a layer that does
-    not run exactly once, `LossNotFinite` for a bad loss.
+    ``embed`` maps views (N, ...) through ``model`` to (N, D), or (N, T, D) for losses of tokens.
+    From ``views`` (B, V, ...) come embeddings (B, V, ..., D) float32, and the taps. Raises
+    ValueError for a layer that does not run exactly once.
     """
-    batch, count = views.shape[:2]
     with tap(model, paths) as taps, torch.no_grad():
         embeddings = embed(views.flatten(0, 1))  # (B * V, D)
         if odd := [one for one in taps if one.calls != 1]:
@@ -137,28 +133,49 @@ def tapped_factors(
             "layer's output, without torch.inference_mode or detach behind it"
         )
     with torch.enable_grad():
-        embeddings = embeddings.float().unflatten(0, (batch, count))
-        gradients = loss_gradient(loss, embeddings, [one.output for one in taps])
-    factors = [
+        return embeddings.float().unflatten(0, views.shape[:2]), taps
+
+
+def factors_at(
+    embeddings: torch.Tensor, taps: Sequence[Tap], loss: Loss, again: bool = False
+) -> list[Factors]:
+    """Take the gradient of a loss of what `tapped` returned, at each tap.
+
+    The loss maps embeddings (B, V, ..., D) to (B,). ``again``: another loss of them will follow.
+    """
+    batch = len(embeddings)
+    with torch.enable_grad():
+        gradients = loss_gradient(loss, embeddings, [one.output for one in taps], again)
+    return [
         Factors(per_sample(one.activations, batch), per_sample(gradient, batch), one.bias)
         for one, gradient in zip(taps, gradients, strict=True)
     ]
-    return embeddings.detach(), factors
+
+
+def tapped_factors(
+    model: torch.nn.Module,
+    embed: Callable[[torch.Tensor], torch.Tensor],
+    views: torch.Tensor,
+    loss: Loss,
+    paths: Sequence[str],
+) -> tuple[torch.Tensor, list[Factors]]:
+    """Return the embeddings and the factors at every path: `tapped`, then `factors_at`."""
+    embeddings, taps = tapped(model, embed, views, paths)
+    return embeddings.detach(), factors_at(embeddings, taps, loss)
 
 
 def loss_gradient(
-    loss: Loss, embeddings: torch.Tensor, outputs: Sequence[torch.Tensor]
+    loss: Loss, embeddings: torch.Tensor, outputs: Sequence[torch.Tensor], again: bool = False
 ) -> Sequence[torch.Tensor]:
     """Return d(sum of a loss of the embeddings over the samples) / d(outputs).
 
     Raises `LossNotFinite` for the first sample whose loss is NaN or infinite.
     """
     values = loss(embeddings)  # (B,)
-    bad = ~torch.isfinite(values.detach())
-    if bad.any():
+    if (bad := ~torch.isfinite(values.detach())).any():
         first = int(bad.nonzero()[0])
         raise LossNotFinite(first, values[first].item())
-    return torch.autograd.grad(values.sum(), outputs)
+    return torch.autograd.grad(values.sum(), outputs, retain_graph=again)
 
 
 def per_sample(tensor: torch.Tensor, batch: int) -> torch.Tensor:

@@ -6,7 +6,7 @@ gradient entry, ``vec([W-grad | b-grad])`` row-major. It is kept as bits of a Ph
 never form the gradient: ``KhatriRao`` and ``TensorSketch``. ``Exact`` keeps the factors, whose
 inner product, `exact_kernel`, all of them approximate.
 
-``apply`` sums a sample's views and tokens, ``apply_tokens`` keeps them apart.
+``apply`` sums a sample's views and tokens; ``Rademacher.apply_tokens`` keeps them apart.
 """
 
 import numpy as np
@@ -97,12 +97,8 @@ class KhatriRao:
 
     def apply(self, factors: Factors, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Project factors (B, n, .) to (B, rows) float32, always by float32 products."""
-        return self.apply_tokens(factors).sum(1)
-
-    def apply_tokens(self, factors: Factors, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """Project each view or token on its own, (B, n, .) -> (B, n, rows) float32."""
         d, a = factors.appended()
-        return (d @ self.left.to(d).T) * (a @ self.right.to(a).T)
+        return ((d @ self.left.to(d).T) * (a @ self.right.to(a).T)).sum(1)
 
 
 class TensorSketch:
@@ -117,20 +113,13 @@ class TensorSketch:
 
     def apply(self, factors: Factors, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Project factors (B, n, .) to (B, rows) float32, always by float32 sums."""
-        # Linear: one inverse for all n.
-        return torch.fft.irfft(self._spectrum(factors).sum(1), self.rows)
-
-    def apply_tokens(self, factors: Factors, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """Project each view or token on its own, (B, n, .) -> (B, n, rows) float32."""
-        return torch.fft.irfft(self._spectrum(factors), self.rows)
-
-    def _spectrum(self, factors: Factors) -> torch.Tensor:
         spectra = []
         for x, bucket, sign in zip(factors.appended(), self.buckets, self.signs, strict=True):
             counts = x.new_zeros(*x.shape[:2], self.rows)
             counts.index_add_(2, bucket.to(x.device), x * sign.to(x))
             spectra.append(torch.fft.rfft(counts))  # (B, n, rows / 2 + 1)
-        return spectra[0] * spectra[1]  # a product here is a convolution of the two sketches
+        both = spectra[0] * spectra[1]  # a product here is a convolution of the two sketches
+        return torch.fft.irfft(both.sum(1), self.rows)  # linear: one inverse for all n
 
 
 class Exact:

@@ -7,8 +7,9 @@ nothing behind that layer mixes tokens. It is projected block by block; an image
 at 512 px on ViT-B) never exist at once.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 
 from .backbones import Backbone
 from .devices import default_modes, fixed_teams
-from .gradients import Factors, tapped_factors
+from .gradients import Factors, factors_at, tapped
 from .objectives import Heads, SimCLR
 from .rows import Parts
 from .search import nearest
@@ -61,26 +62,33 @@ def unit_gradients(
     pictures: Sequence[np.ndarray],
     ids: Sequence[str],
     support: torch.Tensor,
-    loss: Loss,
-    part: Parts,
-    seed: int = 0,
-) -> torch.Tensor:
-    """Return the projected gradient of every patch, each of unit length: (B, T, D) float32.
+    wanted: Sequence[tuple[Loss, Parts, int]],
+) -> list[torch.Tensor]:
+    """Return projected gradients of every patch, each of unit length: (B, T, D) float32.
 
-    ``support``: (M, D) unit tokens that negatives are retrieved from. ``part``: head and projection
-    of ``loss.objective()`` (`rows.draw_parts`). ``ids`` and ``seed`` draw which neighbours are
+    There is one for each loss, head and seed ``wanted``, all from one pass and one retrieval.
+    ``support``: (M, D) unit tokens that negatives are retrieved from. Head and projection are those
+    of the loss's objective (`rows.draw_parts`). ``ids`` and the seed draw which neighbours are
     dropped. Joined with the patch's unit token and divided by the root of 2 it is eq. 8.
     """
     fixed_teams()
-    objective, batch = loss.objective(), _batch(backbone, pictures)
-
-    def negatives(i: int, tokens: torch.Tensor) -> torch.Tensor:  # (P + T, D) -> (M, dim)
-        _, index = nearest(F.normalize(tokens, dim=-1), support, loss.negatives)
-        rng = generator("dropped negatives", seed, ids[i])
-        return objective.latents(_drop_half(support[index], rng), part.heads)
-
-    factors = _factors(backbone, batch, negatives, part.heads, loss)
-    return F.normalize(part.projection.apply_tokens(factors, backbone.dtype), dim=-1)
+    model, views = backbone.model, _batch(backbone, pictures)[:, None]
+    tokens, taps = tapped(model, model.forward_features, views, [backbone.layer])
+    most = max(loss.negatives for loss, _, _ in wanted)
+    near = [nearest(F.normalize(x.detach(), dim=-1), support, most)[1] for (x,) in tokens]
+    found, prefix = [], model.num_prefix_tokens
+    for loss, part, seed in wanted:
+        objective, negatives = loss.objective(), []
+        for name, index in zip(ids, near, strict=True):  # (P + T, k) -> (M, dim)
+            rng = generator("dropped negatives", seed, name)
+            kept = _drop_half(support[index[:, : loss.negatives]], rng)
+            negatives.append(objective.latents(kept, part.heads))
+        losses = partial(_losses, objective, part.heads, negatives)
+        (made,) = factors_at(tokens, taps, losses, again=True)
+        a, d = made.activations[:, prefix:], made.output_gradients[:, prefix:]  # (B, T, .)
+        rows = part.projection.apply_tokens(Factors(a, d, made.bias), backbone.dtype)
+        found.append(F.normalize(rows, dim=-1))
+    return found
 
 
 def _batch(backbone: Backbone, pictures: Sequence[np.ndarray]) -> torch.Tensor:
@@ -91,29 +99,15 @@ def _batch(backbone: Backbone, pictures: Sequence[np.ndarray]) -> torch.Tensor:
     return backbone.inputs.finish(pixels, backbone.view_dtype)[:, 0]
 
 
-def _factors(
-    backbone: Backbone,
-    batch: torch.Tensor,
-    negatives: Callable[[int, torch.Tensor], torch.Tensor],
-    heads: Heads,
-    loss: Loss,
-) -> Factors:
-    """Return the factors of the patches' gradients (B, T, .), float32.
+def _losses(
+    objective: SimCLR, heads: Heads, negatives: Sequence[torch.Tensor], tokens: torch.Tensor
+) -> torch.Tensor:
+    """Return each image's loss, (B,), from tokens (B, 1, P + T, D) and latents (M, dim) of each.
 
-    ``negatives``: number and tokens (P + T, D) of one image -> latents (M, dim), called in order.
     Tokens go to the head as they are, not normalised (Table 17), the class token among them.
     """
-    objective, model = loss.objective(), backbone.model
-
-    def of_images(tokens: torch.Tensor) -> torch.Tensor:  # (B, 1, P + T, D) -> (B,)
-        seen = [negatives(i, image.detach()) for i, (image,) in enumerate(tokens)]
-        losses = [objective.loss(x, heads, n) for x, n in zip(tokens, seen, strict=True)]
-        return torch.cat(losses)
-
-    views, layers = batch[:, None], [backbone.layer]
-    _, (made,) = tapped_factors(model, model.forward_features, views, of_images, layers)
-    prefix = model.num_prefix_tokens
-    return Factors(made.activations[:, prefix:], made.output_gradients[:, prefix:], made.bias)
+    pairs = zip(tokens, negatives, strict=True)
+    return torch.cat([objective.loss(seen, heads, others) for seen, others in pairs])
 
 
 def _drop_half(retrieved: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:

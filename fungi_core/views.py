@@ -183,8 +183,8 @@ class ImageInputs(Inputs):
         """Normalise pixels on their device: (B, V, s, s, 3) uint8 -> (B, V, 3, s, s)."""
         scale = torch.tensor([self.mean, self.std], device=batch.device, dtype=torch.float32)
         mean, std = scale[..., None, None]  # (3, 1, 1) each
-        images = batch.permute(0, 1, 4, 2, 3).float().div(255)
-        return ((images - mean) / std).to(dtype)
+        images = batch.permute(0, 1, 4, 2, 3).contiguous().float()  # and in place: half the time
+        return images.div_(255).sub_(mean).div_(std).to(dtype)
 
     def at_once(self, views: int, device: str) -> int:
         return min(256, (2**22 if device == "cpu" else 2**26) // (views * self.size**2))

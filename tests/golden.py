@@ -121,7 +121,8 @@ def patches() -> dict[str, np.ndarray]:
     found = {"patches, embedding": tokens.unit_tokens(encoder, pixels[:1])[0, 1:].numpy()}
     loss = tokens.Loss(denominator="eq5")
     part = draw_parts(encoder, loss.objective(), SEED)
-    rows = tokens.unit_gradients(encoder, pixels[:1], ["0"], support, loss, part, SEED)
+    wanted = [(loss, part, SEED)]
+    (rows,) = tokens.unit_gradients(encoder, pixels[:1], ["0"], support, wanted)
     found["patches, gradient"] = rows[0].numpy()
     return found
 

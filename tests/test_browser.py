@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from companion import paper, paths
+from companion import paper, paths, run
 from fungi_core.seeds import generator
 
 CHROMIUM = next(
@@ -30,30 +30,43 @@ PLAIN = {"windowingMode": "none"}  # every cell is in the page, seen or not
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory):
-    """What `make lab` starts, over a copy of the notebooks and on a port of its own: (address,
-    folder).
-    """
-    folder = tmp_path_factory.mktemp("lab")
-    shutil.copytree(paths.ROOT / "notebooks", folder / "notebooks")
-    (folder / "figures").mkdir()
-    for name in ("fungi_core", "data", "figures/lite"):  # what a checkout holds beside them
-        (folder / name).symlink_to(paths.ROOT / name)
+def git_in(folder: Path, *words: str) -> str:
+    done = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def checkout(folder: Path) -> Path:
+    """Copy what git tracks, as it is now, into a repository of its own."""
+    git_in(paths.ROOT, "checkout-index", "--all", f"--prefix={folder}/")
+    changed = git_in(paths.ROOT, "diff", "--name-only", "--diff-filter=d").split()
+    for name in changed:  # not committed yet
+        shutil.copyfile(paths.ROOT / name, folder / name)
     scenes = folder / "notebooks" / "05_scene_understanding.ipynb"  # fewer images: minutes less
     text = scenes.read_text()
     assert "limit: int = 32" in text
     scenes.write_text(text.replace("limit: int = 32", "limit: int = 8"))
-    (settings := folder / "settings" / "@jupyterlab" / "notebook-extension").mkdir(parents=True)
+    git_in(folder, "init", "-q")
+    git_in(folder, "add", "-A")
+    author = ("-c", "user.name=a reader", "-c", "user.email=reader@example.org")
+    git_in(folder, *author, "commit", "-qm", "a checkout")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """What `make lab` starts, over a checkout and on a port of its own: (address, folder)."""
+    folder = checkout(tmp_path_factory.mktemp("lab"))
+    home = tmp_path_factory.mktemp("home")
+    (settings := home / "settings" / "@jupyterlab" / "notebook-extension").mkdir(parents=True)
     (settings / "tracker.jupyterlab-settings").write_text(json.dumps(PLAIN))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     env = os.environ | {
-        f"JUPYTER_{name}_DIR": str(folder / name.lower()) for name in ("CONFIG", "RUNTIME")
+        f"JUPYTER_{name}_DIR": str(home / name.lower()) for name in ("CONFIG", "RUNTIME")
     }
     env |= {
-        f"JUPYTERLAB_{name}_DIR": str(folder / name.lower()) for name in ("SETTINGS", "WORKSPACES")
+        f"JUPYTERLAB_{name}_DIR": str(home / name.lower()) for name in ("SETTINGS", "WORKSPACES")
     }
     env |= {"FUNGI_STORE": str(paths.store_dir()), "PYTHONPATH": f"{folder}:{folder / 'notebooks'}"}
     env.pop("FUNGI_FIGURES", None)  # a run writes to the checkout's own figures/mini
@@ -65,7 +78,7 @@ def lab(tmp_path_factory):
     env |= dict([setting.split("=", 1)])
     command = [sys.executable, "-m", "jupyterlab", *options, "--no-browser", "--allow-root"]
     command += [f"--port={port}", "--ServerApp.ip=127.0.0.1", "--IdentityProvider.token="]
-    with open(folder / "lab.log", "w") as log:
+    with open(home / "lab.log", "w") as log:
         server = subprocess.Popen(
             command, env=env, stdout=log, stderr=subprocess.STDOUT, cwd=folder
         )
@@ -74,7 +87,7 @@ def lab(tmp_path_factory):
             with socket.socket() as probe:
                 if probe.connect_ex(("127.0.0.1", port)) == 0:
                     break
-            assert server.poll() is None, (folder / "lab.log").read_text()
+            assert server.poll() is None, (home / "lab.log").read_text()
             time.sleep(0.2)
         yield f"http://127.0.0.1:{port}", folder
     finally:
@@ -124,7 +137,19 @@ def started(browser, lab, tmp_path, request):
 
     yield start
     shot(page, request.node.name, tmp_path)
+    end_kernels(page)
     page.close()
+
+
+def end_kernels(page) -> None:
+    """Shut down all kernels, each of which holds a gigabyte."""
+    page.evaluate("""async () => {
+        const token = document.cookie.match(/_xsrf=([^;]*)/)[1];
+        for (const { id } of await (await fetch("/api/sessions")).json())
+            await fetch(`/api/sessions/${id}`, {
+                method: "DELETE", headers: { "X-XSRFToken": token }
+            });
+    }""")
 
 
 @pytest.fixture
@@ -220,6 +245,33 @@ def slide(cell, index: int = 0, steps: int = 1):
 
 def choose(cell, index: int, option: int):
     cell.locator("select").nth(index).select_option(index=option)
+
+
+def test_a_newcomers_first_minutes(notebook, tmp_path):
+    """From the first page to a picture, to one's own photographs and to what holds; printed."""
+    start = time.monotonic()
+    passed = lambda what: print(f"{what}: {time.monotonic() - start:.1f} s")
+    page = notebook("00_start_here")
+    page.locator(".jp-OutputArea img").first.wait_for()
+    passed("first picture and verdicts, the whole page run")
+    page.get_by_role("link", name="20_your_own_data").first.click()
+    page.locator(".lm-TabBar-tabLabel", has_text="20_your_own_data.ipynb").first.wait_for()
+    passed("the page of one's own photographs is open")
+    page = notebook("20_your_own_data")
+    passed("its demonstration has run")
+    cell = cell_with(page, "explore.interact(neighbours")
+    upload = cell_with(page, "explore.chooser(").get_by_role("button", name="files")
+
+    def choose_files():
+        with page.expect_file_chooser() as chooser:
+            upload.click()
+        chooser.value.set_files(photographs(tmp_path, 12))
+
+    changes(page, cell, choose_files, 300)
+    passed("neighbours of twelve own photographs")
+    page = notebook("19_scoreboard")
+    page.get_by_text("agrees").first.wait_for()
+    passed("what holds and what does not")
 
 
 def test_start_here_links_every_notebook_and_shows_a_notebooks_claims(notebook, tmp_path):
@@ -327,7 +379,7 @@ def test_the_stop_button_stops_any_extraction_and_the_next_click_resumes(started
     for old, new in given.items():
         assert text.count(old) == 1
         text = text.replace(old, new)
-    (source.parent / "stopped.ipynb").write_text(text)
+    (stopped := source.with_name("stopped.ipynb")).write_text(text)
     page = started("stopped")
     cell = cell_with(page, "explore.chooser(")
     for press in (lambda: None, *2 * [cell.get_by_role("button", name="extract").click]):
@@ -340,6 +392,7 @@ def test_the_stop_button_stops_any_extraction_and_the_next_click_resumes(started
     cell.get_by_role("button", name="extract").click()
     cell.get_by_text("24 images, no classes, random:vit_tiny").wait_for(timeout=600_000)
     assert errors(page).count() == 0
+    stopped.unlink()
 
 
 def test_the_scoreboard_shows_the_committed_results_before_any_run(notebook, lab):
@@ -348,3 +401,11 @@ def test_the_scoreboard_shows_the_committed_results_before_any_run(notebook, lab
     table = cell_with(page, "figures.show_table(table, 2)").locator("table")
     assert table.locator("tbody tr").count() == len(paper.claims())
     assert "nan" not in table.inner_text().lower() and "agrees" in table.inner_text()
+
+
+def test_reading_every_notebook_leaves_the_checkout_clean(notebook, lab):
+    for slug in run.notebooks():
+        start = time.monotonic()
+        end_kernels(notebook(slug))
+        print(f"{slug}: {time.monotonic() - start:.0f} s", flush=True)
+    assert git_in(lab[1], "status", "--porcelain") == ""

@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -449,6 +450,15 @@ def test_scoreboard_groups_rows_by_verdict_the_disagreements_first():
     )  # the predicted side; none where none is
     with pytest.raises(ValueError, match="'maybe' is not in list"):
         verdicts.scoreboard(frame.assign(verdict="maybe"))
+
+
+def test_long_claims_do_not_run_into_each_other():
+    claims = ["word " * 30, "word " * 45, "word", "word " * 31]
+    frame = pd.DataFrame({"claim": claims, "item": "Fig. 3", "verdict": "undecided"})
+    fig = verdicts.scoreboard(frame.assign(paper=1.0, value=2.0, low=1.0, high=3.0, expected="+"))
+    fig.canvas.draw()
+    boxes = [label.get_window_extent() for label in fig.axes[0].get_yticklabels()]
+    assert all(upper.y0 > lower.y1 for upper, lower in pairwise(boxes))
 
 
 def test_deltas_names_the_claims_whose_size_differs():

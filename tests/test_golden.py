@@ -10,8 +10,10 @@ from safetensors.numpy import load_file
 
 EXPECTED = load_file(golden.FILE)
 # On another kind of processor exponentials round otherwise, and the KL gradient is the small
-# difference of nearly equal probabilities: 2e-4 between AVX-512 and AVX2.
-LIMIT = 1e-5 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 1e-3
+# difference of nearly equal probabilities: 5e-4 between AVX-512 and AVX2, 2e-5 between two
+# processors with AVX-512.
+AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+LIMITS = {"kl": 1e-4 if AVX512 else 1e-3, "": 1e-5 if AVX512 else 1e-3}
 WITHOUT_DATA = "whisper-tiny.en"  # its weights lie in FUNGI_DATA
 GROUPS = {
     "image": golden.images,
@@ -36,4 +38,4 @@ def test_features_are_those_of_the_golden_file(group):
         made |= {gradient: made[gradient][:-1]} if gradient in made else {}
     for name, block in expected.items():
         off = np.linalg.norm(found[name] - block, axis=1) / np.linalg.norm(block, axis=1)
-        assert off.max() <= LIMIT, (name, off)
+        assert off.max() <= LIMITS["kl" if ", kl" in name else ""], (name, off)

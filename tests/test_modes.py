@@ -94,8 +94,9 @@ def test_patches_are_the_same(mode):
     def made():
         encoder, loss = small(), tokens.Loss()
         part = draw_parts(encoder, loss.objective(), 0)
-        gradients = tokens.unit_gradients(encoder, pixels, ["0", "1"], support, loss, part)
-        return tokens.unit_tokens(encoder, pixels), gradients
+        wanted = [(loss, part, 0)]
+        (made,) = tokens.unit_gradients(encoder, pixels, ["0", "1"], support, wanted)
+        return tokens.unit_tokens(encoder, pixels), made
 
     expected = made()
     with MODES[mode]():

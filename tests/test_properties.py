@@ -111,7 +111,9 @@ def test_projections_are_linear_and_each_sample_is_alone(x, kind, rows, seed, sc
     assert (scaled - scale * whole).abs().max() <= near
     for i in range(len(x)):
         assert (drawn.apply(x[i : i + 1]) - whole[i]).abs().max() <= 1e-4 * (1 + whole.abs().max())
-    assert (drawn.apply_tokens(x).sum(1) - whole).abs().max() <= 1e-4 * (1 + whole.abs().max())
+    tokens = range(x.activations.shape[1])
+    alone = [Factors(x.activations[:, [t]], x.output_gradients[:, [t]], x.bias) for t in tokens]
+    assert (sum(map(drawn.apply, alone)) - whole).abs().max() <= 1e-4 * (1 + whole.abs().max())
 
 
 @given(st.integers(1, 40), st.integers(1, 200), seeds)

@@ -170,7 +170,9 @@ def test_head_draw_and_memory_size_are_part_of_the_key_where_they_matter(encoder
 def test_a_killed_run_goes_on_with_the_image_it_was_at(encoder, monkeypatch):
     monkeypatch.setattr(store, "SHARD", 5)  # no divisor of an image's 16 patches
     some, seen = views(toy(4)), []
-    expected = scenes.gradients(some, encoder, Loss(), 0, some)
+    wanted = [(Loss(), 0), (Loss(denominator="eq5"), 1)]
+    made = lambda: [entry.read() for entry in scenes.gradients(some, encoder, wanted, some)]
+    expected = made()
     monkeypatch.setenv("FUNGI_STORE", str(paths.store_dir().with_name("killed")))
     encode = scenes.unit_gradients
 
@@ -182,13 +184,12 @@ def test_a_killed_run_goes_on_with_the_image_it_was_at(encoder, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(scenes, "unit_gradients", killed)
-        scenes.gradients(some, encoder, Loss(), 0, some)
+        made()
     watched = lambda backbone, pictures, names, *rest: (
         seen.extend(names) or encode(backbone, pictures, names, *rest)
     )
     monkeypatch.setattr(scenes, "unit_gradients", watched)
-    found = scenes.gradients(some, encoder, Loss(), 0, some)
-    assert np.array_equal(found, expected)
+    assert all(map(np.array_equal, made(), expected))
     # The second image's last rows were in a file that was not full.
     assert seen == [some.name(v) for v in (0, 1, 1, 2, 3)]
 

@@ -101,6 +101,7 @@ def collect(
 
 def outcomes(case: Case, lookups: Sequence[incontext.Lookup], kinds: Sequence[str]) -> Outcomes:
     """Return the pixel counts of each lookup, {kind: (runs, images, C, C)}."""
+    incontext.extract(lookups, kinds)
     found = []
     for one in lookups:
         counts, keys = one.confusions(kinds)

@@ -6,8 +6,10 @@ drawn apart: crops by the views' seed, head, projection and noise by ``head``, t
 memory keeps by ``draw``.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 
 import numpy as np
 import torch
@@ -15,11 +17,20 @@ import torch.nn.functional as F
 
 from companion import paths
 from companion.evaluate import iou
-from companion.evaluate.scenes import LOSSES, SCENES, SUPPORT, Views, choose_all, vectors
+from companion.evaluate.scenes import (
+    LOSSES,
+    SCENES,
+    SUPPORT,
+    Views,
+    choose_all,
+    gradients,
+    network,
+    vectors,
+)
 from fungi_core.backbones import Backbone
 from fungi_core.filling import write
 from fungi_core.search import largest, rows_at_once
-from fungi_core.store import open_entry
+from fungi_core.store import Entry, open_entry
 
 
 def transfer(similarity: torch.Tensor, labels: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -97,8 +108,7 @@ class Lookup:
         if self.memory.data.classes != self.queries.data.classes:
             names = f"{self.memory.data.name} and {self.queries.data.name}"
             raise ValueError(f"{names} have different classes")
-        root = paths.store_dir()
-        entries = {kind: open_entry(self.describe(kind), n, classes**2, root) for kind in kinds}
+        entries = self.entries(kinds)
         todo = [kind for kind in kinds if not entries[kind].complete]
 
         def rows(images: Sequence[int]) -> Iterator[tuple]:
@@ -113,17 +123,19 @@ class Lookup:
         found = {kind: entry.read().reshape(n, classes, classes) for kind, entry in entries.items()}
         return found, [entry.key for entry in entries.values()]
 
+    def entries(self, kinds: Sequence[str]) -> dict[str, Entry]:
+        """Return the store's entries of `confusions`."""
+        n, width = len(self.queries), len(self.queries.data.classes) ** 2
+        root = paths.store_dir()
+        return {kind: open_entry(self.describe(kind), n, width, root) for kind in kinds}
+
     def describe(self, kind: str) -> dict:
         """Return everything that changes the outcomes of one kind: their key in the store."""
-        network = self.backbone
         gradient = kind in LOSSES
         loss = [asdict(LOSSES[kind]), self.support.identity(), SUPPORT] if gradient else None
-        return {
+        return network(self.backbone) | {
             "scenes": SCENES,
             "views": [self.memory.identity(), self.queries.identity()],
-            "backbone": [network.name, network.fingerprint, network.layer],
-            "input": network.inputs.identity(),
-            "dtype": str(network.dtype).removeprefix("torch."),
             "outcome": [kind, loss, self.head if gradient or "noise" in kind else None],
             "memory": [self.each, self.draw, self.k, self.temperature],
         }
@@ -137,3 +149,18 @@ class Lookup:
         rows = memory.reshape(-1, memory.shape[-1])
         rows = rows[kept] if len(rows) > len(memory) else rows
         return tuple(torch.from_numpy(x).to(self.backbone.device) for x in (rows, queries))
+
+
+def extract(lookups: Sequence[Lookup], kinds: Sequence[str]) -> None:
+    """Store the gradients that lookups of one backbone need and lack.
+
+    All heads and losses of the same images come from one pass.
+    """
+    losses = [LOSSES[kind] for kind in kinds if kind in LOSSES]
+    heads = defaultdict(set)
+    for one in lookups:
+        if not all(entry.complete for entry in one.entries(kinds).values()):
+            for views in (one.memory, one.queries):
+                heads[views, one.support].add(one.head)
+    for (views, support), drawn in heads.items():
+        gradients(views, lookups[0].backbone, list(product(losses, sorted(drawn))), support)

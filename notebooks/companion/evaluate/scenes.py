@@ -19,7 +19,7 @@ from fungi_core.backbones import Backbone
 from fungi_core.filling import write
 from fungi_core.rows import draw_parts
 from fungi_core.seeds import generator
-from fungi_core.store import open_entry
+from fungi_core.store import Entry, open_entry
 from fungi_core.tokens import Loss, unit_gradients, unit_tokens
 from fungi_core.views import crop_boxes
 
@@ -167,40 +167,47 @@ def choose_all(labels: np.ndarray, each: int, role: str, draw: int) -> np.ndarra
 # ---- what is stored of every patch
 
 
-def encoded(
-    views: Views, backbone: Backbone, about: dict, each: int, encode: Callable
-) -> np.ndarray:
-    """Return (V, each, D) unit rows from the store; what it lacks is encoded into it.
+def network(backbone: Backbone) -> dict:
+    """Return what decides a network's tokens: a part of keys in the store."""
+    about = [backbone.name, backbone.fingerprint, backbone.layer, backbone.inputs.identity()]
+    return {"backbone": about, "dtype": str(backbone.dtype).removeprefix("torch.")}
 
-    ``encode(pictures, names)`` returns the rows of some views; ``about`` says of what kind they
-    are. A killed run goes on with the image it was at. On a CPU one image fills the cores with its
-    tokens; a GPU takes eight at once.
+
+def opened(views: Views, backbone: Backbone, each: int, about: dict) -> Entry:
+    """Open the entry of ``each`` rows of every view; ``about`` says of what kind they are."""
+    meta = {"scenes": SCENES, "views": views.identity()} | network(backbone) | about
+    return open_entry(meta, each * len(views), backbone.width, paths.store_dir())
+
+
+def encode(entries: Sequence[Entry], views: Views, backbone: Backbone, made: Callable) -> None:
+    """Fill entries with what they lack, all from one pass over the views that they lack.
+
+    ``made(pictures, names)`` returns the rows of some views (B, each, D) for each entry. A killed
+    run goes on with the image it was at. On a CPU one image fills the cores with its tokens; a GPU
+    takes eight at once.
     """
-    network = [backbone.name, backbone.fingerprint, backbone.layer, backbone.inputs.identity()]
-    dtype = str(backbone.dtype).removeprefix("torch.")
-    meta = {"scenes": SCENES, "views": views.identity(), "backbone": network, "dtype": dtype}
-    total, batch = each * len(views), 1 if backbone.device == "cpu" else 8
-    entry = open_entry(meta | about, total, backbone.width, paths.store_dir())
+    total, batch = entries[0].n, 1 if backbone.device == "cpu" else 8
+    each = total // len(views)
 
     def rows(some: Sequence[int]) -> Iterator[tuple]:
         first, stop = some[0], some[-1] + 1  # rows; views that are only partly absent are cut
         wanted = range(first // each, -(-stop // each))
         for some in (wanted[i : i + batch] for i in range(0, len(wanted), batch)):
-            blocks = encode([views[v][0] for v in some], [views.name(v) for v in some])
-            flat = blocks.flatten(0, 1).numpy(force=True)
+            blocks = made([views[v][0] for v in some], [views.name(v) for v in some])
             start = some[0] * each
             cut = slice(max(first - start, 0), stop - start)
-            yield max(start - first, 0), [flat[cut]]
+            flat = [block.flatten(0, 1).numpy(force=True)[cut] for block in blocks]
+            yield max(start - first, 0), flat
 
-    write([entry], range(total), f"{views.data.name} {views.role}", rows)
-    return entry.read().reshape(len(views), each, -1)
+    write(entries, range(total), f"{views.data.name} {views.role}", rows)
 
 
 def tokens(views: Views, backbone: Backbone) -> np.ndarray:
     """Return the unit tokens of every view, prefix tokens first, (V, P + T, D)."""
-    encode = lambda pictures, _: unit_tokens(backbone, pictures)
     each = views.patches + backbone.model.num_prefix_tokens
-    return encoded(views, backbone, {"kind": "tokens"}, each, encode)
+    entry = opened(views, backbone, each, {"kind": "tokens"})
+    encode([entry], views, backbone, lambda pictures, _: [unit_tokens(backbone, pictures)])
+    return entry.read().reshape(len(views), each, -1)
 
 
 def patches_of(views: Views, backbone: Backbone) -> np.ndarray:
@@ -209,25 +216,28 @@ def patches_of(views: Views, backbone: Backbone) -> np.ndarray:
 
 
 def gradients(
-    views: Views, backbone: Backbone, loss: Loss, head: int, support: Views
-) -> np.ndarray:
-    """Return the unit gradients of every patch, (V, T, D).
+    views: Views, backbone: Backbone, wanted: Sequence[tuple[Loss, int]], support: Views
+) -> list[Entry]:
+    """Return entries of every patch's unit gradient, V * T rows, for each loss and head ``wanted``.
 
     Negatives come from the support index, a tenth of the patches of ``support``.
     """
-    about = {"kind": asdict(loss), "head": head, "support": [*support.identity(), SUPPORT]}
-    made = []  # the index and the projection, once something is absent
-
-    def encode(pictures: Sequence[np.ndarray], names: Sequence[str]) -> torch.Tensor:
-        if not made:
-            each = max(1, round(SUPPORT * support.patches))
-            at = choose_all(support.labels, each, "support", 0)
-            rows = patches_of(support, backbone).reshape(-1, backbone.width)[at]
-            made.append(torch.from_numpy(rows).to(backbone.device))
-            made.append(draw_parts(backbone, loss.objective(), head))
-        return unit_gradients(backbone, pictures, names, made[0], loss, made[1], head)
-
-    return encoded(views, backbone, about, views.patches, encode)
+    index, entries = [*support.identity(), SUPPORT], {}
+    for loss, head in wanted:
+        about = {"kind": asdict(loss), "head": head, "support": index}
+        entries[loss, head] = opened(views, backbone, views.patches, about)
+    absent = [one for one, entry in entries.items() if not entry.complete]
+    if absent:
+        each = max(1, round(SUPPORT * support.patches))
+        at = choose_all(support.labels, each, "support", 0)
+        rows = patches_of(support, backbone).reshape(-1, backbone.width)[at]
+        rows = torch.from_numpy(rows).to(backbone.device)
+        parts = [
+            (loss, draw_parts(backbone, loss.objective(), head), head) for loss, head in absent
+        ]
+        made = lambda pictures, names: unit_gradients(backbone, pictures, names, rows, parts)
+        encode([entries[one] for one in absent], views, backbone, made)
+    return list(entries.values())
 
 
 def vectors(kind: str, views: Views, backbone: Backbone, head: int, support: Views) -> np.ndarray:
@@ -238,7 +248,8 @@ def vectors(kind: str, views: Views, backbone: Backbone, head: int, support: Vie
     if kind == "embedding":
         return patches_of(views, backbone)
     if kind in LOSSES:
-        return gradients(views, backbone, LOSSES[kind], head, support)
+        (entry,) = gradients(views, backbone, [(LOSSES[kind], head)], support)
+        return entry.read().reshape(len(views), views.patches, -1)
     if kind == "class token":
         return tokens(views, backbone)[:, :1]
     if kind == "mean token":

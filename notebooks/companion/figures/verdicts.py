@@ -28,19 +28,22 @@ def scoreboard(df: pd.DataFrame) -> Figure:
         claims = part["item"] + ": " + part["claim"]
         names += [f"{verdict} ({len(part)})", *(textwrap.fill(claim, 64) for claim in claims)]
         rows += [None, *part.itertuples()]
-    fig, [[ax]] = figure(height=0.7 + 0.32 * len(rows))
+    tall = np.array([max(1, 0.5 * len(name.splitlines())) for name in names])  # two lines: 1
+    fig, [[ax]] = figure(height=0.7 + 0.32 * tall.sum())
     numbers = df[["paper", "value", "low", "high"]].to_numpy(float)
     left, right = min(0, np.nanmin(numbers)) - 1, max(0, np.nanmax(numbers)) + 1
-    for y, r in enumerate(rows):
+    places = tall.cumsum() - (tall + 1) / 2  # middles; those of equal rows are 0, 1, 2 ...
+    for y, half, r in zip(places, tall / 2, rows, strict=True):
         if r is None:
             continue
         ink = style.VERDICTS[r.verdict]
         if side := {"+": (0, right), "-": (left, 0)}.get(r.expected):
-            ax.fill_betweenx([y - 0.5, y + 0.5], *side, color=SHADE, linewidth=0, zorder=0)
+            ax.fill_betweenx([y - half, y + half], *side, color=SHADE, linewidth=0, zorder=0)
         ax.plot([r.paper, r.value], [y, y], color="#BBBBBB", linewidth=1, zorder=1)
         ax.plot(r.paper, y, color=ink, zorder=3, **PAPER)
         mark(ax, r.value, y, ink, x_interval=(r.low, r.high), zorder=4)
     list_axis(ax, names)
+    ax.set(yticks=places, ylim=(tall.sum() - 0.4, -0.6))
     ax.grid(False)
     for label, r in zip(ax.get_yticklabels(), rows, strict=True):
         label.set(size=SMALL, weight="bold" if r is None else "normal")
