@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import yaml
 from jupyter_server.serverapp import ServerApp
 from jupyter_server.services.config.manager import ConfigManager
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
@@ -122,6 +124,17 @@ def test_the_lock_is_complete():
             if not pin or not need.specifier.contains(version, prereleases=True):
                 missing.append(f"{name} needs {need}, the lock has {pin}")
     assert not missing
+
+
+def test_every_locked_package_runs_on_the_first_of_the_pythons_asked_for():
+    """Debian 12's is 3.11.2, and a package that asks for 3.11.5 ends the installation there."""
+    first = PROJECTS["core"]["project"]["requires-python"].removeprefix(">=") + ".0"
+    asked = {}
+    for name in PINS:
+        with suppress(metadata.PackageNotFoundError):  # a pin of another platform
+            asked[name] = metadata.metadata(name).get("Requires-Python") or ""
+    assert len(asked) > 100
+    assert not {n: text for n, text in asked.items() if not SpecifierSet(text).contains(first)}
 
 
 def test_environment_yml_and_makefile_install_both_as_editable():
