@@ -457,7 +457,10 @@ def test_long_claims_do_not_run_into_each_other():
     frame = pd.DataFrame({"claim": claims, "item": "Fig. 3", "verdict": "undecided"})
     fig = verdicts.scoreboard(frame.assign(paper=1.0, value=2.0, low=1.0, high=3.0, expected="+"))
     fig.canvas.draw()
-    boxes = [label.get_window_extent() for label in fig.axes[0].get_yticklabels()]
+    labels = fig.axes[0].get_yticklabels()
+    said = [" ".join(label.get_text().split()) for label in labels]
+    assert said == ["undecided (4)", *(f"Fig. 3: {claim}".strip() for claim in claims)]
+    boxes = [label.get_window_extent() for label in labels]
     assert all(upper.y0 > lower.y1 for upper, lower in pairwise(boxes))
 
 

@@ -43,7 +43,7 @@ def scoreboard(df: pd.DataFrame) -> Figure:
         ax.plot(r.paper, y, color=ink, zorder=3, **PAPER)
         mark(ax, r.value, y, ink, x_interval=(r.low, r.high), zorder=4)
     list_axis(ax, names)
-    ax.set(yticks=places, ylim=(tall.sum() - 0.4, -0.6))
+    ax.set(yticks=places, yticklabels=names, ylim=(tall.sum() - 0.4, -0.6))
     ax.grid(False)
     for label, r in zip(ax.get_yticklabels(), rows, strict=True):
         label.set(size=SMALL, weight="bold" if r is None else "normal")
