@@ -117,9 +117,8 @@ def started(browser, lab, tmp_path, request):
     page.set_default_timeout(60_000)
 
     def start(slug: str):
-        page.goto(
-            f"{lab[0]}/lab/workspaces/{request.node.name}/tree/notebooks/{slug}.ipynb"
-        )  # no other tabs
+        space = f"{request.node.name}-{slug}"  # of its own: no other tabs
+        page.goto(f"{lab[0]}/lab/workspaces/{space}/tree/notebooks/{slug}.ipynb")
         page.locator(".jp-Notebook .jp-CodeCell").first.wait_for()
         page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]').first.wait_for(
             state="attached"
