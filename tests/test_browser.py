@@ -246,13 +246,16 @@ def choose(cell, index: int, option: int):
     cell.locator("select").nth(index).select_option(index=option)
 
 
-def test_a_newcomers_first_minutes(notebook, tmp_path):
+def test_a_newcomers_first_minutes(started, notebook, tmp_path):
     """From the first page to a picture, to one's own photographs and to what holds; printed."""
     start = time.monotonic()
-    passed = lambda what: print(f"{what}: {time.monotonic() - start:.1f} s")
-    page = notebook("00_start_here")
+    passed = lambda what: print(f"{what}: {time.monotonic() - start:.1f} s", flush=True)
+    verdicts = ".jp-OutputArea-output table >> text=agrees"
+    page = started("00_start_here")
     page.locator(".jp-OutputArea img").first.wait_for()
-    passed("first picture and verdicts, the whole page run")
+    passed("first picture")
+    page.locator(verdicts).first.wait_for()
+    passed("six claims with their verdicts")
     page.get_by_role("link", name="20_your_own_data").first.click()
     page.locator(".lm-TabBar-tabLabel", has_text="20_your_own_data.ipynb").first.wait_for()
     passed("the page of one's own photographs is open")
@@ -268,9 +271,8 @@ def test_a_newcomers_first_minutes(notebook, tmp_path):
 
     changes(page, cell, choose_files, 300)
     passed("neighbours of twelve own photographs")
-    page = notebook("19_scoreboard")
-    page.get_by_text("agrees").first.wait_for()
-    passed("what holds and what does not")
+    notebook("19_scoreboard").locator(verdicts).first.wait_for()
+    passed("what holds and what does not, claim by claim")
 
 
 def test_start_here_links_every_notebook_and_shows_a_notebooks_claims(notebook, tmp_path):
