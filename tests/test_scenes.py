@@ -157,6 +157,17 @@ def test_only_the_kinds_that_the_store_lacks_are_computed(encoder, monkeypatch):
     assert all(np.array_equal(both[kind], again[kind]) for kind in both)
 
 
+def test_no_gradient_is_made_for_a_control_that_is_missing(encoder, monkeypatch):
+    one, asked = lookup(encoder, toy(), toy(2, "test")), []
+    watched = lambda views, backbone, wanted, support: asked.extend(wanted)
+    monkeypatch.setattr(incontext, "gradients", watched)
+    incontext.extract([one], ["FUNGI", "mean token"])
+    assert asked == 2 * [(Loss(), 0)]  # of the memory and of the queries
+    one.confusions(["FUNGI"])
+    incontext.extract([one], ["FUNGI", "mean token"])
+    assert len(asked) == 2
+
+
 def test_head_draw_and_memory_size_are_part_of_the_key_where_they_matter(encoder):
     train, test = toy(), toy(2, "test")
     key = lambda kind, **more: store.key(lookup(encoder, train, test, **more).describe(kind))

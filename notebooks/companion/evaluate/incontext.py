@@ -9,7 +9,6 @@ memory keeps by ``draw``.
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import product
 
 import numpy as np
 import torch
@@ -156,11 +155,12 @@ def extract(lookups: Sequence[Lookup], kinds: Sequence[str]) -> None:
 
     All heads and losses of the same images come from one pass.
     """
-    losses = [LOSSES[kind] for kind in kinds if kind in LOSSES]
-    heads = defaultdict(set)
+    of_losses = [kind for kind in kinds if kind in LOSSES]
+    wanted = defaultdict(dict)  # {(views, support): {(loss, head): None}}, in the lookups' order
     for one in lookups:
-        if not all(entry.complete for entry in one.entries(kinds).values()):
-            for views in (one.memory, one.queries):
-                heads[views, one.support].add(one.head)
-    for (views, support), drawn in heads.items():
-        gradients(views, lookups[0].backbone, list(product(losses, sorted(drawn))), support)
+        for kind, entry in one.entries(of_losses).items():
+            if not entry.complete:
+                for views in (one.memory, one.queries):
+                    wanted[views, one.support][LOSSES[kind], one.head] = None
+    for (views, support), some in wanted.items():
+        gradients(views, lookups[0].backbone, list(some), support)
