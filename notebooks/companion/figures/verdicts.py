@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from companion.figures import style
-from companion.figures.panels import DASHED, PAPER, key, list_axis, mark, note
+from companion.figures.panels import DASHED, PAPER, key, mark, note
 from companion.figures.style import COLUMN, INK, PALE, SMALL, figure
 
 SHADE = "#F1F1F1"
@@ -42,8 +42,8 @@ def scoreboard(df: pd.DataFrame) -> Figure:
         ax.plot([r.paper, r.value], [y, y], color="#BBBBBB", linewidth=1, zorder=1)
         ax.plot(r.paper, y, color=ink, zorder=3, **PAPER)
         mark(ax, r.value, y, ink, x_interval=(r.low, r.high), zorder=4)
-    list_axis(ax, names)
     ax.set(yticks=places, yticklabels=names, ylim=(tall.sum() - 0.4, -0.6))
+    ax.tick_params(axis="y", length=0)
     ax.grid(False)
     for label, r in zip(ax.get_yticklabels(), rows, strict=True):
         label.set(size=SMALL, weight="bold" if r is None else "normal")
