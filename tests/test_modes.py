@@ -95,8 +95,8 @@ def test_patches_are_the_same(mode):
         encoder, loss = small(), tokens.Loss()
         part = draw_parts(encoder, loss.objective(), 0)
         wanted = [(loss, part, 0)]
-        (made,) = tokens.unit_gradients(encoder, pixels, ["0", "1"], support, wanted)
-        return tokens.unit_tokens(encoder, pixels), made
+        (gradients,) = tokens.unit_gradients(encoder, pixels, ["0", "1"], support, wanted)
+        return tokens.unit_tokens(encoder, pixels), gradients
 
     expected = made()
     with MODES[mode]():

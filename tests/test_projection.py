@@ -217,10 +217,9 @@ def test_tokens_apart_are_each_token_alone_and_sum_to_the_sample(kind, bias, mon
     columns = 6 * (5 + bias)
     if kind == "given":
         projection = Rademacher(7, columns, matrix=torch.randn(7, columns))
-    elif kind == "large":  # unpacked block by block
-        monkeypatch.setattr("fungi_core.projection._DENSE_BYTES", 1)
-        projection = Rademacher(7, columns, 0)
     else:
+        if kind == "large":  # unpacked block by block
+            monkeypatch.setattr("fungi_core.projection._DENSE_BYTES", 1)
         projection = Rademacher(7, columns, 0)
     apart = projection.apply_tokens(f)
     assert apart.shape == (3, 4, 7) and apart.dtype == torch.float32
