@@ -246,6 +246,13 @@ def choose(cell, index: int, option: int):
     cell.locator("select").nth(index).select_option(index=option)
 
 
+def upload(page, files) -> None:
+    """Choose files, as a reader does in the dialogue of the browser."""
+    with page.expect_file_chooser() as chooser:
+        cell_with(page, "explore.chooser(").get_by_role("button", name="files").click()
+    chooser.value.set_files(files)
+
+
 def test_a_newcomers_first_minutes(started, notebook, tmp_path):
     """From the first page to a picture, to one's own photographs and to what holds; printed."""
     start = time.monotonic()
@@ -262,14 +269,8 @@ def test_a_newcomers_first_minutes(started, notebook, tmp_path):
     page = notebook("20_your_own_data")
     passed("its demonstration has run")
     cell = cell_with(page, "explore.interact(neighbours")
-    upload = cell_with(page, "explore.chooser(").get_by_role("button", name="files")
-
-    def choose_files():
-        with page.expect_file_chooser() as chooser:
-            upload.click()
-        chooser.value.set_files(photographs(tmp_path, 12))
-
-    changes(page, cell, choose_files, 300)
+    files = photographs(tmp_path, 12)
+    changes(page, cell, lambda: upload(page, files), 300)
     passed("neighbours of twelve own photographs")
     notebook("19_scoreboard").locator(verdicts).first.wait_for()
     passed("what holds and what does not, claim by claim")
@@ -315,16 +316,11 @@ def test_own_photographs_from_the_first_click_to_a_file(notebook, tmp_path):
     print(f"slider: {changes(page, cell, lambda: slide(cell)):.1f} s")
     files = photographs(tmp_path, 12)
     (tmp_path / "broken.jpg").write_bytes(files[0].read_bytes()[:300])
-    upload = cell_with(page, "explore.chooser(")
-
-    def choose_files():
-        with page.expect_file_chooser() as chooser:
-            upload.get_by_role("button", name="files").click()
-        chooser.value.set_files([*files, tmp_path / "broken.jpg"])
-
-    print(f"upload: {changes(page, cell, choose_files, 300):.1f} s")
-    upload.get_by_text("12 images, no classes").wait_for()
-    upload.get_by_text("left out: broken.jpg").wait_for()
+    chosen = [*files, tmp_path / "broken.jpg"]
+    print(f"upload: {changes(page, cell, lambda: upload(page, chosen), 300):.1f} s")
+    chooser = cell_with(page, "explore.chooser(")
+    chooser.get_by_text("12 images, no classes").wait_for()
+    chooser.get_by_text("left out: broken.jpg").wait_for()
     with page.expect_download() as download:
         cell_with(page, "explore.interact(keep").get_by_role(
             "link", name="own_features.npz"
@@ -342,11 +338,9 @@ def test_a_zip_keeps_its_folders_as_classes(notebook, tmp_path):
         for i, file in enumerate(files):
             album.write(file, f"{'dusk' if i % 2 else 'dawn'}/{file.name}")
     page = notebook("20_your_own_data")
-    upload = cell_with(page, "explore.chooser(")
-    with page.expect_file_chooser() as chooser:
-        upload.get_by_role("button", name="files").click()
-    chooser.value.set_files(tmp_path / "album.zip")
-    upload.get_by_text("12 images, 2 classes").wait_for(timeout=300_000)
+    upload(page, tmp_path / "album.zip")
+    done = cell_with(page, "explore.chooser(").get_by_text("12 images, 2 classes")
+    done.wait_for(timeout=300_000)
     table = cell_with(page, "explore.interact(accuracy").locator(".jp-OutputArea-output table")
     assert "E+K+D+S" in table.inner_text()
 
