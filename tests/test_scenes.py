@@ -4,6 +4,8 @@ import itertools
 from types import SimpleNamespace
 
 import helpers
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -321,16 +323,17 @@ def test_segment_is_bilinear():
 
 
 def test_tables_and_figures_of_a_toy_case(encoder):
-    case = segmentation.Case("toy", "tiny", encoder, toy(6), toy(4, "test"))
+    case = segmentation.Case("toy", "tiny", encoder, toy(6), toy(4, "test"), heads=3)
     assert [case.kept(share) for share in (0.25, 0.001, 1)] == [4, 1, 16]
-    table, found = segmentation.by_memory(case, (4, 3))
+    table, found = segmentation.by_memory(case, 4)
     small, _, large = case.shares
     assert table["memory"].tolist() == [6] * 7 + [12] * 7 + [90] * 6
     assert table["runs"].tolist() == [4] * 14 + [3] * 6
     assert [counts.shape for counts in found[large].values()] == [(3, 4, 3, 3)] * 6
     base = table[table["features"] == "embedding"]
     assert (base[segmentation.GAIN] == 0).all(axis=None) and (table["low"] <= table["high"]).all()
-    assert set(segmentation.by_memory(case, (1, 0))[1]) == set(case.shares[:2])
+    none = dataclasses.replace(case, heads=0)
+    assert set(segmentation.by_memory(none, 1)[1]) == set(case.shares[:2])
     # Six runs of one kind with the same images and the same memory are told apart by their heads.
     assert not np.array_equal(found[large]["FUNGI"][0], found[large]["FUNGI"][1])
     assert np.array_equal(found[large]["embedding"][0], found[large]["embedding"][1])
@@ -359,12 +362,12 @@ def test_cases_are_what_can_be_run_here(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("FUNGI_DATA", str(tmp_path))
     sizes = dict(side=8, limit=3, seed=0)
     name = "vit_micro.sup_tin100"
-    (case,) = segmentation.collect([name, name], ["composed", "voc2012"], **sizes)
-    assert (case.dataset, case.backbone) == ("composed", name)
+    (case,) = segmentation.collect([name, name], ["composed", "voc2012"], [2, 1], **sizes)
+    assert (case.dataset, case.backbone, case.heads) == ("composed", name, 2)
     assert (len(case.train), len(case.test), case.memory.patches) == (3, 3, 64)
     assert "Not run for want of voc2012 (Pascal VOC 2012" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="1 backbones and 2 sets"):
-        segmentation.collect([name], ["composed", "voc2012"], **sizes)
+    with pytest.raises(ValueError, match="1 backbones, 2 sets and 2 largest"):
+        segmentation.collect([name], ["composed", "voc2012"], [1, 1], **sizes)
 
 
 # ---- mosaics

@@ -37,7 +37,8 @@ Outcomes = dict[str, np.ndarray]  # {kind: pixel counts (runs, images, C, C)}
 class Case:
     """Hold one data set and one backbone at one input size.
 
-    ``seed`` draws crops. ``stores`` collects the keys of what was read for it.
+    ``heads``: how many look up the largest memory; 0 leaves it out. ``seed`` draws crops.
+    ``stores`` collects the keys of what was read for it.
     """
 
     dataset: str
@@ -45,6 +46,7 @@ class Case:
     encoder: Backbone = field(repr=False)
     train: masks.Scenes
     test: masks.Scenes
+    heads: int = 0
     seed: int = 0
     stores: list[str] = field(default_factory=list, repr=False)
 
@@ -73,27 +75,37 @@ class Case:
 
 
 def collect(
-    names: Sequence[str], sets: Sequence[str], *, side: int, limit: int, seed: int
+    names: Sequence[str],
+    sets: Sequence[str],
+    largest: Sequence[int],
+    *,
+    side: int,
+    limit: int,
+    seed: int,
 ) -> list[Case]:
-    """Return a case for each backbone and the set at its place; a notebook's first call.
+    """Return a case for each backbone, its set and its number of heads at the largest memory; a
+    notebook's first call.
 
     ``side``: patches a side of an image; ``limit``: images of a split, 0 for all. What is missing
     is named; where nothing can be run the notebook ends there (`explore.end`). Raises ValueError
     for lists of different lengths.
     """
-    if len(names) != len(sets):
-        raise ValueError(f"{len(names)} backbones and {len(sets)} sets; each backbone has its set")
+    if not len(names) == len(sets) == len(largest):
+        raise ValueError(
+            f"{len(names)} backbones, {len(sets)} sets and {len(largest)} largest memories; "
+            "each backbone has its own"
+        )
     present = here(dict.fromkeys(names))[0]
     lacking = {name: reason for name in sets if (reason := masks.unavailable(name))}
     for reason in lacking.values():
         print(f"Not run for want of {reason}")
     cases = []
-    for name, data in zip(names, sets, strict=True):
+    for name, data, heads in zip(names, sets, largest, strict=True):
         if name in present and data not in lacking:
             encoder = load(name)
             encoder = encoder.at_size(side * scenes.patch_size(encoder))
             both = [masks.load(data, split, limit, seed) for split in ("train", "test")]
-            cases.append(Case(data, name, encoder, *both, seed))
+            cases.append(Case(data, name, encoder, *both, heads, seed))
     if not cases:
         explore.end("Nothing can be run here without these data sets; see README, Profiles.")
     return cases
@@ -128,19 +140,19 @@ def scores(found: Outcomes, case: Case, **columns) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=names).assign(**about, **columns)
 
 
-def by_memory(case: Case, runs: tuple[int, int]) -> tuple[pd.DataFrame, dict[float, Outcomes]]:
+def by_memory(case: Case, draws: int) -> tuple[pd.DataFrame, dict[float, Outcomes]]:
     """Return Tables 3 and 7 for one case, with the controls, and {share: outcomes}.
 
-    ``runs``: how often the smaller memories are drawn, each time with the next of three heads, and
-    how many heads look up the largest, whose patches are drawn once; without any it is left out. In
-    the table ``paper`` is the gain that the paper prints for that one of its three memory sizes.
+    ``draws``: how often the smaller memories are drawn, each time with the next of three heads; the
+    patches of the largest are drawn once. In the table ``paper`` is the gain that the paper prints
+    for that one of its three memory sizes.
     """
-    frames, found, (draws, heads) = [], {}, runs
-    shares = case.shares if heads else case.shares[:-1]
+    frames, found = [], {}
+    shares = case.shares if case.heads else case.shares[:-1]
     for share, gain in zip(shares, printed_gains(case), strict=False):
         drawn, kinds = [(draw, draw % HEADS) for draw in range(draws)], KINDS
         if share == case.shares[-1]:
-            drawn, kinds = [(0, head) for head in range(heads)], LARGEST
+            drawn, kinds = [(0, head) for head in range(case.heads)], LARGEST
         each = case.kept(share)
         found[share] = outcomes(case, [case.lookup(each, *one) for one in drawn], kinds)
         about = dict(memory=each * len(case.train), runs=len(drawn))
@@ -216,7 +228,7 @@ def by_mosaic(case: Case, tiles: str, rounds: int, heads: int) -> pd.DataFrame:
             mosaics.mosaics(datasets.load(tiles, split), count, rounds, encoder.inputs.size)
             for split in ("train", "test")
         )
-        scene = Case(train.name, case.backbone, encoder, train, test, case.seed, case.stores)
+        scene = Case(train.name, case.backbone, encoder, train, test, 0, case.seed, case.stores)
         every = scene.memory.patches
         lookups = [scene.lookup(every, head=head) for head in range(heads)]
         found = outcomes(scene, lookups, LARGEST)
