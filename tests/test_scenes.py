@@ -1,11 +1,10 @@
 """In-context segmentation: memory, label transfer, mIoU and the tables of its notebook."""
 
+import dataclasses
 import itertools
 from types import SimpleNamespace
 
 import helpers
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
