@@ -17,7 +17,7 @@ from timm.data import resolve_data_config
 
 from . import class_token
 from .devices import default_modes, in_dtype, patch_embedding, resolve_device, resolve_dtype
-from .gradients import Factors, Loss, linear_layer, tapped_factors
+from .gradients import Factors, Loss, factors_at, linear_layer, tapped
 from .inputs import one_line
 from .views import ImageInputs
 
@@ -150,7 +150,8 @@ class Backbone:
             with torch.no_grad():
                 embeddings = self.embed(groups[0].flatten(0, 1)).float()  # (B * V, D)
             return embeddings.unflatten(0, groups[0].shape[:2]), []
-        return tapped_factors(self.model, self.embed, groups[0], loss, layers)
+        embeddings, taps = tapped(self.model, self.embed, groups[0], layers)
+        return embeddings.detach(), factors_at(embeddings, taps, loss)
 
     def trunk(self, views: torch.Tensor | list[torch.Tensor]) -> class_token.Trunk:
         """Return what the class-token path knows of views before any loss."""

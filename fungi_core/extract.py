@@ -10,6 +10,7 @@ A data set is any object with ``name``, ``split``, ``fingerprint`` (a hash of it
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,11 @@ from torch.utils.data import Subset
 from . import store
 from .backbones import Backbone
 from .devices import default_modes
-from .filling import write
+from .filling import Pass, write
 from .gradients import Factors, linear_layer
 from .objectives import Heads, Objective
 from .projection import factors_of
 from .rows import (
-    batch_size,
     chosen_negatives,
     draw_parts,
     embedding_rows,
@@ -115,7 +115,7 @@ def fill(
         raise ValueError(f"{need}, not {backbone.name} {layer}")
     part = shard_rows(len(data), *shard)
     embedding = store.open_entry(describe(data, backbone), len(data), backbone.width, root)
-    entries = {"embedding": embedding}
+    entries, passes = {"embedding": embedding}, []
     for objective in objectives:
         width = backbone.width
         if projection == "exact":
@@ -127,13 +127,15 @@ def fill(
         if objective.sees_whole and layer == backbone.layer:
             both.append(embedding)
         options = dict(train=train, seed=seed, projection=projection, root=root, part=part)
-        fill_gradients(both, data, backbone, objective, [layer], **options)
-    label = f"{data.name} {data.split} {backbone.name} embedding"
-    write([embedding], data, label, lambda some: embedding_rows(backbone, some), part)
+        passes += gradient_passes(both, data, backbone, objective, [layer], **options)
+    if not any(embedding in one.entries for one in passes):
+        seen = lambda some: embedding_rows(backbone, some)
+        passes.append(Pass([embedding], data, f"{data.name} {data.split}, embedding", seen, part))
+    write(*passes)
     return entries
 
 
-def fill_gradients(
+def gradient_passes(
     entries: Sequence[store.Entry],
     data,
     backbone: Backbone,
@@ -145,36 +147,37 @@ def fill_gradients(
     projection: str = "rademacher",
     root: Path | None = None,
     part: tuple[int, int | None] = (0, None),
-) -> None:
-    """Fill entries with one objective's gradients, all from one pass over the items that they lack.
+) -> list[Pass]:
+    """Return the passes that fill entries with one objective's gradients, all layers from one.
 
     ``layers``: of each gradient, in the entries' order; one entry more takes the embedding that
-    comes along. ``train``: what negatives are of.
+    comes along. ``train``: what negatives are of. What a trunk says is passed first and kept.
     """
-    if not store.gaps(entries, *part):
-        return  # neither heads nor negatives are drawn
+    if not any(entry.missing(*part) for entry in entries):
+        return []  # neither heads nor negatives are drawn
     parts = [draw_parts(backbone, objective, seed, layer, projection) for layer in layers]
-    label, own = f"{data.name} {data.split} {backbone.name} {objective.name}", [backbone.layer]
-    trunk = open_trunk(data, backbone, objective, seed, root) if layers == own else None
-    if trunk:
-        seen = lambda some: trunk_rows(backbone, objective, some, seed)
-        for absent in store.gaps(entries, *part):
-            write([trunk], data, label, seen, absent)
-    negatives = stored_negatives(backbone, objective, parts[0].heads, train, seed, root)
-    parts = [replace(one, negatives=negatives) for one in parts]
+    own = list(layers) == [backbone.layer]
+    trunk = trunk_pass(data, backbone, objective, seed, root) if own else None
+
+    # Asked for once, with the first row: the train split's trunk is there by then.
+    heads = parts[0].heads
+    negatives = cache(lambda: stored_negatives(backbone, objective, heads, train, seed, root))
 
     def rows(some: Subset) -> Iterator[tuple[int, list[np.ndarray]]]:
-        held = trunk and trunk.files(some.indices.start, some.indices.stop)
-        done = gradient_rows(backbone, objective, parts, some, seed, held)
+        held = trunk and trunk.entries[0].files(some.indices.start, some.indices.stop)
+        whole = [replace(one, negatives=negatives()) for one in parts]
+        done = gradient_rows(backbone, objective, whole, some, seed, held)
         return ((start, [*gradients, embeddings]) for start, embeddings, gradients in done)
 
-    write(entries, data, label, rows, part)
+    views = 1 if trunk else objective.views.count(backbone.inputs)
+    last = Pass(entries, data, f"{data.name} {data.split}, {objective.name}", rows, part, views)
+    return [*(replace(trunk, part=gap) for gap in last.absent() if trunk), last]
 
 
-def open_trunk(
+def trunk_pass(
     data, backbone: Backbone, objective: Objective, seed: int, root: Path | None
-) -> store.Entry | None:
-    """Open the entry of `trunk_rows`, from which any head, loss and negative follows in no time.
+) -> Pass | None:
+    """Return the pass that stores `trunk_rows`, from which heads, losses and negatives follow soon.
 
     None where a loss may read more than the class token, or they would take over `_KEPT` bytes.
     """
@@ -185,10 +188,13 @@ def open_trunk(
     meta = describe(data, backbone) | {"feature": "trunk", "views": objective.settings()[0]}
     if views.random:  # drawn by both
         meta |= {"seed": seed, "objective": objective.name}
-    layer = linear_layer(backbone.model, backbone.layer)
-    width = views.count(backbone.inputs) * (layer.in_features + layer.out_features)
-    small = 4 * width * len(data) <= _KEPT
-    return store.open_entry(meta, len(data), width, root) if small else None
+    layer, count = linear_layer(backbone.model, backbone.layer), views.count(backbone.inputs)
+    width = count * (layer.in_features + layer.out_features)
+    if 4 * width * len(data) > _KEPT:
+        return None
+    entry = store.open_entry(meta, len(data), width, root)
+    rows = lambda some: trunk_rows(backbone, objective, some, seed)
+    return Pass([entry], data, f"{data.name} {data.split}, {objective.name}", rows, views=count)
 
 
 @default_modes()
@@ -207,26 +213,17 @@ def stored_negatives(
     dim = objective.latents(blank, heads).shape[1]
     meta = describe(train, backbone, objective, train, seed) | {"rows": "latents of negatives"}
     entry = store.open_entry(meta, len(chosen), views * dim, root)
-    trunk = open_trunk(train, backbone, objective, seed, root)
+    trunk = trunk_pass(train, backbone, objective, seed, root)
 
     def rows(some: Subset) -> Iterator[tuple[int, list[np.ndarray]]]:
-        wanted, held = chosen[some.indices], None
-        if trunk and trunk.complete:
-            held = [trunk.read()[wanted]]
-        elif trunk:
-            # Whole batches: rounding depends on what an item shares its batch with, and the order
-            # of jobs must not change a byte.
-            size = batch_size(backbone, objective.views)
-            near = np.flatnonzero(np.isin(np.arange(len(train)) // size, wanted // size))
-            passed = trunk_rows(backbone, objective, Subset(train, near.tolist()), seed)
-            held = [np.concatenate([block for _, (block,) in passed])[np.isin(near, wanted)]]
+        held = trunk and [trunk.entries[0].read()[chosen[some.indices]]]
         for start, latents in latents_of_views(backbone, objective, heads, some, seed, held):
             yield start, [latents.flatten(1).cpu().numpy()]  # (B, V, C) -> (B, V * C)
 
     if not entry.complete:
-        items = Subset(train, chosen.tolist())
-        label = f"{train.name} {objective.name} negatives"
-        write([entry], items, label, rows)
+        label, items = f"{train.name} {objective.name} negatives", Subset(train, chosen.tolist())
+        # The trunk of all training items: their own gradients are made of it.
+        write(*filter(None, [trunk]), Pass([entry], items, label, rows, views=0))
     latents = torch.from_numpy(entry.read()).unflatten(1, (views, dim))  # (N, V * C) -> (N, V, C)
     return objective.memory(latents, rng).to(backbone.device)
 

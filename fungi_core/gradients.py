@@ -152,18 +152,6 @@ def factors_at(
     ]
 
 
-def tapped_factors(
-    model: torch.nn.Module,
-    embed: Callable[[torch.Tensor], torch.Tensor],
-    views: torch.Tensor,
-    loss: Loss,
-    paths: Sequence[str],
-) -> tuple[torch.Tensor, list[Factors]]:
-    """Return the embeddings and the factors at every path: `tapped`, then `factors_at`."""
-    embeddings, taps = tapped(model, embed, views, paths)
-    return embeddings.detach(), factors_at(embeddings, taps, loss)
-
-
 def loss_gradient(
     loss: Loss, embeddings: torch.Tensor, outputs: Sequence[torch.Tensor], again: bool = False
 ) -> Sequence[torch.Tensor]:

@@ -6,10 +6,11 @@ from datetime import datetime
 
 import ipywidgets
 import pytest
+from small import SMALL, Pictures, small
 from tqdm import tqdm
 
 from companion import explore, protocol
-from fungi_core import filling
+from fungi_core import extract, filling
 
 DISPLAYED = []
 
@@ -156,7 +157,7 @@ def test_the_panel_of_a_batch_run_loads_and_raises(batch):
 def test_bars_are_for_people_and_quiet_in_batch_logs(monkeypatch, capsys):
     monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
     assert list(protocol.each(range(3), "three")) == [0, 1, 2]
-    assert filling.progress(3, "three").disable
+    assert filling.progress(3, "view").disable
     assert capsys.readouterr().err == ""
     monkeypatch.setenv("JPY_SESSION_NAME", "notebook.ipynb")
     for module in (protocol, filling):
@@ -164,8 +165,43 @@ def test_bars_are_for_people_and_quiet_in_batch_logs(monkeypatch, capsys):
     bar = protocol.each(range(3), "three")
     assert not bar.disable and bar.delay == 2 and list(bar) == [0, 1, 2]
     assert capsys.readouterr().err == ""  # done before the third second
-    with filling.progress(2, "two") as bar:
+    with filling.progress(2, "photograph") as bar:
         bar.update(1)
         bar.refresh()
-        assert "two:  50%" in (shown := capsys.readouterr().err) and "1/2" in shown
+        assert " 50%" in (shown := capsys.readouterr().err) and "1/2" in shown
     assert not capsys.readouterr().err.strip()  # gone: several would look like one that hangs
+
+
+@pytest.mark.parametrize("kept", [2**30, 0])
+def test_one_bar_counts_the_views_of_all_objectives(kept, tmp_path, monkeypatch):
+    """Whether what the trunk says is kept, 1 + 4 + 9 views an image; then also each row made of it.
+    A second extraction has nothing left, one with a file lost that file."""
+    bars = []
+
+    class Watched(tqdm):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs | {"disable": True})
+            self.total, self.n = kwargs["total"], 0
+            bars.append(self)
+
+        def update(self, n=1):
+            self.n += n
+
+    monkeypatch.setattr(filling, "tqdm", Watched)
+    monkeypatch.setattr(extract, "_KEPT", kept)
+    data = Pictures("train", tuple(range(300)))  # two files of the store
+    run = lambda: extract.extract(data, small(), SMALL, root=tmp_path)
+    views = sum(one.views.count(small().inputs) for one in SMALL)
+    a_row = views + 3 if kept else views
+    first = run()
+    shown = [bar for bar in bars if bar.total]
+    assert [(bar.total, bar.n) for bar in shown] == [(300 * a_row, 300 * a_row)]
+    bars.clear()
+    run()
+    assert not any(bar.total for bar in bars)
+    for key in first.keys:
+        for file in (tmp_path / key).glob("000000256-*"):
+            file.unlink()
+    run()
+    left = 44 * (3 if kept else views)
+    assert [(bar.total, bar.n) for bar in bars if bar.total] == [(left, left)]

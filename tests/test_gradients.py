@@ -18,7 +18,7 @@ from companion.encoders.objectives import (
     patch_count,
 )
 from fungi_core import KL, load
-from fungi_core.gradients import linear_layer, tap, tapped_factors
+from fungi_core.gradients import factors_at, linear_layer, tap, tapped
 from fungi_core.rows import draw_parts
 from fungi_core.views import Crops, ImageInputs, Patches
 
@@ -48,7 +48,7 @@ def test_tapped_gradients_equal_per_sample_autograd(objective, pool):
     given, batch = parts(backbone, objective), views(objective, backbone.inputs.size)
     expected = autograd(backbone, objective, given, batch, backbone.layer)
     loss = lambda e: objective.loss(e, given.heads, given.negatives)
-    _, (factors,) = tapped_factors(backbone.model, backbone.embed, batch, loss, [backbone.layer])
+    (factors,) = factors_at(*tapped(backbone.model, backbone.embed, batch, [backbone.layer]), loss)
     # KL's is the small difference of nearly equal probabilities, and batches round otherwise.
     limit = 1e-4 if objective.name == "kl" else 1e-5
     assert relative(factors.gradient(), expected) < limit
@@ -196,7 +196,7 @@ def test_a_tap_that_runs_twice_is_refused():
     layer = torch.nn.Linear(4, 4)
     model = torch.nn.Sequential(layer, layer)
     with pytest.raises(ValueError, match="ran 2 times"):
-        tapped_factors(model, model, torch.zeros(1, 1, 4), lambda e: e.sum((1, 2)), ["0"])
+        tapped(model, model, torch.zeros(1, 1, 4), ["0"])
 
 
 def test_taps_leave_the_output_as_it_is():

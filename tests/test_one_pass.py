@@ -12,7 +12,7 @@ from small import LAYERS, SMALL, Pictures, pictures, small
 from companion import controls
 from fungi_core import rows, store
 from fungi_core.extract import extract
-from fungi_core.filling import write
+from fungi_core.filling import Pass, write
 from fungi_core.rows import draw_negatives, draw_parts, gradient_rows, view_batches
 from fungi_core.store import SHARD
 
@@ -121,7 +121,7 @@ def passing(n: int, asked: list):
 def test_each_entry_gets_its_block(tmp_path):
     n, asked = 700, []
     entries = [store.open_entry({"i": i}, n, 4, tmp_path) for i in range(3)]
-    write(entries, range(n), "three", passing(n, asked))
+    write(Pass(entries, range(n), "three", passing(n, asked)))
     assert asked == [(0, n)]
     for i, entry in enumerate(entries):
         np.testing.assert_array_equal(entry.read(), values(n, i))
@@ -130,11 +130,11 @@ def test_each_entry_gets_its_block(tmp_path):
 def test_only_what_an_entry_lacks_is_passed_over_again_in_whole_files(tmp_path):
     n, asked = 1000, []
     entry = store.open_entry({}, n, 4, tmp_path)
-    write([entry], range(n), "first", passing(n, asked))
+    write(Pass([entry], range(n), "first", passing(n, asked)))
     before = {file.name: file.read_bytes() for file in entry.path.iterdir()}
     next(entry.path.glob(f"{SHARD:09d}-*")).unlink()
-    write([entry], range(n), "again", passing(n, asked))
+    write(Pass([entry], range(n), "again", passing(n, asked)))
     assert asked == [(0, n), (SHARD, 2 * SHARD)]
     assert {file.name: file.read_bytes() for file in entry.path.iterdir()} == before
-    write([entry], range(n), "nothing", passing(n, asked))
+    write(Pass([entry], range(n), "nothing", passing(n, asked)))
     assert len(asked) == 2

@@ -220,7 +220,7 @@ def test_gradients_are_autograd(kind, objective):
     loss = loss_of(objective, WIDTH)
     model.requires_grad_(False)
     path = f"blocks.{DEPTH - 1}.attn.proj"
-    _, (factors,) = gradients.tapped_factors(model, embed, x, loss, [path])
+    (factors,) = gradients.factors_at(*gradients.tapped(model, embed, x, [path]), loss)
     layer = model.get_submodule(path)
     layer.requires_grad_(True)
     for i, clip in enumerate(x):
@@ -239,7 +239,7 @@ def test_one_token_of_two():
     model.load_state_dict(spectrograms.ssast_weights(published()))
     embed = lambda v: model.forward_head(model.forward_features(v), pre_logits=True)
     layers = ["blocks.1.attn.proj"]
-    _, (factors,) = gradients.tapped_factors(model, embed, x, loss, layers)
+    (factors,) = gradients.factors_at(*gradients.tapped(model, embed, x, layers), loss)
     assert (factors.output_gradients[:, 1:] == 0).all()
     assert factors.output_gradients[:, 0].abs().sum() > 0
 

@@ -39,7 +39,8 @@ def contents(root: Path) -> dict[str, bytes]:
 
 
 def trunk_of(data, objective, root: Path, backbone=None, seed: int = 0) -> store.Entry | None:
-    return extract.open_trunk(data, backbone or small(), objective, seed, root)
+    found = extract.trunk_pass(data, backbone or small(), objective, seed, root)
+    return found and found.entries[0]
 
 
 @pytest.fixture
@@ -88,28 +89,15 @@ def test_other_batches_round_differently_and_no_more(tmp_path, monkeypatch):
         np.testing.assert_allclose(kept[0].blocks[name], block, rtol=0, atol=limit)
 
 
-def test_negatives_have_the_same_bytes_whichever_split_comes_first(tmp_path, passed):
-    """Where the trunk of the train split is complete they come from it, else from whole batches."""
+def test_negatives_come_from_the_trunk_of_the_train_split_whichever_split_is_first(
+    tmp_path, passed
+):
     ordered = both([SIMCLR], tmp_path / "a")
     assert passed == [("simclr", "train", 12), ("simclr", "test", 8)]
     passed.clear()
     reverse = both([SIMCLR], tmp_path / "b", (TEST, TRAIN))
-    assert passed == [("simclr", "test", 8), ("simclr", "train", 12), ("simclr", "train", 12)]
+    assert passed == [("simclr", "test", 8), ("simclr", "train", 12)]  # and no item twice
     equal(ordered, reverse[::-1])
-    assert contents(tmp_path / "a") == contents(tmp_path / "b")
-
-
-@pytest.mark.parametrize("size", [1, 2, 8])
-def test_negatives_without_a_trunk_cost_only_the_batches_that_hold_them(
-    size, tmp_path, passed, monkeypatch
-):
-    monkeypatch.setattr(type(small().inputs), "at_once", lambda *_: size)
-    both([SIMCLR], tmp_path / "a")
-    passed.clear()
-    both([SIMCLR], tmp_path / "b", (TEST, TRAIN))
-    chosen, _ = rows.chosen_negatives(SIMCLR, 12, 0)
-    batches = {i // size for i in chosen.tolist()}
-    assert passed[1] == ("simclr", "train", sum(i // size in batches for i in range(12)))
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 

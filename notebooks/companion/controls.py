@@ -17,7 +17,7 @@ from companion.protocol import Pair, project, reduced, right_or_wrong, similarit
 from fungi_core import DINO, KL, SimCLR, projection
 from fungi_core.backbones import Backbone
 from fungi_core.devices import default_modes
-from fungi_core.extract import Features, extract, open_trunk
+from fungi_core.extract import Features, extract, trunk_pass
 from fungi_core.objectives import Objective
 from fungi_core.rows import latents_of_views
 from fungi_core.seeds import generator
@@ -86,8 +86,8 @@ def mean_view(data: Images, backbone: Backbone, objective: Objective, seed: int)
 
     What the trunk says of the views is read from the store, where it is kept.
     """
-    trunk = open_trunk(data, backbone, objective, seed, paths.store_dir())
-    held = trunk.files() if trunk and trunk.complete else None
+    trunk = trunk_pass(data, backbone, objective, seed, paths.store_dir())
+    held = trunk.entries[0].files() if trunk and not trunk.absent() else None
     views = latents_of_views(backbone, objective, {}, data, seed, held)  # no head: embeddings
     means = [F.normalize(embeddings, dim=-1).mean(1) for _, embeddings in views]  # (B, D) each
     return torch.cat(means).numpy(force=True)

@@ -29,10 +29,11 @@ from fungi_core.extract import (
     describe,
     extract,
     fill,
-    fill_gradients,
+    gradient_passes,
     shard_rows,
     stored_negatives,
 )
+from fungi_core.filling import write
 from fungi_core.rows import draw_parts, gradient_rows
 
 ALL = ("kl", "dino", "simclr")
@@ -114,14 +115,15 @@ def layer_features(
     found = {layer: [] for layer in layers}
     own = [layer for layer in layers if layer == encoder.layer]
     for data in both:
-        entries = {}
+        entries, passes = {}, []
         for layer in layers:
             meta = describe(data, encoder, objective, both[0], seed, layer, "rademacher")
             entries[layer] = store.open_entry(meta, len(data), encoder.width, root)
         for some in ([layer for layer in layers if layer not in own], own):
             targets = [entries[layer] for layer in some]
             options = dict(train=both[0], seed=seed, root=root)
-            fill_gradients(targets, data, encoder, objective, some, **options)
+            passes += gradient_passes(targets, data, encoder, objective, some, **options)
+        write(*passes)
         for layer, entry in entries.items():
             found[layer].append(Features(data, {objective.name: entry.read()}, (entry.key,)))
     return {layer: tuple(pair) for layer, pair in found.items()}

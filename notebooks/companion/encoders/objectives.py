@@ -19,7 +19,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from companion.messages import require
 from fungi_core import DINO, KL, SimCLR, audio, text
-from fungi_core.gradients import tapped_factors
+from fungi_core.gradients import factors_at, tapped
 from fungi_core.inputs import Views
 from fungi_core.objectives import Heads, Objective, head_latents, linear_head
 from fungi_core.views import Crops
@@ -155,7 +155,8 @@ class IBOT(Objective):
         """Return all tokens and their factors: the loss reads tokens of masked and whole crops."""
         masked, model = masked_crops(batch, heads["masks"]), backbone.model
         loss = lambda tokens: self.loss(tokens, heads)
-        return tapped_factors(model, partial(class_and_patches, model), masked, loss, layers)
+        seen, taps = tapped(model, partial(class_and_patches, model), masked, layers)
+        return seen.detach(), factors_at(seen, taps, loss)
 
     def loss(self, embeddings, heads, negatives=None) -> torch.Tensor:
         """Return the loss of each sample, (B,), from tokens (B, V + G, 1 + patches, D).
@@ -255,7 +256,8 @@ class MaskedWords(Objective):
     def factors(self, backbone, batch, heads, negatives, layers):
         """Return all tokens and their factors: the loss reads the tokens behind the masks."""
         model, loss = backbone.model, lambda tokens: self.loss(tokens, heads, batch[:, :, 2])
-        return tapped_factors(model, partial(text.hidden, model), batch, loss, layers)
+        seen, taps = tapped(model, partial(text.hidden, model), batch, layers)
+        return seen.detach(), factors_at(seen, taps, loss)
 
     def loss(self, embeddings, heads, negatives=None) -> torch.Tensor:
         """Return the mean cross-entropy of the hidden tokens, (B,).

@@ -27,7 +27,7 @@ from companion.evaluate.scenes import (
     vectors,
 )
 from fungi_core.backbones import Backbone
-from fungi_core.filling import write
+from fungi_core.filling import Pass, write
 from fungi_core.search import largest, rows_at_once
 from fungi_core.store import Entry, open_entry
 
@@ -118,7 +118,7 @@ class Lookup:
                 yield at, [one.reshape(1, -1).astype(np.float32) for one in counts]
 
         label = f"{self.queries.data.name} {', '.join(todo)}"
-        write([entries[kind] for kind in todo], range(n), label, rows)
+        write(Pass([entries[kind] for kind in todo], range(n), label, rows))
         found = {kind: entry.read().reshape(n, classes, classes) for kind, entry in entries.items()}
         return found, [entry.key for entry in entries.values()]
 

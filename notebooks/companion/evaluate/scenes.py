@@ -16,7 +16,7 @@ from torchvision.transforms.v2 import functional as TF
 from companion import paths
 from companion.data.masks import Scenes
 from fungi_core.backbones import Backbone
-from fungi_core.filling import write
+from fungi_core.filling import Pass, write
 from fungi_core.rows import draw_parts
 from fungi_core.seeds import generator
 from fungi_core.store import Entry, open_entry
@@ -199,7 +199,7 @@ def encode(entries: Sequence[Entry], views: Views, backbone: Backbone, made: Cal
             flat = [block.flatten(0, 1).numpy(force=True)[cut] for block in blocks]
             yield max(start - first, 0), flat
 
-    write(entries, range(total), f"{views.data.name} {views.role}", rows)
+    write(Pass(entries, range(total), f"{views.data.name} {views.role}", rows))
 
 
 def tokens(views: Views, backbone: Backbone) -> np.ndarray:
