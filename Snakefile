@@ -59,7 +59,7 @@ def made_plan():
     }
 
 
-MARKER = RUNS + "/features/{0.backbone}/{0.dataset}/{0.split}-{0.n_train}-{0.n_test}-seed{0.seed}/{0.group}"
+MARKER = RUNS + "/features/{0.backbone}/{0.dataset}/{0.n_train}-{0.n_test}-seed{0.seed}/{0.group}"
 if workflow.remote_exec:  # a cluster's job follows the plan that it was submitted by, and saves the import of torch
     plan = json.loads(PLAN.read_text())
 else:
@@ -91,14 +91,14 @@ rule all:
 
 
 EXTRACT = (
-    "{sys.executable:q} -m companion.features {wildcards.backbone:q} {wildcards.dataset:q} {wildcards.split}"
+    "{sys.executable:q} -m companion.features {wildcards.backbone:q} {wildcards.dataset:q}"
     " {params.names} --n-train {wildcards.n_train} --n-test {wildcards.n_test} --seed {wildcards.seed}"
 )
-FOLDER = RUNS + "/features/{backbone}/{dataset}/{split}-{n_train}-{n_test}-seed{seed}"
+FOLDER = RUNS + "/features/{backbone}/{dataset}/{n_train}-{n_test}-seed{seed}"
 DONE = FOLDER + "/{names}.done"
 
 wildcard_constraints:
-    dataset="[^/]+", split="train|test", n_train=r"\d+", n_test=r"\d+", seed=r"\d+", names="[a-z+]+", slug=r"\d\d_\w+",
+    dataset="[^/]+", n_train=r"\d+", n_test=r"\d+", seed=r"\d+", names="[a-z+]+", slug=r"\d\d_\w+",
     part=r"\d+", parts=r"\d+"
 
 
@@ -112,11 +112,7 @@ rule shard:  # one of several jobs that fill different rows of one store
 
 
 rule features:  # all rows; after its shards it finds them there, and reads every checksum
-    input:
-        CODE_OF_FEATURES, lambda wc: plan["shards"].get(DONE.format(**dict(wc.items())), []),
-        # SimCLR's negatives are training images: made beside the training split, they would be passed twice.
-        lambda wc: DONE.format(**dict(wc.items()) | {"split": "train"})
-            if wc.split == "test" and "simclr" in wc.names else [],
+    input: CODE_OF_FEATURES, lambda wc: plan["shards"].get(DONE.format(**dict(wc.items())), [])
     output: touch(DONE)
     params: names=lambda wc: wc.names.replace("+", " ")
     threads: THREADS

@@ -20,36 +20,35 @@ DEIT = "vit_b_16.tv_in1k"
 def job(
     backbone=DEIT,
     dataset="cifar10",
-    split="train",
     n_train=0,
     n_test=0,
     group="embedding+kl+dino+simclr",
 ):
-    return Job(backbone, dataset, split, n_train, n_test, 0, group)
+    return Job(backbone, dataset, n_train, n_test, 0, group)
 
 
-def test_rows_are_the_official_sizes_below_the_limits():
-    assert job().rows == 50_000 and job(split="test").rows == 10_000
-    assert job(n_train=750).rows == 750 and job(n_train=750, split="test").rows == 10_000
-    assert job(n_test=20_000, split="test").rows == 10_000
+def test_rows_are_the_official_sizes_of_both_splits_below_the_limits():
+    assert job().rows == 50_000 + 10_000
+    assert job(n_train=750).rows == 750 + 10_000
+    assert job(n_train=750, n_test=20_000).rows == 750 + 10_000
     assert job(dataset="imagenet100").rows == 0  # not known
-    assert job(dataset="my_own").rows == 0 and job(dataset="my_own", n_train=40).rows == 40
+    assert job(dataset="my_own", n_train=40).rows == 0  # of the test split
+    assert job(dataset="my_own", n_train=40, n_test=7).rows == 47
 
 
 def test_shards_hold_a_fixed_number_of_rows():
-    assert job(dataset="imagenet1k").shards() == 26  # 1,281,167 rows
-    assert job().shards() == 1 and job(dataset="flowers102").shards() == 1
+    assert job(dataset="imagenet1k").shards() == 27  # 1,281,167 + 50,000 rows
+    assert job().shards() == 2 and job(dataset="flowers102").shards() == 1
     assert job(dataset="imagenet100").shards() == 1  # size not known
-    assert job(n_train=1001).shards(500) == 3 and job(n_train=1000).shards(500) == 2
+    assert job(n_train=990, n_test=11).shards(500) == 3
+    assert job(n_train=990, n_test=10).shards(500) == 2
 
 
 def test_jobs_are_those_of_the_parameters():
     parameters = {"backbones": ["a", "b"], "datasets": ["x"], "n_train": 5, "n_test": 6, "seed": 1}
     found = plan.jobs(parameters, "mini", {"a", "x"})
-    assert found == [
-        Job("a", "x", split, 5, 6, 1, "embedding+kl+dino+simclr") for split in ("train", "test")
-    ]
-    assert len(plan.jobs(parameters, "paper")) == 2 * 2 * 3
+    assert found == [Job("a", "x", 5, 6, 1, "embedding+kl+dino+simclr")]
+    assert len(plan.jobs(parameters, "paper")) == 2 * 3
     others = plan.jobs(parameters | {"simclr_steps": 3}, "mini", {"a", "x"})
     assert {job.group for job in others} == {"embedding+kl+dino"}  # its SimCLR is its own
     sounds = plan.jobs(parameters | {"datasets": ["synthetic_sounds"], "backbones": ["a"]}, "mini")
@@ -58,7 +57,7 @@ def test_jobs_are_those_of_the_parameters():
 
 
 def test_a_job_whose_features_another_makes_is_that_job():
-    job = lambda group, seed=0: plan.Job("net", "digits", "train", 60, 40, seed, group)
+    job = lambda group, seed=0: plan.Job("net", "digits", 60, 40, seed, group)
     all_of, two = job("embedding+kl+dino+simclr"), job("embedding+kl+dino")
     elsewhere = job("embedding+kl", seed=1)
     wanted = {"02": [all_of], "07": [two], "08": [job("embedding+kl"), elsewhere], "13": []}
@@ -72,10 +71,10 @@ def test_the_listing_counts_jobs_shards_and_rows():
         [*same, job(dataset="imagenet1k", group="dino"), job(dataset="imagenet100")]
     )
     lines = [line.split() for line in text.splitlines()]
-    assert ["2", "2", "50000", "cifar10", "train", "simclr"] in lines
-    assert ["1", "26", "1281167", "imagenet1k", "train", "dino"] in lines
+    assert ["2", "4", "60000", "cifar10", "simclr"] in lines
+    assert ["1", "27", "1331167", "imagenet1k", "dino"] in lines
     assert any(line[:5] == ["1", "1", "not", "known", "imagenet100"] for line in lines)
-    assert lines[-1] == ["4", "29", "in", "all:", "1,381,167", "rows"]
+    assert lines[-1] == ["4", "32", "in", "all:", "1,451,167", "rows"]
 
 
 def test_the_command_prints_a_profile_or_one_line(capsys):
@@ -114,17 +113,15 @@ def counts(text: str) -> dict[str, int]:
 
 @pytest.mark.batch
 def test_shards_of_any_profile_by_config(snakemake):
-    """Six splits of 300 rows: two shards each."""
+    """Three data sets of 300 + 300 rows: two shards each."""
     target = "runs/mini/15_pca.ipynb"
-    text = snakemake("--cores", "2", "--config", "profile=mini", "rows_a_job=256", "--", target)
-    assert counts(text) == {"shard": 12, "features": 6, "notebook": 1}
+    text = snakemake("--cores", "2", "--config", "profile=mini", "rows_a_job=500", "--", target)
+    assert counts(text) == {"shard": 6, "features": 3, "notebook": 1}
 
 
 @pytest.mark.batch
 def test_the_papers_profile_asks_for_gpus_and_is_in_shards(snakemake, tmp_path):
-    """With CIFAR 10 and DeiT "here": 10,000 and 50,000 rows, three features of each, of which
-    shards of 30,000 rows are asked for.
-    """
+    """With CIFAR 10 and DeiT "here": 60,000 rows, three jobs of features, in shards of 30,000."""
     (tmp_path / "cifar-10-batches-py").mkdir()
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "vit_b_16-c867db91.pth").touch()
@@ -132,35 +129,26 @@ def test_the_papers_profile_asks_for_gpus_and_is_in_shards(snakemake, tmp_path):
     settings = ("--cores", "16", "--printshellcmds", *settings)
     target = "runs/paper/03_image_classification.ipynb"
     text = snakemake(*settings, "--", target, FUNGI_DATA=str(tmp_path))
-    assert counts(text) == {"shard": 6, "features": 6, "notebook": 1}
+    assert counts(text) == {"shard": 6, "features": 3, "notebook": 1}
     for i in (1, 2):
         sizes = "--n-train 0 --n-test 0 --seed 0"
-        command = f"-m companion.features {DEIT} cifar10 train simclr {sizes} --shard {i}/2"
+        command = f"-m companion.features {DEIT} cifar10 simclr {sizes} --shard {i}/2"
         assert command in text
     resources = re.findall(r"resources: .*", text)
     wanted = ("gpu=1", "mem_mb=64000", "runtime=")
-    assert sum(all(word in line for word in wanted) for line in resources) == 13
-    assert text.count("threads: 8\n") == 13
+    assert sum(all(word in line for word in wanted) for line in resources) == 10
+    assert text.count("threads: 8\n") == 10
 
 
 @pytest.mark.batch
 def test_mini_asks_for_no_gpu(snakemake):
     text = snakemake("--cores", "2", "--config", "profile=mini", "--", "runs/mini/15_pca.ipynb")
-    assert counts(text) == {"features": 6, "notebook": 1} and "gpu=1" not in text
+    assert counts(text) == {"features": 3, "notebook": 1} and "gpu=1" not in text
     assert "threads:" not in text  # one each, which is not printed
     timed = snakemake(
         "--cores", "2", "--config", "profile=mini", "--", "runs/mini/17_throughput.ipynb"
     )
     assert "threads: 2\n" in timed
-
-
-@pytest.mark.batch
-def test_the_test_split_waits_for_the_training_images_that_are_its_negatives(snakemake):
-    folder = "runs/mini/features/vit_micro.sup_tin100/digits/test-300-300-seed0"
-    for names, jobs in (("embedding+kl+dino+simclr", 2), ("embedding+kl+dino", 1)):
-        target = f"{folder}/{names}.done"
-        text = snakemake("--cores", "2", "--config", "profile=mini", "--", target)
-        assert counts(text) == {"features": jobs}
 
 
 @pytest.mark.batch

@@ -14,16 +14,12 @@ from companion import features, paths
 from fungi_core.extract import shard_rows
 from fungi_core.store import SHARD
 
-NAME, ROWS = (
-    "random:test_vit",
-    ["--n-train", "1000", "--n-test", "8"],
-)  # four files of the store, the last one ragged
+NAME = "random:test_vit"
+ROWS = ["--n-train", "1000", "--n-test", "8"]  # four files of the store, the last one ragged; one
 FEATURES = ["embedding", "kl", "simclr"]
 # Imports once, then forks for every job: reads a list of [store, kill, arguments ...], runs them at
-# the same time, each
-# the command with the small network, and answers with [status, output] of each. A job may be killed
-# at the n-th file
-# that it renames.
+# the same time, each the command with the small network, and answers with [status, output] of each.
+# A job may be killed at the n-th file that it renames.
 JOBS = """
 import json, os, signal, sys
 import torch
@@ -79,17 +75,9 @@ def ended():
     with subprocess.Popen(command, cwd=paths.ROOT, env=env, **pipes) as server:
 
         def ask(*jobs):
-            command = lambda root, kill, *rest: [
-                str(root),
-                kill,
-                NAME,
-                "digits",
-                "train",
-                *FEATURES,
-                *ROWS,
-                *rest,
-            ]
-            print(json.dumps([command(*job) for job in jobs]), file=server.stdin, flush=True)
+            every = [NAME, "digits", *FEATURES, *ROWS]
+            wanted = [[str(root), kill, *every, *rest] for root, kill, *rest in jobs]
+            print(json.dumps(wanted), file=server.stdin, flush=True)
             return json.loads(server.stdout.readline())
 
         yield ask
@@ -128,20 +116,22 @@ def test_shards_are_whole_files_even_and_nothing_is_left_out():
 @pytest.mark.parametrize("text", ["0/4", "5/4", "1", "a/b", "1/0", "-1/2", "1/2/3"])
 def test_a_wrong_shard_is_one_line(text, capsys):
     with pytest.raises(SystemExit):
-        features.main([NAME, "digits", "train", "kl", f"--shard={text}"])
+        features.main([NAME, "digits", "kl", f"--shard={text}"])
     assert f"'{text}' is no part I/N, such as 2/8" in capsys.readouterr().err
 
 
 def test_four_shards_in_any_order_two_at_once_one_killed_are_the_bytes_of_one_run(tmp_path, ended):
     """Negatives too: drawn by whichever job comes first, and the same."""
     names = "embedding, kl, simclr"
-    all_rows = [0, f"digits train {NAME}: 1000 rows of {names} in the store\n"]
+    rows = f"1000 train rows and 8 test rows of {names}"
+    all_rows = [0, f"digits {NAME}: {rows} in the store\n"]
     assert ended((tmp_path / "one", 0)) == [all_rows]
 
     root, shard = tmp_path / "four", lambda i: f"--shard={i}/4"
     ((status, text),) = ended((root, 0, shard(4)))
     assert status == 0
-    assert text.endswith(f": 232 rows (768 to 1000 of 1000, shard 4/4) of {names} in the store\n")
+    rows = f"train rows 768 to 1000 of 1000 and test rows 0 to 8 of 8 of {names}"
+    assert text == f"digits {NAME}: {rows} in the store\n"
     assert [status for status, _ in ended((root, 0, shard(3)), (root, 0, shard(1)))] == [0, 0]
     # SimCLR's trunk is whole already, for negatives need it. Embedding, KL and its trunk are
     # stored, SimCLR's gradients are about to be.
@@ -149,7 +139,7 @@ def test_four_shards_in_any_order_two_at_once_one_killed_are_the_bytes_of_one_ru
     assert status == -signal.SIGKILL and len(list(root.glob("*/*.tmp"))) == 1
     lacking = {e["meta"]["feature"] for e in entries(root) if e["done"] < e["n"]}
     assert lacking == {"simclr"}
-    assert sorted(e["n"] - e["done"] for e in entries(root)) == [0] * 5 + [SHARD]
+    assert sorted(e["n"] - e["done"] for e in entries(root)) == [0] * 10 + [SHARD]
     assert ended((root, 0, shard(2)))[0][0] == 0
     assert contents(root) == contents(tmp_path / "one")
     assert ended((root, 0)) == [all_rows]  # the final check
@@ -167,7 +157,8 @@ def test_the_last_job_fills_what_is_left_and_refuses_a_torn_file(tmp_path, ended
     root = tmp_path / "store"
     assert [ended((root, 0, *part))[0][0] for part in (["--shard=1/2"], [])] == [0, 0]
     assert all(entry["done"] == entry["n"] for entry in entries(root))
-    (kl,) = (entry["key"] for entry in entries(root) if entry["meta"]["feature"] == "kl")
+    large = [entry for entry in entries(root) if entry["n"] > SHARD]
+    (kl,) = (entry["key"] for entry in large if entry["meta"]["feature"] == "kl")
     torn = next(root.glob(f"{kl}/{SHARD:09d}-*.npy"))
     torn.write_bytes(torn.read_bytes()[:-1])
     ((status, text),) = ended((root, 0))

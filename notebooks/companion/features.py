@@ -137,7 +137,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("backbone")
     add("dataset")
-    add("split", choices=("train", "test"))
     add("features", nargs="+", help="embedding, or names of objectives")
     add("--n-train", type=int, help="training rows, also for negatives; default: all")
     add("--n-test", type=int)
@@ -147,20 +146,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     devices.claim()
     try:
         encoder = load(args.backbone)
-        train, test = splits(args.dataset, args.n_train, args.n_test)
-        data = {"train": train, "test": test}[args.split]
+        both = splits(args.dataset, args.n_train, args.n_test)
         wanted = [named(name, encoder) for name in args.features if name != "embedding"]
-        options = dict(train=train, seed=args.seed, root=paths.store_dir())
-        entries = fill(data, encoder, wanted, shard=args.shard, **options)
-        if args.shard[1] == 1:
-            for entry in entries.values():
+        options = dict(train=both[0], seed=args.seed, root=paths.store_dir())
+        for data in both:
+            entries = fill(data, encoder, wanted, shard=args.shard, **options)
+            for entry in entries.values() if args.shard[1] == 1 else ():
                 entry.read()  # every checksum is looked at
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"features: {error}")
-    (i, count), (start, stop) = args.shard, shard_rows(len(data), *args.shard)
-    part = "" if count == 1 else f" ({start} to {stop} of {len(data)}, shard {i}/{count})"
-    rows = f"{stop - start} rows{part} of {', '.join(entries)}"
-    print(f"{args.dataset} {args.split} {args.backbone}: {rows} in the store")
+    rows = [f"{len(data)} {data.split} rows" for data in both]
+    if args.shard[1] > 1:
+        parts = [(data, shard_rows(len(data), *args.shard)) for data in both]
+        rows = [f"{data.split} rows {i} to {j} of {len(data)}" for data, (i, j) in parts]
+    found = f"{' and '.join(rows)} of {', '.join(entries)}"
+    print(f"{args.dataset} {args.backbone}: {found} in the store")
 
 
 def shard(text: str) -> tuple[int, int]:

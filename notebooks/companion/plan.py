@@ -16,13 +16,12 @@ ROWS = 50_000  # of a shard: about an hour of SimCLR on one A100 with a ViT-B/16
 
 
 class Job(NamedTuple):
-    """Features of one split. ``group`` joins their names by "+"; the sizes are limits, 0 for the
+    """Features of both splits. ``group`` joins their names by "+"; the sizes are limits, 0 for the
     whole split.
     """
 
     backbone: str
     dataset: str
-    split: str
     n_train: int
     n_test: int
     seed: int
@@ -30,11 +29,12 @@ class Job(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """Return the number of rows of the split, 0 where its official size is not known."""
-        limit = self.n_train if self.split == "train" else self.n_test
+        """Return the number of rows, 0 where a split's official size is not known."""
         entry = datasets.DATASETS.get(self.dataset)
-        official = entry and (entry.n_train if self.split == "train" else entry.n_test)
-        return min(limit, official) if limit and official else limit or official or 0
+        official = (entry.n_train, entry.n_test) if entry else (0, 0)
+        pairs = zip((self.n_train, self.n_test), official, strict=True)
+        sizes = [min(filter(None, pair), default=0) for pair in pairs]
+        return sum(sizes) if all(sizes) else 0
 
     def shards(self, rows: int = ROWS) -> int:
         """Return how many jobs fill this one's rows, ``rows`` each at most."""
@@ -57,8 +57,8 @@ def groups(profile: str, dataset: str, parameters: Collection[str]) -> list[str]
 
 
 def jobs(parameters: dict, profile: str, present: Collection[str] | None = None) -> list[Job]:
-    """Return what a notebook with these parameters reads: backbones x data sets x splits x seeds x
-    groups, where it declares them and their sizes. ``present``: only these backbones and data sets.
+    """Return what a notebook with these parameters reads: backbones x data sets x seeds x groups,
+    where it declares them and their sizes. ``present``: only these backbones and data sets.
     """
     if not {"backbones", "datasets", "n_train", "n_test", "seed"} <= parameters.keys():
         return []
@@ -69,10 +69,9 @@ def jobs(parameters: dict, profile: str, present: Collection[str] | None = None)
     sizes = [parameters[name] for name in ("n_train", "n_test")]
     seeds = range(parameters["seed"], parameters["seed"] + parameters.get("seeds", 1))
     return [
-        Job(backbone, dataset, split, *sizes, seed, group)
+        Job(backbone, dataset, *sizes, seed, group)
         for backbone in backbones
         for dataset in sets
-        for split in ("train", "test")
         for seed in seeds
         for group in groups(profile, dataset, parameters)
     ]
@@ -94,10 +93,10 @@ def merged(wanted: dict[str, list[Job]]) -> dict[str, list[Job]]:
 
 
 def listing(todo: Collection[Job]) -> str:
-    """Return jobs as text: how many of each data set, split and features, their rows and shards."""
+    """Return jobs as text: how many of each data set and features, their rows and shards."""
     same = defaultdict(list)
     for job in sorted(todo):
-        same[f"{job.dataset:24} {job.split:5} {job.group}", job.rows].append(job)
+        same[f"{job.dataset:24} {job.group}", job.rows].append(job)
     lines = [f"{'jobs':>6} {'shards':>6} {'rows each':>10}  data set"]
     for (name, rows), found in sorted(same.items()):
         shards = sum(job.shards() for job in found)
