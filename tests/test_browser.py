@@ -7,6 +7,7 @@ else to pytest's.
 
 import json
 import os
+import re
 import shlex
 import shutil
 import socket
@@ -379,7 +380,9 @@ def test_the_stop_button_stops_any_extraction_and_the_next_click_resumes(started
     cell = cell_with(page, "explore.chooser(")
     for press in (lambda: None, *2 * [cell.get_by_role("button", name="extract").click]):
         press()
-        cell.get_by_text("random:vit_tiny_patch16_224 dino").first.wait_for()  # its bar
+        cell.get_by_text("own train, dino").first.wait_for()  # the bar, that one alone
+        assert cell.locator(".widget-hprogress").count() == 1
+        assert re.search(r"\d+/\d+ \[\d\d:\d\d<\d\d:\d\d, ", cell.inner_text())  # and its time left
         start = time.monotonic()
         page.get_by_title("Interrupt the kernel").first.click()
         cell.get_by_text("stopped; run again to resume").wait_for(timeout=60_000)
