@@ -37,7 +37,7 @@ class Pass:
 def write(*passes: Pass) -> None:
     """Make the passes, one after another, under one bar."""
     left = [one.views * (stop - start) for one in passes for start, stop in one.absent()]
-    with progress(sum(left), "view") as bar:
+    with progress(sum(left), "views") as bar:
         for one in passes:
             bar.set_description(one.label, refresh=False)
             _write(one, bar)
@@ -62,4 +62,4 @@ def _write(one: Pass, bar: tqdm) -> None:
 def progress(total: int, unit: str) -> tqdm:
     """Return a bar with rate and time left for people, gone at its end; quiet in batch logs."""
     quiet = not total or not (sys.stderr.isatty() or "JPY_SESSION_NAME" in os.environ)
-    return tqdm(total=total, unit=unit, mininterval=0.5, leave=False, disable=quiet)
+    return tqdm(total=total, unit=f" {unit}", mininterval=0.5, leave=False, disable=quiet)

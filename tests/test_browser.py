@@ -378,11 +378,13 @@ def test_the_stop_button_stops_any_extraction_and_the_next_click_resumes(started
     (stopped := source.with_name("stopped.ipynb")).write_text(text)
     page = started("stopped")
     cell = cell_with(page, "explore.chooser(")
-    for press in (lambda: None, *2 * [cell.get_by_role("button", name="extract").click]):
+    presses = [lambda: None, *2 * [cell.get_by_role("button", name="extract").click]]
+    # 24 images x (1 + 12 + 49 views, and 3 rows made of them); or KL's are there already.
+    left = re.compile(r"\d+/(1560|1512)\s\[\d\d:\d\d<\d\d:\d\d,")
+    for press in presses:
         press()
-        cell.get_by_text("own train, dino").first.wait_for()  # the bar, that one alone
-        assert cell.locator(".widget-hprogress").count() == 1
-        assert re.search(r"\d+/\d+ \[\d\d:\d\d<\d\d:\d\d, ", cell.inner_text())  # and its time left
+        cell.get_by_text("own train, dino").first.wait_for()
+        cell.get_by_text(left).wait_for()  # one bar, with the time left; two would be an error
         start = time.monotonic()
         page.get_by_title("Interrupt the kernel").first.click()
         cell.get_by_text("stopped; run again to resume").wait_for(timeout=60_000)

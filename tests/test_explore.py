@@ -157,7 +157,7 @@ def test_the_panel_of_a_batch_run_loads_and_raises(batch):
 def test_bars_are_for_people_and_quiet_in_batch_logs(monkeypatch, capsys):
     monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
     assert list(protocol.each(range(3), "three")) == [0, 1, 2]
-    assert filling.progress(3, "view").disable
+    assert filling.progress(3, "views").disable
     assert capsys.readouterr().err == ""
     monkeypatch.setenv("JPY_SESSION_NAME", "notebook.ipynb")
     for module in (protocol, filling):
@@ -165,7 +165,7 @@ def test_bars_are_for_people_and_quiet_in_batch_logs(monkeypatch, capsys):
     bar = protocol.each(range(3), "three")
     assert not bar.disable and bar.delay == 2 and list(bar) == [0, 1, 2]
     assert capsys.readouterr().err == ""  # done before the third second
-    with filling.progress(2, "photograph") as bar:
+    with filling.progress(2, "photographs") as bar:
         bar.update(1)
         bar.refresh()
         assert " 50%" in (shown := capsys.readouterr().err) and "1/2" in shown

@@ -111,7 +111,7 @@ def read(files: Sequence[tuple[str, Path | bytes]], skipped: Mapping[str, str]) 
     if not files:
         raise ValueError(f"no files there; {WANTED}")
     names, pixels, skipped = [], [], dict(skipped)
-    with progress(len(files), "photograph") as bar, ThreadPoolExecutor(2) as pool:
+    with progress(len(files), "photographs") as bar, ThreadPoolExecutor(2) as pool:
         decoded = pool.map(decode, [source for _, source in files])
         for (name, _), found in zip(files, decoded, strict=True):
             if isinstance(found, str):
