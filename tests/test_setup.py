@@ -438,13 +438,15 @@ def test_tests_are_skipped_by_their_mark_not_by_the_name_of_their_folder(tmp_pat
 
 
 def test_jupyterlab_takes_the_settings_of_the_checkout(monkeypatch):
-    """As `make lab` starts it: widgets' comms without subshells, reading saves nothing, the gallery
-    opens as a page, and there is room for photographs.
+    """As `make lab` starts it: widgets' comms without subshells, no news is asked for, reading saves
+    nothing, the gallery opens as a page, and there is room for photographs.
     """
     monkeypatch.setenv("JUPYTER_CONFIG_PATH", str(ROOT / "notebooks" / "jupyter"))
     overrides = ConfigManager(config_dir_name="labconfig").get("default_setting_overrides")
     kernels = overrides["@jupyterlab/apputils-extension:kernels-settings"]
     assert kernels == {"commsOverSubshells": "disabled"}
+    news = overrides["@jupyterlab/apputils-extension:notification"]
+    assert news == {"fetchNews": "false"}
     documents = overrides["@jupyterlab/docmanager-extension:plugin"]
     assert documents == {"autosave": False, "defaultViewers": {"markdown": "Markdown Preview"}}
     (server := ServerApp()).load_config_file()
