@@ -303,11 +303,26 @@ def test_at_most_nine_panels_are_drawn_and_the_rest_is_counted():
     assert "not drawn: 2 more, with their numbers in the CSV" in labels(fig)
 
 
-def test_a_long_name_of_a_backbone_goes_on_in_a_new_line():
-    frame = pd.DataFrame({"dataset": ["dtd"], "backbone": ["vit_tiny_patch16_224.augreg_in21k"]})
-    frame = frame.assign(setting="full")
-    [title] = panels.titles_of(frame, ("dataset", "backbone", "setting"), "\n")
-    assert title == "dtd\nvit_tiny_patch16_224.\naugreg_in21k\nfull"
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("dtd_10", "DTD Textures"),
+        ("camvid", "CamVid, 11 classes"),
+        ("tiny_imagenet_100a mosaics", "Tiny ImageNet (100 of 200\nclasses) mosaics"),
+        ("my_photographs", "my_photographs"),
+        ("deit_tiny_patch16_224.fb_in1k", "DeiT ViT-Ti/16"),
+        ("vit_tiny_patch16_224.not_in_the_table", "vit_tiny_patch16_224.\nnot_in_the_table"),
+    ],
+)
+def test_panels_are_titled_in_the_words_of_the_tables(name, words):
+    frame = pd.DataFrame({"dataset": [name], "setting": ["full"]})
+    assert panels.titles_of(frame, ("dataset", "backbone", "setting"), "\n")[0] == f"{words}\nfull"
+
+
+def test_parts_that_have_one_title_keep_their_names():
+    names = pd.Series(["dtd", "dtd_10", "cifar10"])
+    assert panels.in_words(names).tolist() == names.tolist()
+    assert panels.in_words(names[1:]).tolist() == ["DTD Textures", "CIFAR 10"]
 
 
 def test_variants():
@@ -326,7 +341,7 @@ def test_variants():
         "not applicable",
         "66.4",
         "neither",
-        "cifar10\nSimCLR gradient",
+        "CIFAR 10\nSimCLR gradient",
         "the paper's difference",
     } <= labels(fig)
     assert [t.get_text() for t in first.get_yticklabels()] == ["neither", "head", "both"]
@@ -395,10 +410,10 @@ def test_accuracy_by_features_places_the_papers_gain_on_our_embedding():
         ]  # the third was not run: no mark
         assert [line.get_ydata()[0] for line in opened(ax)] == [40.5, 43]
     assert [ax.get_title("left").replace("\n", ", ") for ax in fig.axes] == [
-        "dtd, vit_mini, full",
-        "cifar10, vit_mini, full",
-        "dtd, vit_mini, 5-shot",
-        "cifar10, vit_mini, 5-shot",
+        "DTD Textures, vit_mini, full",
+        "CIFAR 10, vit_mini, full",
+        "DTD Textures, vit_mini, 5-shot",
+        "CIFAR 10, vit_mini, 5-shot",
     ]
     assert {"E", "+ K", "+ D+S", "our embedding + the paper's gain"} <= labels(fig)
 
@@ -536,7 +551,7 @@ def test_what_a_figure_shows_in_words():
     )
     fig = plots.accuracy_by_features(accuracies(dataset="dtd"))
     said = figures.describe(fig)
-    assert "Titles: dtd." in said and "Key: ours, 95 % interval; our embedding" in said
+    assert "Titles: DTD Textures." in said and "Key: ours, 95 % interval; our embedding" in said
 
 
 def test_image_grid_frames_right_and_wrong():

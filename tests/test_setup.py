@@ -438,8 +438,8 @@ def test_tests_are_skipped_by_their_mark_not_by_the_name_of_their_folder(tmp_pat
 
 
 def test_jupyterlab_takes_the_settings_of_the_checkout(monkeypatch):
-    """As `make lab` starts it: widgets' comms without subshells, no news is asked for, reading saves
-    nothing, the gallery opens as a page, and there is room for photographs.
+    """As `make lab` starts it: widgets' comms without subshells, no news, reading saves nothing,
+    the gallery opens as a page, and there is room for photographs.
     """
     monkeypatch.setenv("JUPYTER_CONFIG_PATH", str(ROOT / "notebooks" / "jupyter"))
     overrides = ConfigManager(config_dir_name="labconfig").get("default_setting_overrides")

@@ -4,6 +4,8 @@ paper's open marks, small notes, lists as an axis, curves with bands, and the ke
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import cache
+from textwrap import wrap
 
 import numpy as np
 import pandas as pd
@@ -13,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
+from companion import paths
 from companion.figures.style import COLUMN, INK, PAGE, SMALL, colour, figure
 
 CONDITION = ("dataset", "backbone")
@@ -61,12 +64,30 @@ def facets(
 
 
 def titles_of(df: pd.DataFrame, columns: Sequence[str], between: str) -> pd.Series:
-    """Return a title for each row: its values in the columns, `between` one another; columns that
-    the frame lacks are left out. A long name of a backbone goes on in a new line after its dot.
+    """Return a title for each row: its values in the columns, `between` one another, those of the
+    tables in words; columns that the frame lacks are left out. Long ones go on in a new line.
     """
-    wrapped = lambda name: name if len(name) < 28 else name.replace(".", ".\n", 1)
-    have = [df[column].astype(str).map(wrapped) for column in columns if column in df]
+    have = [in_words(df[column].astype(str)) for column in columns if column in df]
     return have[0].str.cat(have[1:], sep=between) if have else pd.Series("", df.index)
+
+
+def in_words(names: pd.Series) -> pd.Series:
+    """Return names of data sets, scenes and backbones as the tables call them, others as they are.
+
+    Parts of one data set, which the tables call alike, keep their names.
+    """
+    words = names.map(lambda name: " ".join(_titles().get(x, x) for x in name.split(" ")))
+    words = words if words.nunique() == names.nunique() else names
+    short = lambda text: len(text) < 28 or " " in text  # a long name is cut behind its dot
+    words = words.map(lambda text: text if short(text) else text.replace(".", ".\n", 1))
+    return words.map(lambda text: "\n".join(wrap(text, 28)) if " " in text else text)
+
+
+@cache
+def _titles() -> dict[str, str]:
+    tables = [paths.ROOT / "data" / f"{x}.csv" for x in ("datasets", "scenes", "backbones")]
+    every = pd.concat([pd.read_csv(file) for file in tables])
+    return dict(zip(every["name"], every["title"], strict=True))
 
 
 def head(ax: Axes, text: str) -> None:

@@ -22,6 +22,7 @@ from companion.figures.panels import (
     curves_of,
     facets,
     head,
+    in_words,
     key,
     lines_of,
     list_axis,
@@ -280,7 +281,7 @@ def throughput(df: pd.DataFrame) -> Figure:
     """
     names = df["features"].map(NAMES) + " gradient"
     if "backbone" in df and df["backbone"].nunique() > 1:
-        names = names + "\n" + df["backbone"]
+        names = names + "\n" + in_words(df["backbone"])
     fig, [((speed, share), rows)] = facets(df, (), 0.7 + 0.36 * len(df), each=2, sharey=True)
     tick = {"marker": "|", "markersize": 10, "markeredgewidth": 1.2, "linestyle": "none"}
     for y, r in enumerate(rows.itertuples()):
