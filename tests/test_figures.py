@@ -347,6 +347,9 @@ def test_variants():
     assert [t.get_text() for t in first.get_yticklabels()] == ["neither", "head", "both"]
     with pytest.raises(AttributeError, match="'gain_high'"):
         plots.variants(df.drop(columns="gain_high"), against="x")
+    further = df[df["dataset"] == "dtd"].assign(column="another")
+    fig = plots.variants(pd.concat([df, further]), against="the default")
+    assert [any(t.get_text() == "not run" for t in ax.texts) for ax in fig.axes] == [0, 0, 0, 1]
 
 
 def pairs(*rows) -> pd.DataFrame:

@@ -42,7 +42,7 @@ def facets(
     `figure`. The rows have low, high and paper, NaN where the frame has none. Raises ValueError for
     a frame without rows.
     """
-    titles = titles_of(df, by, "\n" if each == 1 < columns else ", ")
+    titles = titles_of(df, by, "\n" if each == 1 < columns else " · ")
     drawn = list(titles.unique())[: max(1, MOST_PANELS // each)]
     if not drawn:
         raise ValueError("nothing to plot: no panels")
@@ -65,9 +65,11 @@ def facets(
 
 def titles_of(df: pd.DataFrame, columns: Sequence[str], between: str) -> pd.Series:
     """Return a title for each row: its values in the columns, `between` one another, those of the
-    tables in words; columns that the frame lacks are left out. Long ones go on in a new line.
+    tables in words; columns that the frame lacks are left out. Between lines long ones are cut.
     """
     have = [in_words(df[column].astype(str)) for column in columns if column in df]
+    if between == "\n":
+        have = [words.map(_in_lines) for words in have]
     return have[0].str.cat(have[1:], sep=between) if have else pd.Series("", df.index)
 
 
@@ -77,10 +79,13 @@ def in_words(names: pd.Series) -> pd.Series:
     Parts of one data set, which the tables call alike, keep their names.
     """
     words = names.map(lambda name: " ".join(_titles().get(x, x) for x in name.split(" ")))
-    words = words if words.nunique() == names.nunique() else names
-    short = lambda text: len(text) < 28 or " " in text  # a long name is cut behind its dot
-    words = words.map(lambda text: text if short(text) else text.replace(".", ".\n", 1))
-    return words.map(lambda text: "\n".join(wrap(text, 28)) if " " in text else text)
+    return words if words.nunique() == names.nunique() else names
+
+
+def _in_lines(text: str) -> str:
+    if " " in text:
+        return "\n".join(wrap(text, 28))
+    return text if len(text) < 28 else text.replace(".", ".\n", 1)  # a backbone's name
 
 
 @cache

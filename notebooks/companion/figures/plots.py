@@ -121,8 +121,10 @@ def variants(df: pd.DataFrame, *, against: str, interval: str = "95 % interval")
     fig, parts = facets(df, by, 0.7 + 0.2 * len(names), each=each, sharey=True, **shape)
     for axes, here in parts:
         for ax, column in zip(axes, here["column"].unique() if wide else columns, strict=True):
-            beside = {"xycoords": ax.get_yaxis_transform()}
-            for r in here[here["column"] == column].itertuples():
+            beside, rows = {"xycoords": ax.get_yaxis_transform()}, here[here["column"] == column]
+            if rows.empty:
+                note(ax, "not run", 0.5, len(names) / 2, (0, 0), ha="center", color=PALE, **beside)
+            for r in rows.itertuples():
                 y, ink = names.index(r.variant), colour(r.features)
                 mark(ax, r.gain, y, ink, x_interval=(r.gain_low, r.gain_high))
                 ax.plot(r.paper, y + 0.3 * (r.gain == r.gain), color=ink, **PAPER)  # below ours
