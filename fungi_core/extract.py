@@ -177,7 +177,7 @@ def gradient_passes(
 def trunk_pass(
     data, backbone: Backbone, objective: Objective, seed: int, root: Path | None
 ) -> Pass | None:
-    """Return the pass that stores `trunk_rows`, from which heads, losses and negatives follow soon.
+    """Return the pass that stores `trunk_rows`, of which any head and loss is made in no time.
 
     None where a loss may read more than the class token, or they would take over `_KEPT` bytes.
     """
