@@ -400,21 +400,25 @@ def test_unknown_names_are_one_line(workplace):
     assert contents(workplace) == {}
 
 
-def test_the_command_writes_one_split_and_says_so(capsys, monkeypatch, workplace):
+def test_the_command_writes_both_splits_and_says_so(capsys, monkeypatch, workplace):
     monkeypatch.setattr(named, "load", small)
     rows = ["--n-train", "12", "--n-test", "8"]
-    named.main([NAME, "digits", "test", "embedding", "kl", *rows])
-    assert capsys.readouterr().out == f"digits test {NAME}: 8 rows of embedding, kl in the store\n"
+    named.main([NAME, "digits", "embedding", "kl", *rows])
+    said = f"digits {NAME}: 12 train rows and 8 test rows of embedding, kl in the store\n"
+    assert capsys.readouterr().out == said
     found = {(*e["meta"]["data"][:2], e["meta"]["feature"], e["done"]) for e in stored()}
-    assert found == {("digits", "test", name, 8) for name in ("embedding", "kl", "trunk")}
+    kinds = ("embedding", "kl", "trunk")
+    sizes = {"train": 12, "test": 8}
+    assert found == {("digits", x, kind, n) for x, n in sizes.items() for kind in kinds}
     before = contents(workplace)
     # The same rows as the call in Python.
-    assert set(digits(["kl"])[1].keys) <= {name.split("/")[0] for name in before}
-    assert before.items() <= contents(workplace).items()
+    for split in digits(["kl"]):
+        assert set(split.keys) <= {name.split("/")[0] for name in before}
+    assert before == contents(workplace)
     with pytest.raises(SystemExit, match="features: unknown data set 'digitz'"):
-        named.main([NAME, "digitz", "test", "kl"])
+        named.main([NAME, "digitz", "kl"])
     with pytest.raises(SystemExit, match="features: unknown image objective 'byol'"):
-        named.main([NAME, "digits", "test", "byol"])
+        named.main([NAME, "digits", "byol"])
 
 
 # --- combinations

@@ -336,8 +336,16 @@ def test_tables_and_figures_of_a_toy_case(encoder):
     # Six runs of one kind with the same images and the same memory are told apart by their heads.
     assert not np.array_equal(found[large]["FUNGI"][0], found[large]["FUNGI"][1])
     assert np.array_equal(found[large]["embedding"][0], found[large]["embedding"][1])
-    change = segmentation.memory_contrast(case, found[small], found[large])
-    assert change.low <= change.mean <= change.high
+    every = {("toy", "tiny"): found}
+    change, low, high, where = segmentation.memory_contrast([none, case], every)
+    assert low <= change <= high and where == "toy; tiny"
+    gains = [found[share]["FUNGI"] for share in (small, large)]
+    bases = [found[share]["embedding"] for share in (small, large)]
+    by_hand = [
+        np.mean([iou.miou(run.sum(0)) for run in counts[:3]]) for counts in (*gains, *bases)
+    ]  # the three runs that both have
+    assert change == pytest.approx(by_hand[0] - by_hand[1] - by_hand[2] + by_hand[3])
+    assert segmentation.memory_contrast([none], every)[3] == "largest memory left out"
     rows, each = segmentation.examples(case, large, found[large])
     gain = each["FUNGI"] - each["embedding"]
     shown = [float(row["title"].split()[1].replace("−", "-")) for row in rows]

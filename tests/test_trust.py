@@ -262,7 +262,7 @@ def test_a_run_of_mini_needs_no_network_and_writes_the_store_figures_and_runs_al
     assert found.stdout.split() == [str(file) for file in own]
     before = states(project)
     sizes = ("--n-train", "20", "--n-test", "20")
-    done = run("-m", EXTRACTION, "vit_micro.sup_tin100", "digits", "test", "kl", *sizes)
+    done = run("-m", EXTRACTION, "vit_micro.sup_tin100", "digits", "kl", *sizes)
     assert done.returncode == 0, done.stderr
     done = run("-m", "companion.run", "01_method")
     assert done.returncode == 0, done.stderr

@@ -4,9 +4,9 @@
 
 From a shell, one job of a larger plan:
 
-    python -m companion.features BACKBONE DATASET SPLIT FEATURE ... [--n-train N] [--n-test N]
+    python -m companion.features BACKBONE DATASET FEATURE ... [--n-train N] [--n-test N]
 
-With ``--shard 2/8`` it writes the second eighth of the rows, beside others that write theirs;
+With ``--shard 2/8`` it writes the second eighth of each split, beside others that write theirs;
 without, it fills what is left and reads all of it back, so a job that ends well vouches for every
 checksum.
 """

@@ -4,7 +4,7 @@ Table 18's settings, the paper's three shares of the training patches; `data/PRO
 was chosen. Gains are paired differences on the same images, crops, patches and heads.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -175,15 +175,24 @@ def printed_gains(case: Case) -> list[float]:
     return table[(table["row"] == "FUNGI") & (table["column"] == column)]["delta"].tolist()
 
 
-def memory_contrast(case: Case, small: Outcomes, large: Outcomes) -> Interval:
-    """Return FUNGI's gain with the smaller memory minus that with the larger, paired, in points.
+def memory_contrast(cases: Sequence[Case], found: Mapping[tuple[str, str], dict]) -> tuple:
+    """Return FUNGI's gain with the smallest memory minus that with the largest, paired, in points:
+    mean over the cases whose largest memory was looked up, low, high, and which these are.
 
-    Of each memory the first runs are taken, as many as both have; they have the same heads.
+    ``found``: {(data set, backbone): {share: outcomes}}. Of each memory the first runs are taken,
+    as many as both have; they have the same heads.
     """
-    runs = min(len(small[FUNGI]), len(large[FUNGI]))
-    terms = [(1, small[FUNGI]), (-1, small["embedding"]), (-1, large[FUNGI])]
-    terms = [(sign, counts[:runs]) for sign, counts in [*terms, (1, large["embedding"])]]
-    return iou.bootstrap(terms, generator("bootstrap", case.seed, "memory", case.dataset))
+    seen, each = [case for case in cases if case.heads], []
+    for case in seen:
+        small, *_, large = found[case.dataset, case.backbone].values()
+        runs = min(len(small[FUNGI]), len(large[FUNGI]))
+        terms = [(1, small[FUNGI]), (-1, small["embedding"]), (-1, large[FUNGI])]
+        terms = [(sign, counts[:runs]) for sign, counts in [*terms, (1, large["embedding"])]]
+        draw = generator("bootstrap", case.seed, "memory", case.dataset)
+        each.append(iou.bootstrap(terms, draw))
+    if not seen:
+        return *[np.nan] * 3, "largest memory left out"
+    return *np.mean(each, 0), f"{seen[0].dataset}; {', '.join(case.backbone for case in seen)}"
 
 
 def against(case: Case, found: Outcomes, kind: str) -> Interval:
