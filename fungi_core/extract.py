@@ -153,12 +153,11 @@ def gradient_passes(
     ``layers``: of each gradient, in the entries' order; one entry more takes the embedding that
     comes along. ``train``: what negatives are of. What a trunk says is passed first and kept.
     """
-    if not any(entry.missing(*part) for entry in entries):
+    if not store.gaps(entries, *part):
         return []  # neither heads nor negatives are drawn
     parts = [draw_parts(backbone, objective, seed, layer, projection) for layer in layers]
     own = list(layers) == [backbone.layer]
     trunk = trunk_pass(data, backbone, objective, seed, root) if own else None
-
     # Asked for once, with the first row: the train split's trunk is there by then.
     heads = parts[0].heads
     negatives = cache(lambda: stored_negatives(backbone, objective, heads, train, seed, root))

@@ -30,7 +30,7 @@ class Pass:
 
     def absent(self) -> list[tuple[int, int]]:
         """Return the row ranges that any of the entries lacks."""
-        return gaps(self.entries, *self.part) if self.entries else []
+        return gaps(self.entries, *self.part)
 
 
 @default_modes()

@@ -258,9 +258,10 @@ def gaps(
     The range is whole shards (default: all), and so are the gaps: a resumed run must have the
     batches of an undisturbed one, so the same bytes. The answer comes from the listings alone.
     """
+    if not entries:
+        return []
     start, stop = entries[0]._part(start, stop)
     there = set.intersection(*(set(entry._shards()) for entry in entries))
     absent = [first not in there for first in range(start, stop, SHARD)]
     edges = start + np.flatnonzero(np.diff([False, *absent, False])) * SHARD
-    pairs = edges.reshape(-1, 2)  # (2 gaps,) -> (gaps, 2)
-    return [(low, min(high, stop)) for low, high in pairs.tolist()]
+    return [(low, min(high, stop)) for low, high in edges.reshape(-1, 2).tolist()]
