@@ -103,11 +103,17 @@ def save_figure(
 
 def save_table(table: pd.DataFrame, name: str, provenance: Mapping, folder: Path) -> None:
     """Write NAME.csv and .json, as `save_figure` does."""
-    alt = f"Table of {len(table)} rows: {', '.join(map(str, table.columns))}."
-    _save(name, table, dict(provenance) | {"alt": alt}, folder, {})
+    _save(name, table, dict(provenance) | {"alt": _in_words(table)}, folder, {})
 
 
-def show_table(table: pd.DataFrame, decimals: int = 1, html: Sequence[str] = ()) -> Styler:
+class Table(Styler):
+    """A styled table that is a sentence where HTML is not shown."""
+
+    def __repr__(self) -> str:
+        return _in_words(self.data)
+
+
+def show_table(table: pd.DataFrame, decimals: int = 1, html: Sequence[str] = ()) -> Table:
     """Return a table for display in a notebook, in the colours of its theme: numbers on the right
     with `decimals` digits, words on the left, long words in wide columns, missing cells as a dash,
     verdicts in their colours, columns named "paper..." grey. A named index becomes columns. The
@@ -116,7 +122,7 @@ def show_table(table: pd.DataFrame, decimals: int = 1, html: Sequence[str] = ())
     table = _flat(table).reset_index(drop=True)
     # An id made from the contents: the same table has the same HTML, two tables have two ids.
     name = hashlib.sha256(table.to_csv().encode()).hexdigest()[:8]
-    styled = Styler(table, uuid=name, cell_ids=False).hide(axis="index")
+    styled = Table(table, uuid=name, cell_ids=False).hide(axis="index")
     styled = styled.format(precision=decimals, na_rep="–", escape="html")
     styled = styled.format(str, subset=list(html))
     # Names of data sets and backbones stay whole.
@@ -127,6 +133,11 @@ def show_table(table: pd.DataFrame, decimals: int = 1, html: Sequence[str] = ())
     styled = styled.set_table_styles(looks, overwrite=False)
     verdicts = [column for column in table if column == "verdict"]
     return styled.map(_chip, subset=verdicts)
+
+
+def _in_words(table: pd.DataFrame) -> str:
+    """Return the alternative text of a table, for those who cannot see it."""
+    return f"Table of {len(table)} rows: {', '.join(map(str, table.columns))}."
 
 
 def _look(column: pd.Series) -> list[dict]:
