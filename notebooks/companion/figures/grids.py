@@ -296,10 +296,12 @@ def _heatmap(ax: Axes, shade: pd.DataFrame, numbers: pd.DataFrame | bool, fmt: s
 
 
 def _colour_bar(fig: Figure, label: str, axes: Sequence[Axes] = ()) -> None:
-    """Draw the scale that heat maps share beside them: beside `axes`, or all."""
+    """Draw the scale that heat maps share beside them, at most three inches high: beside `axes`, or
+    all.
+    """
     axes = list(axes if len(axes) else fig.axes)
-    mesh = axes[0].collections[0]
-    bar = fig.colorbar(mesh, ax=axes, shrink=0.9, aspect=18, pad=0.02, label=label)
+    look = {"shrink": min(0.9, 3 / fig.get_figheight()), "aspect": 18, "anchor": (0, 1)}
+    bar = fig.colorbar(axes[0].collections[0], ax=axes, pad=0.02, label=label, **look)
     bar.outline.set_visible(False)
 
 

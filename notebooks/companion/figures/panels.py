@@ -19,7 +19,7 @@ from companion import paths
 from companion.figures.style import COLUMN, INK, PAGE, SMALL, colour, figure
 
 CONDITION = ("dataset", "backbone")
-MOST_PANELS = 9  # of one figure: more cannot be read
+MOST_PANELS = 12  # of one figure: more cannot be read
 DASHED = (0, (4, 3))
 # The paper's number: an open diamond.
 PAPER = {
@@ -35,14 +35,17 @@ def facets(
     df: pd.DataFrame, by: Sequence[str], height: float, *, each: int = 1, columns: int = 3, **shape
 ) -> tuple[Figure, list[tuple[np.ndarray, pd.DataFrame]]]:
     """Return a figure with `each` panels side by side for the values of the columns `by`, and
-    (panels, their rows of the frame) pairs; the values stand above the first of the panels.
+    (panels, their rows of the frame) pairs; the values stand above the first of the panels, those
+    that all groups share above the figure.
 
-    A panel is `height` inches high. Of one panel each, `columns` groups share a row. Only nine
+    A panel is `height` inches high. Of one panel each, `columns` groups share a row. Only twelve
     panels are drawn; a line in the figure says how many groups are left out. `shape` is as for
     `figure`. The rows have low, high and paper, NaN where the frame has none. Raises ValueError for
     a frame without rows.
     """
-    titles = titles_of(df, by, "\n" if each == 1 < columns else " · ")
+    varied = [name for name in by if name in df and df[name].nunique() > 1]
+    shared = [name for name in by if varied and name not in varied]
+    titles = titles_of(df, varied or by, "\n" if varied and each == 1 < columns else " · ")
     drawn = list(titles.unique())[: max(1, MOST_PANELS // each)]
     if not drawn:
         raise ValueError("nothing to plot: no panels")
@@ -54,6 +57,7 @@ def facets(
     groups = axes.reshape(-1, each)
     for ax in groups[len(drawn) :].flat:
         ax.remove()
+    fig.suptitle("".join(titles_of(df, shared, " · ")[:1]), x=0.01, ha="left", size=SMALL + 1)
     for title, group in zip(drawn, groups, strict=False):
         group[0].set_title(title)
     if more := titles.nunique() - len(drawn):
@@ -92,7 +96,7 @@ def _in_lines(text: str) -> str:
 def _titles() -> dict[str, str]:
     tables = [paths.ROOT / "data" / f"{x}.csv" for x in ("datasets", "scenes", "backbones")]
     every = pd.concat([pd.read_csv(file) for file in tables])
-    return dict(zip(every["name"], every["title"], strict=True))
+    return dict(zip(every["name"], every["title"], strict=True)) | {"full": "all labels"}
 
 
 def head(ax: Axes, text: str) -> None:
@@ -102,15 +106,16 @@ def head(ax: Axes, text: str) -> None:
 
 def key(fig: Figure, marks: Mapping[str, Mapping], paper: str = "") -> None:
     """Write the key of the marks above the panels: {label: what differs from a dark dot}, and the
-    label of the paper's open mark, if any is drawn.
+    label of the paper's open mark, if any is drawn. What stands above the figure heads it.
     """
     dot = {"linestyle": "none", "marker": "o", "color": INK}
     handles = [Line2D([], [], **(dot | dict(mark)), label=label) for label, mark in marks.items()]
     if paper:
         handles.append(Line2D([], [], color=INK, label=paper, **PAPER))
-    spacing = {"handletextpad": 0.4, "columnspacing": 1.4, "borderpad": 0.1}
-    columns = len(handles) if fig.get_figwidth() > 5 else 1
-    fig.legend(handles=handles, loc="outside upper left", ncols=columns, **spacing)
+    look = {"handletextpad": 0.4, "columnspacing": 1.4, "borderpad": 0.1, "alignment": "left"}
+    look["title"], look["ncols"] = fig.get_suptitle(), len(handles) if fig.get_figwidth() > 5 else 1
+    fig.suptitle("")  # it would lie on the key
+    fig.legend(handles=handles, loc="outside upper left", **look)
 
 
 def mark(ax: Axes, x, y, ink: str, *, x_interval=(), y_interval=(), alpha=0.75, **look) -> None:

@@ -115,7 +115,7 @@ def variants(df: pd.DataFrame, *, against: str, interval: str = "95 % interval")
     the published difference in points. A `value` of NaN is marked as not applicable.
     """
     columns, names = list(df["column"].unique()), list(df["variant"].unique())
-    wide = len(columns) > 3  # then each has a title of its own, three in a row
+    wide = len(columns) not in (2, 3)  # then each has a title of its own, three in a row
     by, each, across = ((*CONDITION, "column"), 1, 3) if wide else (CONDITION, len(columns), 1)
     shape = {"columns": across, "width": style.PAGE, "sharex": False if wide else "col"}
     fig, parts = facets(df, by, 0.7 + 0.2 * len(names), each=each, sharey=True, **shape)

@@ -169,8 +169,9 @@ def describe(fig: Figure) -> str:
     titles, axes and key.
     """
     legends = [text.get_text() for legend in fig.legends for text in legend.get_texts()]
+    above = [fig.get_suptitle(), *(legend.get_title().get_text() for legend in fig.legends)]
     words = {
-        "Titles": [ax.get_title("left") or ax.get_title() for ax in fig.axes],
+        "Titles": above + [ax.get_title("left") or ax.get_title() for ax in fig.axes],
         "Vertical": [ax.get_ylabel() for ax in fig.axes] + [fig.get_supylabel()],
         "Horizontal": [ax.get_xlabel() for ax in fig.axes] + [fig.get_supxlabel()],
         "Key": legends,
