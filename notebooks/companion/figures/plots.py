@@ -132,7 +132,8 @@ def variants(df: pd.DataFrame, *, against: str, interval: str = "95 % interval")
                     note(ax, "not applicable", 0.5, y, (0, 0), ha="center", color=PALE, **beside)
                 else:
                     note(ax, f"{r.value:.1f}", 1, y, (2, 0), **beside)
-            ax.axvline(0, color=INK, linewidth=0.7, linestyle=DASHED)
+            if len(rows):
+                ax.axvline(0, color=INK, linewidth=0.7, linestyle=DASHED)
             list_axis(ax, names)
             if not wide:
                 head(ax, column)
