@@ -328,10 +328,8 @@ def test_what_all_panels_share_stands_above_them_once():
     titles = [ax.get_title("left") for [ax], _ in parts]
     assert titles == ["DTD Textures", "CIFAR 10"] and fig.get_suptitle() == "vit_mini · all labels"
     panels.key(fig, {"ours": {}})  # it takes the words over, which it would lie on
-    assert (
-        fig.get_suptitle() == ""
-        and fig.legends[0].get_title().get_text() == "vit_mini · all labels"
-    )
+    assert fig.get_suptitle() == ""
+    assert fig.legends[0].get_title().get_text() == "vit_mini · all labels"
     fig, parts = panels.facets(sets[:1], by, 1)
     assert parts[0][0][0].get_title("left") == "DTD Textures · vit_mini · all labels"
     assert not fig.get_suptitle()

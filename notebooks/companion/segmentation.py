@@ -186,8 +186,11 @@ def memory_contrast(cases: Sequence[Case], found: Mapping[tuple[str, str], dict]
     for case in seen:
         small, *_, large = found[case.dataset, case.backbone].values()
         runs = min(len(small[FUNGI]), len(large[FUNGI]))
-        terms = [(1, small[FUNGI]), (-1, small["embedding"]), (-1, large[FUNGI])]
-        terms = [(sign, counts[:runs]) for sign, counts in [*terms, (1, large["embedding"])]]
+        terms = [
+            (sign * side, counts[kind][:runs])
+            for side, counts in ((1, small), (-1, large))
+            for sign, kind in ((1, FUNGI), (-1, "embedding"))
+        ]
         draw = generator("bootstrap", case.seed, "memory", case.dataset)
         each.append(iou.bootstrap(terms, draw))
     if not seen:

@@ -57,7 +57,7 @@ def facets(
     groups = axes.reshape(-1, each)
     for ax in groups[len(drawn) :].flat:
         ax.remove()
-    fig.suptitle("".join(titles_of(df, shared, " · ")[:1]), x=0.01, ha="left", size=SMALL + 1)
+    fig.suptitle(titles_of(df, shared, " · ").iloc[0], x=0.01, ha="left")
     for title, group in zip(drawn, groups, strict=False):
         group[0].set_title(title)
     if more := titles.nunique() - len(drawn):
@@ -78,7 +78,8 @@ def titles_of(df: pd.DataFrame, columns: Sequence[str], between: str) -> pd.Seri
 
 
 def in_words(names: pd.Series) -> pd.Series:
-    """Return names of data sets, scenes and backbones as the tables call them, others as they are.
+    """Return names of data sets, scenes and backbones as the tables call them, the setting "full"
+    as "all labels", others as they are.
 
     Parts of one data set, which the tables call alike, keep their names.
     """
@@ -112,10 +113,11 @@ def key(fig: Figure, marks: Mapping[str, Mapping], paper: str = "") -> None:
     handles = [Line2D([], [], **(dot | dict(mark)), label=label) for label, mark in marks.items()]
     if paper:
         handles.append(Line2D([], [], color=INK, label=paper, **PAPER))
-    look = {"handletextpad": 0.4, "columnspacing": 1.4, "borderpad": 0.1, "alignment": "left"}
-    look["title"], look["ncols"] = fig.get_suptitle(), len(handles) if fig.get_figwidth() > 5 else 1
+    spacing = {"handletextpad": 0.4, "columnspacing": 1.4, "borderpad": 0.1}
+    columns = len(handles) if fig.get_figwidth() > 5 else 1
+    heading = {"title": fig.get_suptitle(), "alignment": "left"}
     fig.suptitle("")  # it would lie on the key
-    fig.legend(handles=handles, loc="outside upper left", **look)
+    fig.legend(handles=handles, loc="outside upper left", ncols=columns, **spacing, **heading)
 
 
 def mark(ax: Axes, x, y, ink: str, *, x_interval=(), y_interval=(), alpha=0.75, **look) -> None:

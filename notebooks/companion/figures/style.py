@@ -103,14 +103,14 @@ def save_figure(
 
 def save_table(table: pd.DataFrame, name: str, provenance: Mapping, folder: Path) -> None:
     """Write NAME.csv and .json, as `save_figure` does."""
-    _save(name, table, dict(provenance) | {"alt": _in_words(table)}, folder, {})
+    _save(name, table, dict(provenance) | {"alt": _describe_table(table)}, folder, {})
 
 
 class Table(Styler):
     """A styled table that is a sentence where HTML is not shown."""
 
     def __repr__(self) -> str:
-        return _in_words(self.data)
+        return _describe_table(self.data)
 
 
 def show_table(table: pd.DataFrame, decimals: int = 1, html: Sequence[str] = ()) -> Table:
@@ -135,7 +135,7 @@ def show_table(table: pd.DataFrame, decimals: int = 1, html: Sequence[str] = ())
     return styled.map(_chip, subset=verdicts)
 
 
-def _in_words(table: pd.DataFrame) -> str:
+def _describe_table(table: pd.DataFrame) -> str:
     """Return the alternative text of a table, for those who cannot see it."""
     return f"Table of {len(table)} rows: {', '.join(map(str, table.columns))}."
 
