@@ -166,7 +166,7 @@ def test_the_verdict_counts_what_the_scoreboard_counts(board):
     assert [int(number) for number in said.groups()] == [len(board), *counts]
 
 
-QUOTED = """table2-all table2-few table3-voc table3-memory control-signs control-views
+QUOTED = """table2-all table2-few table3-voc table3-memory table4-few control-signs control-views
     control-scenes""".split()
 
 
