@@ -218,6 +218,8 @@ def test_a_table_is_written_and_shown_without_a_picture(tmp_path, record):
     assert cells[1] == ["cifar", "3.0", "4.8", "1000", "–", "undecided"]
     assert not soup.select("tbody th")  # no index
     assert repr(figures.show_table(table)) == said["alt"]  # no address: two runs look alike
+    once = table[:1].pivot(columns="verdict", values=["ours", "n"])
+    assert repr(figures.show_table(once)) == "Table of 1 row: ours agrees, n agrees."
 
 
 def rules(table: pd.DataFrame) -> dict[str, str]:
@@ -341,6 +343,11 @@ def test_parts_that_have_one_title_keep_their_names():
     assert panels.in_words(names[1:]).tolist() == ["DTD Textures", "CIFAR 10"]
 
 
+def test_folds_together_are_called_as_one_of_them():
+    names = pd.Series(["esc10", "esc10_fold2", "esc50"])
+    assert panels.in_words(names).tolist() == ["ESC-10", "ESC-10, fold 2", "ESC 50"]
+
+
 def test_variants():
     rows = [("neither", np.nan, np.nan), ("head", 66.4, -2.0), ("both", 68.4, 0.0)]
     df = pd.DataFrame(rows, columns=["variant", "value", "gain"])
@@ -364,8 +371,9 @@ def test_variants():
     assert [t.get_text() for t in first.get_yticklabels()] == ["neither", "head", "both"]
     with pytest.raises(AttributeError, match="'gain_high'"):
         plots.variants(df.drop(columns="gain_high"), against="x")
-    further = df[df["dataset"] == "dtd"].assign(column="another")
+    further = df[df["dataset"] == "dtd"].assign(column="full")
     fig = plots.variants(pd.concat([df, further]), against="the default")
+    assert "all labels" in labels(fig)
     assert [any(t.get_text() == "not run" for t in ax.texts) for ax in fig.axes] == [0, 0, 0, 1]
 
 

@@ -147,14 +147,18 @@ def sound_sets(root: Path) -> None:
 
 
 def image_networks(folder: Path) -> None:
-    """Write timm's smallest transformer at 32 px, with random weights, under each name."""
+    """Write timm's smallest transformer at 32 px, with random weights, under each name.
+
+    Its patches are of 8 px, so that views at their own size are whole patches, as at 224 px.
+    """
     folder.mkdir()
+    small = {"img_size": 32, "patch_size": 8}
     inputs = {"size": 32, "mean": [0.5] * 3, "std": [0.5] * 3, "crop": 1.0, "mode": "center"}
     for number, name in enumerate(IMAGE):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(number)
-            model = timm.create_model("test_vit", img_size=32)
-        about = {"architecture": "test_vit", "arguments": json.dumps({"img_size": 32})}
+            model = timm.create_model("test_vit", **small)
+        about = {"architecture": "test_vit", "arguments": json.dumps(small)}
         about["input"] = json.dumps(inputs | {"interpolation": "bicubic"})
         save_file(model.state_dict(), folder / f"{name}.safetensors", metadata=about)
     torch.save(published(width=768, depth=12), folder / "SSAST-Base-Patch-400.pth")

@@ -97,7 +97,11 @@ def _in_lines(text: str) -> str:
 def _titles() -> dict[str, str]:
     tables = [paths.ROOT / "data" / f"{x}.csv" for x in ("datasets", "scenes", "backbones")]
     every = pd.concat([pd.read_csv(file) for file in tables])
-    return dict(zip(every["name"], every["title"], strict=True)) | {"full": "all labels"}
+    titles = dict(zip(every["name"], every["title"], strict=True))
+    # Folds together are called as one of them is, without its number.
+    one = [name for name in titles if name.endswith("_fold1")]
+    whole = {x.removesuffix("_fold1"): titles[x].removesuffix(", fold 1") for x in one}
+    return whole | titles | {"full": "all labels"}
 
 
 def head(ax: Axes, text: str) -> None:

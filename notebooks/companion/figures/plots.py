@@ -136,7 +136,7 @@ def variants(df: pd.DataFrame, *, against: str, interval: str = "95 % interval")
                 ax.axvline(0, color=INK, linewidth=0.7, linestyle=DASHED)
             list_axis(ax, names)
             if not wide:
-                head(ax, column)
+                head(ax, in_words(pd.Series([column])).iloc[0])
     fig.supxlabel(f"difference from {against} (points; right: percent)")
     key(fig, {f"ours, {interval}": {}}, _if_any(df, "the paper's difference"))
     return fig

@@ -137,7 +137,10 @@ def show_table(table: pd.DataFrame, decimals: int = 1, html: Sequence[str] = ())
 
 def _describe_table(table: pd.DataFrame) -> str:
     """Return the alternative text of a table, for those who cannot see it."""
-    return f"Table of {len(table)} rows: {', '.join(map(str, table.columns))}."
+    # Heads of several levels are tuples.
+    levels = [head if isinstance(head, tuple) else (head,) for head in table.columns]
+    heads = ", ".join(" ".join(filter(None, map(str, parts))) for parts in levels)
+    return f"Table of {len(table)} row{'s' * (len(table) != 1)}: {heads}."
 
 
 def _look(column: pd.Series) -> list[dict]:
