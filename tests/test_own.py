@@ -3,6 +3,7 @@ files written.
 """
 
 import io
+import itertools
 import os
 import zipfile
 from dataclasses import replace
@@ -16,6 +17,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from companion import own, paths
 from companion.data.images import Images
+from companion.figures import grids
 from fungi_core import extract, load
 from fungi_core.features import normalize
 
@@ -238,3 +240,26 @@ def test_an_album_extracts_once_and_writes_features_only(folder, tmp_path_factor
 def test_an_unknown_backbone_is_an_error_before_anything_is_read(tmp_path):
     with pytest.raises(ValueError, match="unknown backbone 'vit_tiny_typo'"):
         own.album((), tmp_path / "nowhere", backbone="vit_tiny_typo", names=["kl"])
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("cat.png", "cat"),
+        ("trip/DSC_01234.jpg", "DSC_01234"),
+        ("trip/IMG_20240101_123456.jpg", "…1_123456"),
+    ],
+)
+def test_long_names_are_told_apart_by_their_end(name, said):
+    assert own.short(name) == said
+
+
+def test_names_of_neighbours_do_not_touch():
+    """The most that the slider gives, each with as long a name as there is."""
+    wide = [{"image": np.zeros((8, 8)), "title": "…20240101\n0.50"}] * 6
+    fig = grids.neighbours({"image": np.zeros((8, 8)), "title": "query"}, {"FUNGI": wide})
+    fig.draw_without_rendering()
+    boxes = [ax.title.get_window_extent() for ax in fig.axes if "…" in ax.get_title()]
+    boxes.sort(key=lambda box: box.x0)
+    assert len(boxes) == 6
+    assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))

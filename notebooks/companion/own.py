@@ -256,4 +256,4 @@ def short(name: str) -> str:
     cameras give differ.
     """
     name = PurePosixPath(name).stem
-    return name if len(name) <= 11 else f"…{name[-10:]}"
+    return name if len(name) <= 9 else f"…{name[-8:]}"
