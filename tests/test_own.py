@@ -242,18 +242,6 @@ def test_an_unknown_backbone_is_an_error_before_anything_is_read(tmp_path):
         own.album((), tmp_path / "nowhere", backbone="vit_tiny_typo", names=["kl"])
 
 
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [
-        ("cat.png", "cat"),
-        ("trip/DSC_01234.jpg", "DSC_01234"),
-        ("trip/IMG_20240101_123456.jpg", "…1_123456"),
-    ],
-)
-def test_long_names_are_told_apart_by_their_end(name, said):
-    assert own.short(name) == said
-
-
 def test_names_of_neighbours_do_not_touch():
     """The most that the slider gives, each with as long a name as there is."""
     wide = [{"image": np.zeros((8, 8)), "title": "…20240101\n0.50"}] * 6
