@@ -343,6 +343,11 @@ def test_parts_that_have_one_title_keep_their_names():
     assert panels.in_words(names[1:]).tolist() == ["DTD Textures", "CIFAR 10"]
 
 
+def test_words_may_follow_a_name_and_full_is_a_setting_alone():
+    names = pd.Series(["cifar10 mosaics", "full", "shared head, full"])
+    assert panels.in_words(names).tolist() == ["CIFAR 10 mosaics", "all labels", names[2]]
+
+
 def test_folds_together_are_called_as_one_of_them():
     names = pd.Series(["esc10", "esc10_fold2", "esc50"])
     assert panels.in_words(names).tolist() == ["ESC-10", "ESC-10, fold 2", "ESC 50"]
@@ -374,6 +379,9 @@ def test_variants():
     further = df[df["dataset"] == "dtd"].assign(column="full")
     fig = plots.variants(pd.concat([df, further]), against="the default")
     assert "all labels" in labels(fig)
+    networks = df.replace({"variant": {"head": "deit_tiny_patch16_224.fb_in1k"}})
+    ticks = plots.variants(networks, against="the default").axes[0].get_yticklabels()
+    assert [t.get_text() for t in ticks] == ["neither", "DeiT ViT-Ti/16", "both"]
     assert [any(t.get_text() == "not run" for t in ax.texts) for ax in fig.axes] == [0, 0, 0, 1]
 
 

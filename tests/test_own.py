@@ -244,7 +244,8 @@ def test_an_unknown_backbone_is_an_error_before_anything_is_read(tmp_path):
 
 def test_names_of_neighbours_do_not_touch():
     """The most that the slider gives, each with as long a name as there is."""
-    wide = [{"image": np.zeros((8, 8)), "title": "…20240101\n0.50"}] * 6
+    title = f"{own.short('trip/IMG_20240101_123456.jpg')}\n0.50"
+    wide = [{"image": np.zeros((8, 8)), "title": title}] * 6
     fig = grids.neighbours({"image": np.zeros((8, 8)), "title": "query"}, {"FUNGI": wide})
     fig.draw_without_rendering()
     boxes = [ax.title.get_window_extent() for ax in fig.axes if "…" in ax.get_title()]

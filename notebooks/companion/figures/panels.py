@@ -79,11 +79,12 @@ def titles_of(df: pd.DataFrame, columns: Sequence[str], between: str) -> pd.Seri
 
 def in_words(names: pd.Series) -> pd.Series:
     """Return names of data sets, scenes and backbones as the tables call them, the setting "full"
-    as "all labels", others as they are.
+    as "all labels", others as they are. Words may follow a name: "NAME mosaics".
 
     Parts of one data set, which the tables call alike, keep their names.
     """
-    words = names.map(lambda name: " ".join(_titles().get(x, x) for x in name.split(" ")))
+    first = names.str.partition(" ")
+    words = first[0].map(lambda name: _titles().get(name, name)) + first[1] + first[2]
     return words if words.nunique() == names.nunique() else names
 
 

@@ -114,6 +114,7 @@ def variants(df: pd.DataFrame, *, against: str, interval: str = "95 % interval")
     written beside), gain, gain_low, gain_high (points; `interval` says what they are). `paper` is
     the published difference in points. A `value` of NaN is marked as not applicable.
     """
+    df = df.assign(**{x: in_words(df[x]) for x in ("column", "variant")})
     columns, names = list(df["column"].unique()), list(df["variant"].unique())
     wide = len(columns) not in (2, 3)  # then each has a title of its own, three in a row
     by, each, across = ((*CONDITION, "column"), 1, 3) if wide else (CONDITION, len(columns), 1)
@@ -136,7 +137,7 @@ def variants(df: pd.DataFrame, *, against: str, interval: str = "95 % interval")
                 ax.axvline(0, color=INK, linewidth=0.7, linestyle=DASHED)
             list_axis(ax, names)
             if not wide:
-                head(ax, in_words(pd.Series([column])).iloc[0])
+                head(ax, column)
     fig.supxlabel(f"difference from {against} (points; right: percent)")
     key(fig, {f"ours, {interval}": {}}, _if_any(df, "the paper's difference"))
     return fig
