@@ -14,6 +14,7 @@ import timm
 import torch
 from safetensors import SafetensorError, safe_open
 from timm.data import resolve_data_config
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
 from . import class_token
 from .devices import default_modes, in_dtype, patch_embedding, resolve_device, resolve_dtype
@@ -32,7 +33,7 @@ class Backbone:
 
     ``layer``: the target layer. ``inputs``: what items it takes (`views.ImageInputs` or another
     modality's). ``read(model, views)`` gives embeddings (N, D). ``head``: the embedding is what the
-    model's own head makes of it. ``given``: the module is the caller's, not a named architecture.
+    model's own head makes of it. ``given``: no name alone fixes the model's structure.
     ``fast=False`` forces the general path.
     """
 
@@ -80,15 +81,15 @@ class Backbone:
     def fingerprint(self) -> str:
         """Return a hash of the weights in float32: two checkpoints never share features.
 
-        A module that was passed in has no name that fixes its structure, so its modules' plain
-        attributes (pooling, number of heads, ...) are hashed as well.
+        No name fixes the structure of a module that was passed in, or of an architecture with
+        arguments: types and plain attributes (pooling, number of heads, ...) are hashed as well.
         """
         digest = hashlib.blake2b(digest_size=16)
         ignored = "training", "fused_attn"  # these change no feature
         for path, module in self.model.named_modules() if self.given else ():
             own = sorted((k, v) for k, v in vars(module).items() if k not in ignored)
             plain = [(k, v) for k, v in own if isinstance(v, (bool, int, float, str))]
-            digest.update(repr((path, plain)).encode())
+            digest.update(repr((path, type(module).__name__, plain, self.head)).encode())
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(name.encode() + tensor.float().cpu().numpy().tobytes())
         return digest.hexdigest()
@@ -185,7 +186,7 @@ def load(
 
     Raises ValueError for an unknown name, a layer that is none, or a file that is no checkpoint.
     """
-    given, inputs = isinstance(name, torch.nn.Module), None
+    given, inputs, arguments = isinstance(name, torch.nn.Module), None, arguments or {}
     if given:
         title = type(name).__name__
         if layer is None:
@@ -197,7 +198,8 @@ def load(
         model, inputs = _read_checkpoint(Path(name), head, arguments)
     else:
         title = str(name)
-        model = create(title, head, arguments or {})
+        model = create(title, head, arguments)
+    given = given or bool(arguments)
     options = dict(layer=layer, device=device, dtype=dtype, head=head)
     return replace(freeze(model, title, inputs or _timm_inputs(model), **options), given=given)
 
@@ -215,7 +217,7 @@ def freeze(
 ) -> Backbone:
     """Return a `Backbone` around ``model``, moved to a device and dtype, without gradients.
 
-    ``read`` defaults to timm's own read-out of images.
+    ``read`` defaults to timm's own read-out of images; another one takes the general path.
     """
     device = resolve_device(device)
     dtype = resolve_dtype(dtype, device)
@@ -226,8 +228,8 @@ def freeze(
     model = in_dtype(model.to(device), dtype)
     layer = layer or _last_attention_output(model)
     linear_layer(model, layer)
-    read = read or partial(_image_embedding, head)
-    return Backbone(name, model, layer, inputs, read, device, dtype, head)
+    own = read or partial(_image_embedding, head)
+    return Backbone(name, model, layer, inputs, own, device, dtype, head, fast=read is None)
 
 
 def _image_embedding(head: bool, model: torch.nn.Module, views: torch.Tensor) -> torch.Tensor:
@@ -247,7 +249,7 @@ def create(name: str, head: bool, arguments: dict) -> torch.nn.Module:
     arguments = ({} if head else {"num_classes": 0}) | arguments
     if name != architecture:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+            torch.default_generator.manual_seed(0)  # the cards' generators stay as they are
             return timm.create_model(architecture, pretrained=False, **arguments)
     try:
         return timm.create_model(architecture, pretrained=True, **arguments)
@@ -256,15 +258,12 @@ def create(name: str, head: bool, arguments: dict) -> torch.nn.Module:
         raise ConnectionError(f"{missing}: {one_line(error)[:200]}") from error
 
 
-def _read_checkpoint(
-    file: Path, head: bool, arguments: dict | None
-) -> tuple[torch.nn.Module, ImageInputs]:
+def _read_checkpoint(file: Path, head: bool, asked: dict) -> tuple[torch.nn.Module, ImageInputs]:
     """Read a checkpoint that describes itself: network and inputs.
 
     Its metadata names the timm ``architecture`` (else the file's name does), and may hold JSON with
     ``arguments`` of ``timm.create_model`` and with the ``input`` (size, mean, std, crop, ...).
-    Every tensor but an unused classifier must find its place. Raises FileNotFoundError or
-    ValueError.
+    Every tensor but an unused classifier must find its place, else ValueError.
     """
     if not file.is_file():
         raise FileNotFoundError(f"there is no checkpoint {file}")
@@ -273,13 +272,15 @@ def _read_checkpoint(
             metadata = opened.metadata() or {}
             state = {key: opened.get_tensor(key).float() for key in opened.keys()}
         architecture = metadata.get("architecture", file.stem)
-        arguments = json.loads(metadata.get("arguments", "{}")) | (arguments or {})
+        arguments = json.loads(metadata.get("arguments", "{}")) | asked
         model = create(f"random:{architecture}", head, arguments)
         if not head:  # a distilled network has two classifiers
             unused = model.pretrained_cfg.get("classifier") or ()
             unused = (unused,) if isinstance(unused, str) else unused
             prefixes = tuple(f"{layer}." for layer in unused)
             state = {key: value for key, value in state.items() if not key.startswith(prefixes)}
+        if "img_size" in asked and isinstance(model, VisionTransformer):
+            state = checkpoint_filter_fn(state, model)  # position embedding, as from timm's hub
         model.load_state_dict(state, strict=True)
         inputs = replace(_timm_inputs(model), **json.loads(metadata.get("input", "{}")))
     except (SafetensorError, AssertionError, RuntimeError, TypeError, ValueError) as error:
@@ -292,7 +293,7 @@ def _timm_inputs(model: torch.nn.Module) -> ImageInputs:
     """Return the evaluation transform that timm has for a network; ImageNet's for others."""
     config = resolve_data_config({}, model=model)
     size = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    size = size or config["input_size"][-2:]
+    size = (size, size) if isinstance(size, int) else size or config["input_size"][-2:]
     if size[0] != size[1]:
         kind = type(model).__name__
         raise ValueError(f"{kind} takes images of {size[0]} x {size[1]} px; accepted: squares")

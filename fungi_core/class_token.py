@@ -21,10 +21,10 @@ def applies(model: torch.nn.Module, layers: Sequence[str]) -> bool:
     """Say whether only the class token's row matters behind the target ``layers``."""
     if type(model) is not VisionTransformer or model.attn_pool is not None:
         return False
-    block = model.blocks[-1]
-    known = type(block) is Block and type(block.attn) is Attention and block.attn.gate is None
-    last = f"blocks.{len(model.blocks) - 1}.attn.proj"
-    return model.global_pool == "token" and known and list(layers) == [last]
+    block, last = model.blocks[-1], f"blocks.{len(model.blocks) - 1}.attn.proj"
+    known = type(block) is Block and type(attn := block.attn) is Attention and attn.gate is None
+    plain = known and type(attn.qkv) is type(attn.proj) is torch.nn.Linear  # no adapter's
+    return model.global_pool == "token" and plain and list(layers) == [last]
 
 
 class Trunk(NamedTuple):

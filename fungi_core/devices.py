@@ -75,9 +75,9 @@ def default_modes() -> Iterator[None]:
     """Run a block, or a function that this decorates, with torch's modes as they are by default.
 
     The features do not depend on a caller's inference mode, autocast, default device, default dtype
-    or precision of float32 products; the caller finds them as they were.
+    or precision of float32 products and convolutions; the caller finds them as they were.
     """
-    dtype = torch.get_default_dtype()
+    use = torch.backends
     with ExitStack() as modes:
         modes.enter_context(torch.inference_mode(False))
         for kind in ("cpu", "cuda"):
@@ -85,9 +85,9 @@ def default_modes() -> Iterator[None]:
                 modes.enter_context(torch.autocast(kind, enabled=False))
         if torch.get_default_device().type != "cpu":  # each call of torch costs a little more in it
             modes.enter_context(torch.device("cpu"))
-        modes.callback(torch.set_default_dtype, dtype)
+        modes.callback(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(torch.float32)
-        for products in (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul):
+        for products in (use.mkldnn.matmul, use.mkldnn.conv, use.cuda.matmul, use.cudnn.conv):
             if products.fp32_precision not in ("none", "ieee"):  # bf16 or TF32 would be allowed
                 modes.callback(setattr, products, "fp32_precision", products.fp32_precision)
                 products.fp32_precision = "ieee"

@@ -121,7 +121,7 @@ class Fungi(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         kind = self.projection if isinstance(self.projection, str) else "rademacher"
         parts = {o.name: draw_parts(backbone, o, self.seed, kind=kind) for o in self.objectives}
         shared = next((part.projection for part in parts.values()), None)
-        if isinstance(self.projection, torch.Tensor):
+        if not isinstance(self.projection, str):
             rows, columns = backbone.gradient_shape()
             shared = Rademacher(backbone.width, rows * columns, matrix=self.projection)
         for name, part in parts.items():

@@ -120,18 +120,16 @@ def tapped(
 
     ``embed`` maps views (N, ...) through ``model`` to (N, D), or (N, T, D) for losses of tokens.
     From ``views`` (B, V, ...) come embeddings (B, V, ..., D) float32, and the taps. Raises
-    ValueError for a layer that does not run exactly once.
+    ValueError for a layer that does not run exactly once, or not on the batch first.
     """
     with tap(model, paths) as taps, torch.no_grad():
         embeddings = embed(views.flatten(0, 1))  # (B * V, D)
-        if odd := [one for one in taps if one.calls != 1]:
+        if odd := [x for x in taps if x.calls != 1 or len(x.activations) % len(embeddings)]:
             ran = f"layer {odd[0].path!r} ran {odd[0].calls} times in one forward pass"
-            raise ValueError(f"{ran}; it must run exactly once")
+            raise ValueError(f"{ran}; it must run exactly once, on tensors whose batch comes first")
     if not embeddings.requires_grad:
-        raise ValueError(
-            f"no gradient leads from the embedding to layer {paths[0]!r}: the network must use the "
-            "layer's output, without torch.inference_mode or detach behind it"
-        )
+        need = "the network must use its output, without torch.inference_mode or detach behind it"
+        raise ValueError(f"no gradient leads from the embedding to layer {paths[0]!r}: {need}")
     with torch.enable_grad():
         return embeddings.float().unflatten(0, views.shape[:2]), taps
 

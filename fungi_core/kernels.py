@@ -6,7 +6,7 @@ the projection (1.8 GB) ever exists in memory. A gradient that is one vector is 
 
 Signs: (rows, bytes) uint8, little bit order, 1 stands for +1 and 0 for -1; column o * D_in + i
 belongs to the gradient entry d_o a_i, a bias's one being the last entry of a. Products are in the
-inputs' dtype, sums in float32.
+inputs' dtype, sums in float32 (of the torch twin: sums of its blocks).
 """
 
 import torch
@@ -24,9 +24,10 @@ _BLOCK_BYTES = 2**26  # of the torch twin: gradients or signs held at once
 def project_tokens(d: torch.Tensor, a: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
     """Return R vec(d_t a_t^T) of each row t, (T, D_out) and (T, D_in) -> (T, rows) float32.
 
-    The sums are cut in the same places whatever T is, so no token depends on its batch.
+    By the kernel the sums are cut in the same places whatever T is: no token depends on its batch.
     """
-    return (project_tokens_triton if d.is_cuda else project_tokens_torch)(d, a, bits)
+    kernel = d.is_cuda and max(a.numel(), bits.numel()) < 2**31  # it counts in 32 bits
+    return (project_tokens_triton if kernel else project_tokens_torch)(d, a, bits)
 
 
 def project_tokens_torch(
@@ -38,8 +39,7 @@ def project_tokens_torch(
     """
     (count, d_out), d_in, rows = d.shape, a.shape[1], len(bits if dense is None else dense)
     out = torch.zeros(count, rows, device=a.device)
-    # Gradient entries at once.
-    entries = max(1, _BLOCK_BYTES // (max(count, rows) * a.element_size()))
+    entries = max(1, _BLOCK_BYTES // (max(count, rows) * a.element_size()))  # held at once
     units, wide = max(1, entries // d_in), min(d_in, entries)
     for o in range(0, d_out, units):
         some = min(units, d_out - o)
@@ -58,8 +58,7 @@ def unpack(
     """Return columns start..stop of the signs as a dense matrix, (rows, stop - start)."""
     first = start // 8
     byte = torch.arange(256, dtype=torch.uint8, device=bits.device)
-    # (256, 8): the signs in each byte
-    table = ((byte[:, None] >> byte[:8]) & 1).to(dtype).mul_(2).sub_(1)
+    table = ((byte[:, None] >> byte[:8]) & 1).to(dtype).mul_(2).sub_(1)  # (256, 8): a byte's signs
     signs = F.embedding(bits[:, first : -(-stop // 8)].int(), table)  # (rows, bytes, 8)
     return signs.flatten(1)[:, start - 8 * first : stop - 8 * first]
 

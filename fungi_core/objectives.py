@@ -98,8 +98,7 @@ class _LogSumExp(torch.autograd.Function):
         for rows in z.split(512):  # blocks bound the memory to 512 x M whatever the batch
             weights = torch.mm(rows, negatives.T).sub_(1.0).mul_(scale).exp_()  # (512, M)
             totals.append(weights.sum(1, keepdim=True))
-            # softmax-weighted mean negative, (512, C)
-            means.append(torch.mm(weights, negatives).div_(totals[-1]))
+            means.append(torch.mm(weights, negatives).div_(totals[-1]))  # softmax's mean, (512, C)
         ctx.save_for_backward(torch.cat(means))
         ctx.scale = scale
         return torch.cat(totals).squeeze(1).log() + scale
@@ -129,7 +128,8 @@ class Objective:
 
     def settings(self) -> tuple[list, dict]:
         """Return the views, by name and settings, and the objective's own settings."""
-        own = asdict(self)
+        kind = {} if "name" in vars(type(self)) else {"class": type(self).__qualname__}
+        own = asdict(self) | kind  # a subclass that keeps its parent's name is told from it
         return [type(self.views).__name__, own.pop("views")], own
 
     @property

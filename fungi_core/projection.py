@@ -31,7 +31,7 @@ class Rademacher:
         if matrix is not None and tuple(matrix.shape) != (rows, columns):
             got = tuple(matrix.shape)
             raise ValueError(f"the projection must have shape {(rows, columns)}, got {got}")
-        self.matrix = matrix
+        self.matrix = None if matrix is None else torch.as_tensor(matrix)
         self._bits: torch.Tensor | None = None
         self._dense: dict[tuple, torch.Tensor] = {}
 

@@ -141,9 +141,11 @@ def load(
     """Return a frozen text encoder: a folder, or a name in the Hugging Face hub's cache.
 
     ``pool`` and ``length``: see `TextInputs`. ``layer``: the attention output projection of the
-    last block unless named. ``model``: another encoder for the same tokenizer. Nothing is
-    downloaded; raises OSError where something is missing.
+    last block unless named. ``model``: another encoder for the same tokenizer, frozen
+    in place. Nothing is downloaded; raises OSError where something is missing.
     """
+    if pool not in ("first", "mean"):
+        raise ValueError(f"pool is 'first' or 'mean', got {pool!r}")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a dozen sentences need no threads
     from transformers import AutoModelForTextEncoding, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
@@ -151,8 +153,8 @@ def load(
     disable_progress_bar()  # a bar for each load would fill the notebooks
     tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=True)
     tokenizer("", truncation=True, max_length=length)  # before any thread encodes
-    if model is None:
-        model = AutoModelForTextEncoding.from_pretrained(place, local_files_only=True)
+    model = model or AutoModelForTextEncoding.from_pretrained(place, local_files_only=True)
     inputs = TextInputs(tokenizer, length, pool)
     read = partial(_read_out, pool)
-    return freeze(model, name or str(place), inputs, read, layer=layer, device=device, dtype=dtype)
+    name = name or Path(place).resolve().name  # draws the projection: the same wherever it lies
+    return freeze(model, name, inputs, read, layer=layer, device=device, dtype=dtype)

@@ -26,6 +26,50 @@ def one_line(error) -> bool:
 # --- read-out
 
 
+class Adapted(torch.nn.Linear):
+    """A linear layer with something beside it, as adapters have."""
+
+    def forward(self, x):
+        return super().forward(x) + torch.cat([x.flip(-1)] * 3, -1)
+
+
+def test_what_stands_in_the_place_of_a_linear_layer_is_run():
+    """On the class token's path its weights would be read, and its own forward passed by."""
+    model = timm.create_model("test_vit", num_classes=0)
+    attn = model.blocks[-1].attn
+    adapted = Adapted(attn.qkv.in_features, attn.qkv.out_features)
+    adapted.load_state_dict(attn.qkv.state_dict())
+    attn.qkv = adapted
+    backbone = load(model, layer="blocks.5.attn.proj", **CPU)
+    x = torch.rand(2, 1, 3, 160, 160, generator=torch.Generator().manual_seed(0))
+    found, _ = backbone.factors(x, None)
+    torch.testing.assert_close(found[:, 0], backbone.model(x[:, 0]), rtol=1e-4, atol=1e-5)
+
+
+def test_a_read_out_of_ones_own_is_that_of_every_path():
+    mean = lambda model, x: model.forward_features(x)[:, 1:].mean(1)
+    plain = load("random:test_vit", **CPU)
+    own = backbones.freeze(plain.model, "mine", plain.inputs, mean, **CPU)
+    x = torch.rand(2, 1, 3, 160, 160, generator=torch.Generator().manual_seed(0))
+    for loss in (None, lambda z: z.square().sum((1, 2))):
+        found, _ = own.factors(x, loss)
+        torch.testing.assert_close(found[:, 0], mean(plain.model, x[:, 0]), rtol=1e-4, atol=1e-5)
+
+
+def test_random_weights_leave_the_cards_generators_alone(monkeypatch):
+    """torch.manual_seed would seed them all; only the CPU's is put back."""
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("seeds the cards"))
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: pytest.fail("seeds the cards"))
+    load("random:test_vit", **CPU)
+
+
+def test_an_image_size_that_is_one_number_is_a_square():
+    """As in the modules that the authors of DINO publish."""
+    model = timm.create_model("test_vit", num_classes=0)
+    model.patch_embed.img_size = 160
+    assert load(model, layer="blocks.5.attn.proj", **CPU).inputs.size == 160
+
+
 def test_a_read_out_behind_the_head_is_the_same_on_the_class_tokens_path():
     model = timm.create_model("test_vit", num_classes=24).eval()
     fast = dataclasses.replace(load("random:test_vit", head=True, **CPU), model=model)
@@ -171,6 +215,18 @@ def test_modules_of_other_structure_with_the_same_weights_have_another_fingerpri
     b.load_state_dict(a.state_dict())
     prints = [load(m, layer="blocks.5.attn.proj", **CPU).fingerprint for m in (a, b, a)]
     assert prints[0] != prints[1] and prints[0] == prints[2]
+
+
+def test_what_weights_and_name_leave_open_is_in_the_fingerprint():
+    """Arguments of a named network, types of modules without weights, and whose head is read."""
+    pools = [dict(fc_norm=False, global_pool=pool) for pool in ("token", "avg")]
+    named = [load("random:test_vit", arguments=one, **CPU).fingerprint for one in pools]
+    acts = [timm.create_model("test_vit", act_layer=act) for act in ("gelu", "quick_gelu")]
+    acts[1].load_state_dict(acts[0].state_dict())
+    layer = "blocks.5.attn.proj"
+    asked = [(acts[0], False), (acts[1], False), (acts[0], True)]
+    given = [load(net, layer=layer, head=head, **CPU).fingerprint for net, head in asked]
+    assert len(set(named)) == 2 and len(set(given)) == 3
 
 
 @pytest.mark.parametrize("which", ["norm.weight", "blocks.5.attn.proj.bias"])

@@ -220,6 +220,15 @@ def test_a_hub_that_does_not_answer_is_one_line_at_once(tmp_path, monkeypatch):
     assert str(error.value) == f"{expected}; the hub does not answer"
 
 
+def test_another_image_size_resamples_the_position_embedding_as_timm_does(tmp_path):
+    model = network(num_classes=0)
+    file = write(tmp_path / "test_vit.safetensors", model.state_dict())
+    found = load(file, arguments={"img_size": 64}, **CPU)
+    model.set_input_size((64, 64))
+    assert found.inputs.size == 64
+    same(found.embed(pixels(64)), model(pixels(64)))
+
+
 def test_fungi_takes_a_path(tmp_path):
     file = write(
         tmp_path / "mine.safetensors",

@@ -286,6 +286,8 @@ def test_heads_projection_and_negatives_passed_in_are_used(fitted):
     negatives = {"simclr": fitted.parts_["simclr"].negatives}
     given = transformer(heads=heads, projection=matrix, negatives=negatives, seed=0).fit(images)
     close(given.transform(images), fitted.transform(images))
+    given = transformer(heads=heads, projection=matrix.numpy(), negatives=negatives, seed=0)
+    close(given.fit(images).transform(images), fitted.transform(images))
     changed = {
         "heads": {"kl": {name: -2 * t for name, t in heads["kl"].items()}},
         "projection": -matrix,
@@ -329,6 +331,7 @@ def test_wrong_arguments_are_one_line():
         ),
         (dict(negatives={"byol": torch.zeros(1, 1)}), "given for byol"),
         (dict(projection=torch.ones(3, 3)), r"must have shape \(64, 4160\), got \(3, 3\)"),
+        (dict(projection=np.ones((3, 3))), r"must have shape \(64, 4160\), got \(3, 3\)"),
         (dict(projection="exact"), "projection 'exact' keeps factors and gives no features"),
         (dict(projection="dense"), "unknown projection 'dense'"),
         (dict(layer="blocks.9.attn.proj"), "has no layer 'blocks.9.attn.proj'"),

@@ -280,3 +280,19 @@ def test_other_sizes_need_whole_patches_and_a_class_token():
     plain = load(model, layer="1", device="cpu")
     with pytest.raises(ValueError, match="cannot take 3 px images; it takes"):
         plain.at_size(3)
+
+
+def test_a_layer_that_sees_tokens_before_the_batch_is_an_error():
+    """(T, N, D) would mix the images: each would get a part of the others' gradients."""
+
+    class TokensFirst(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = torch.nn.Linear(4, 4)
+
+        def forward(self, x):  # (N, 5, 4) -> (N, 4)
+            return self.fc(x.transpose(0, 1)).mean(0)
+
+    model = TokensFirst().requires_grad_(False)
+    with pytest.raises(ValueError, match="layer 'fc' .* on tensors whose batch comes first"):
+        tapped(model, model, torch.rand(3, 1, 5, 4), ["fc"])

@@ -2,6 +2,8 @@
 float64.
 """
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -103,3 +105,13 @@ def test_on_the_last_card_though_the_first_is_current():
     factors, expected = case(40, 4, 71, 33)
     there = [x.to(f"cuda:{torch.cuda.device_count() - 1}") for x in factors]
     assert error(kernels.project_tokens(*there), expected) <= LIMIT[torch.float32]
+
+
+@pytest.mark.parametrize("entries, kernel", [(2**31 - 1, True), (2**31, False)])
+def test_what_32_bits_cannot_count_is_left_to_the_twin(entries, kernel, monkeypatch):
+    for name in ("triton", "torch"):
+        monkeypatch.setattr(kernels, f"project_tokens_{name}", lambda *_, name=name: name)
+    small, large = (SimpleNamespace(is_cuda=True, numel=lambda n=n: n) for n in (8, entries))
+    expected = "triton" if kernel else "torch"
+    assert kernels.project_tokens(small, large, small) == expected
+    assert kernels.project_tokens(small, small, large) == expected

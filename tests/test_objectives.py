@@ -1,6 +1,7 @@
 """Losses against naive loops and numbers worked by hand."""
 
 import math
+from dataclasses import asdict, dataclass
 from types import SimpleNamespace
 
 import numpy as np
@@ -217,3 +218,15 @@ def test_errors_are_one_line(call, message):
     with pytest.raises(ValueError, match=message) as error:
         call()
     assert "\n" not in str(error.value)
+
+
+def test_a_subclass_with_its_parents_name_has_settings_of_its_own():
+    """Else the store would give it its parent's rows."""
+
+    @dataclass(frozen=True)
+    class Negated(KL):
+        def loss(self, *given):
+            return -super().loss(*given)
+
+    assert Negated().name == KL().name and Negated().settings() != KL().settings()
+    assert KL().settings()[1] == {k: v for k, v in asdict(KL()).items() if k != "views"}

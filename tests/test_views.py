@@ -593,3 +593,13 @@ def test_patches_of_a_gpu_are_those_of_the_cpu(dtype):
     close = 1e-5 if dtype == torch.float32 else 2e-2
     assert on_card.is_cuda and on_card.dtype == dtype and on_card.shape == (1, 49, 3, 96, 96)
     torch.testing.assert_close(on_card.cpu().float(), expected, rtol=close, atol=close)
+
+
+@pytest.mark.parametrize("device", ["mps", "xpu:0"])
+def test_devices_but_cuda_get_crops_cut_by_the_cpu(device):
+    """Crops on the device are computed in float64, which not every kind of device has."""
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 50, 3), dtype=np.uint8)
+    inputs = ImageInputs(16, (0.5,) * 3, (0.5,) * 3)
+    image = Image.fromarray(pixels)
+    a, b = (Crops().draw(image, inputs, generator(0), where) for where in (device, "cpu"))
+    np.testing.assert_array_equal(a, b)
