@@ -91,7 +91,8 @@ def pooled(effects: list[tuple]) -> tuple:
         return effects[0]
     normal, freedom = statistics.NormalDist().inv_cdf(0.975), len(effects) - 1
     x = [mean for mean, _, _ in effects]
-    variance = [max((high - low) / 2 / normal, 1e-3) ** 2 for _, low, high in effects]
+    variance = [((high - low) / 2 / normal) ** 2 for _, low, high in effects]
+    variance = [v or min(filter(None, variance)) for v in variance]  # no image changed sides
     w = [1 / v for v in variance]
     fixed = sum(a * b for a, b in zip(w, x, strict=True)) / sum(w)
     q = sum(a * (b - fixed) ** 2 for a, b in zip(w, x, strict=True))

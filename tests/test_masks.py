@@ -108,9 +108,9 @@ def test_a_packed_set_that_cannot_be_read_is_named(root):
 
 
 def test_what_is_missing_is_one_line(root):
-    assert masks.unavailable("composed") == ""
+    assert datasets.missing(masks.find("composed")) == ""
     for name in ("voc2012", "voc2012_part", "ade20k", "camvid"):
-        line = masks.unavailable(name)
+        line = datasets.missing(masks.find(name))
         assert name in line and "licence" in line and "GB" in line and "\n" not in line
         with pytest.raises(datasets.DatasetUnavailable, match=name):
             masks.load(name, "train")

@@ -111,6 +111,12 @@ def test_gains_that_are_alike_keep_the_interval_of_equal_effects():
     assert protocol.pooled(effects([0, 0], 0)) == (0, 0, 0)  # the embedding against itself
 
 
+def test_a_data_set_where_no_image_changed_sides_does_not_take_all_the_weight():
+    """Its interval has no width: it counts as the narrowest of the others."""
+    found = protocol.pooled(effects([0, 2, 4], np.array([0, 1, 1])))
+    assert found == pytest.approx(protocol.pooled(effects([0, 2, 4])))
+
+
 def test_two_networks_on_the_same_images_are_no_twice_as_many_data_sets():
     """Their means are 1 and 3; half-widths as those of one network: by column or by index."""
     both = pd.concat([effects([x] * 3).assign(backbone=name) for name, x in (("a", 1), ("b", 3))])

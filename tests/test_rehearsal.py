@@ -109,7 +109,8 @@ def scene_sets(root: Path) -> None:
             saved(Image.fromarray(mask % 255), ade / "annotations" / part / f"{name}.png")
     lines = [f"{i}\t0.1\t1\t1\tthing{i}, other" for i in range(1, 151)]
     (ade / "objectInfo150.txt").write_text("\n".join(["Idx\tRatio\tTrain\tVal\tName", *lines]))
-    assert not [name for name in PAPER["05_scene_understanding"]["sets"] if masks.unavailable(name)]
+    sets = map(masks.find, PAPER["05_scene_understanding"]["sets"])
+    assert not any(map(datasets.missing, sets))
 
 
 def text_sets(root: Path) -> None:

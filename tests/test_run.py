@@ -7,6 +7,7 @@ import copy
 import hashlib
 import os
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import nbformat
@@ -91,13 +92,15 @@ def test_parameters_are_defaults_then_profile_then_overrides(folder):
     ("x", "str", True), (None, "str", False),
     (True, "bool", True), (1, "bool", False), (["a"], "list", True), ("a", "list", False),
 ])  # fmt: skip
-def test_fits(value, annotation, expected):
-    assert run.fits(value, annotation) is expected
+def test_types_of_parameters(value, annotation, expected):
+    known = {"x": {"type": annotation, "default": ["a"]}}
+    with nullcontext() if expected else pytest.raises(ValueError, match=f"'x' takes {annotation}"):
+        run.check("01_fine", "x", value, known)
 
 
 def test_an_unknown_annotation_is_an_error():
     with pytest.raises(ValueError, match="unknown parameter type 'tensor'; there are int"):
-        run.fits(1, "tensor")
+        run.check("01_fine", "x", 1, {"x": {"type": "tensor"}})
 
 
 @pytest.mark.parametrize("arguments, words", [

@@ -62,7 +62,9 @@ def made(tmp_path, monkeypatch) -> Path:
     table.with_suffix(".csv").write_text("a\n1\n")
     measured = pd.DataFrame([("table16-pca", -0.5, -0.9, -0.1, "digits")], columns=paper.MEASURED)
     paper.save_measured(measured, "15_pca", "lite")
-    site.build(tmp_path / "site", "lite", books, tmp_path / "runs" / "lite")
+    monkeypatch.setattr(site.run, "NOTEBOOKS", books)
+    monkeypatch.setattr(site.paths, "ROOT", tmp_path)
+    site.build(tmp_path / "site", "lite")
     return tmp_path / "site"
 
 
@@ -179,11 +181,6 @@ def test_a_run_of_other_code_is_not_shown(tmp_path, capsys):
     assert (
         profile == "mini" and nb.cells[1].source == "1" and "other code" in capsys.readouterr().out
     )
-
-
-def test_no_notebooks_is_one_line(tmp_path):
-    with pytest.raises(ValueError, match="no notebooks"):
-        site.build(tmp_path / "site", notebooks=tmp_path)
 
 
 @pytest.mark.slow

@@ -15,16 +15,12 @@ from companion.messages import one_line
 
 
 def live() -> bool:
-    """Tell whether a person is in front of the notebook: JupyterLab sets the variable, papermill
-    and nbval do not.
-    """
+    """Tell whether a person is there: JupyterLab sets the variable, papermill and nbval do not."""
     return "JPY_SESSION_NAME" in os.environ
 
 
 class Watched(HasTraits):
-    """A value that cells look at: ``interact(show, on=watched)`` draws again whenever
-    ``watched.value`` is set.
-    """
+    """A value that cells look at: ``interact(show, on=watched)`` draws again when it is set."""
 
     value = Any()
 

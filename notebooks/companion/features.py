@@ -15,35 +15,22 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-import numpy as np
-
 from companion import devices, paths
 from companion.data import datasets
 from companion.encoders.objectives import named
 from companion.encoders.table import load
 from fungi_core import store
 from fungi_core.backbones import Backbone
-from fungi_core.devices import default_modes
-from fungi_core.extract import (
-    Features,
-    describe,
-    extract,
-    fill,
-    gradient_passes,
-    shard_rows,
-    stored_negatives,
-)
+from fungi_core.extract import Features, describe, extract, fill, gradient_passes, shard_rows
 from fungi_core.filling import write
-from fungi_core.rows import draw_parts, gradient_rows
 
 ALL = ("kl", "dino", "simclr")
-Names = Sequence  # of objectives: names, or objectives themselves
 
 
 def features(
     dataset: str,
     backbone: str | Backbone,
-    names: Names = ALL,
+    names: Sequence = ALL,
     *,
     n_train: int | None = None,
     n_test: int | None = None,
@@ -72,27 +59,6 @@ def splits(dataset: str, n_train: int | None, n_test: int | None) -> tuple:
     """Return the train and test split of a named data set, class-balanced subsets of them."""
     sizes = (("train", n_train), ("test", n_test))
     return tuple(datasets.load(dataset, split, limit=n or None) for split, n in sizes)
-
-
-@default_modes()
-def of_items(
-    items: Sequence, encoder: Backbone, train: Features, names: Names, seed: int = 0
-) -> Features:
-    """Return features of items that are in no data set (a sentence that someone typed).
-
-    They are comparable with those of ``train`` of the same names and seed: heads, projection and
-    negatives are the same. Nothing is stored but the negatives.
-    """
-    out = {}
-    for objective in (named(name, encoder) for name in names):
-        part = draw_parts(encoder, objective, seed)
-        root = paths.store_dir()
-        part.negatives = stored_negatives(encoder, objective, part.heads, train.data, seed, root)
-        for _, embeddings, (gradients,) in gradient_rows(encoder, objective, [part], items, seed):
-            out.setdefault(objective.name, []).append(gradients)
-            if objective.sees_whole:
-                out.setdefault("embedding", []).append(embeddings)
-    return Features(items, {name: np.concatenate(blocks) for name, blocks in out.items()}, ())
 
 
 def layer_features(

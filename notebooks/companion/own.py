@@ -1,6 +1,4 @@
-"""A reader's own photographs: a folder, uploaded files or packaged crops in; features and files
-out.
-"""
+"""A reader's own photographs: a folder, uploads or packaged crops in; features and files out."""
 
 import io
 import zipfile
@@ -68,10 +66,7 @@ def album(
 
 
 def from_folder(folder: str | Path) -> Images:
-    """Read every image below ``folder``; with sub-folders the first one is the class.
-
-    Raises ValueError where it is no folder or empty.
-    """
+    """Read every image below ``folder``, classes by sub-folder; ValueError for an empty one."""
     folder = Path(str(folder)).expanduser()
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder; {WANTED}")
@@ -105,9 +100,7 @@ def unpacked(
 
 
 def read(files: Sequence[tuple[str, Path | bytes]], skipped: Mapping[str, str]) -> Images:
-    """Decode each file once; those that are no image are named in the images' ``skipped``, with
-    those that were skipped before.
-    """
+    """Decode each file once; those that are no image join ``skipped``, with the reason."""
     if not files:
         raise ValueError(f"no files there; {WANTED}")
     names, pixels, skipped = [], [], dict(skipped)
@@ -155,10 +148,7 @@ def reduced(source: Path | bytes) -> Image.Image:
 
 
 def cosines(album: Features, letters: str) -> np.ndarray:
-    """Return the mean over the features of every pair's cosine, (N, N), at most 1.
-
-    An image has -inf with itself.
-    """
+    """Return the mean over the features of all cosines, (N, N), at most 1; -inf with itself."""
     features = len(protocol.names_of(letters))
     out = protocol.similarity(album, album, letters) / features
     out = np.minimum(out, 1)  # rounding leaves exact duplicates a little above

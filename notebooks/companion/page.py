@@ -1,6 +1,4 @@
-"""A notebook's page: what every notebook does with its parameters, runs, figures, tables and
-claims.
-"""
+"""A notebook's page: what each does with its parameters, runs, figures, tables and claims."""
 
 import time
 from collections.abc import Mapping, Sequence

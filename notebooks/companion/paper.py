@@ -32,10 +32,7 @@ STAND_INS = ("vit_micro", "vit_mini", "all-MiniLM", "whisper", "random:")  # not
 
 
 def load(table: int) -> pd.DataFrame:
-    """Return one table of the paper, tidy: one row per printed number (columns: see the module).
-
-    Raises ValueError for a table that is not stored; the message lists those that are.
-    """
+    """Return one table of the paper, a row per printed number; ValueError for one not stored."""
     stored = sorted(file.stem for file in PAPER.glob("table[0-9][0-9].csv"))
     require("table", f"table{table:02d}", stored)
     return _read(f"table{table:02d}.csv")
@@ -54,9 +51,7 @@ def claims() -> pd.DataFrame:
 
 
 def items() -> pd.DataFrame:
-    """Return every figure and table of the paper: item ("Fig. 2", "Table 10"), the notebook that
-    has it, what it shows.
-    """
+    """Return every figure and table of the paper: item, the notebook that has it, what it shows."""
     return _read("items.csv")
 
 
@@ -98,14 +93,12 @@ def scoreboard(profile: str) -> pd.DataFrame:
     board["verdict"] = [verdict(*row) for row in rows("expected", "value", "low", "high", "on")]
     board["size"] = [size(*row) for row in rows("paper_delta", "value", "low", "high")]
     board["seen"] = (board["high"] - board["low"]) / 2
-    board["scale"] = board["on"].map(scale)
+    board["scale"] = board["on"].map(scale).where(board["value"].notna(), "")
     return board
 
 
 def by_verdict(board: pd.DataFrame) -> tuple[list[dict], dict[str, int]]:
-    """Return the rows of the scoreboard with the disagreements first, and how many have each
-    verdict.
-    """
+    """Return the scoreboard's rows, disagreements first, and how many have each verdict."""
     order = lambda verdicts: verdicts.map(list(VERDICTS).index)
     rows = board.sort_values("verdict", key=order, kind="stable")
     counts = board["verdict"].value_counts()
@@ -266,9 +259,7 @@ def _pages(board: pd.DataFrame, profile: str) -> list[dict]:
 
 
 def manifest(profile: str) -> str:
-    """Return codecheck.yml (CODECHECK 2.0): each file of numbers with the paper's item, what that
-    shows, and the command that makes it.
-    """
+    """Return codecheck.yml (CODECHECK 2.0): each file of numbers, its item, and its command."""
     shows = items().set_index("item")["shows"]
     named = lambda record: "; ".join(f"{item}: {shows[item]}" for item in record["items"])
     entries = [

@@ -1,6 +1,4 @@
-"""Every folder that the project reads or writes, anchored at the repository; environment variables
-name others.
-"""
+"""Every folder that the project reads or writes; environment variables name others."""
 
 import os
 from pathlib import Path
@@ -17,10 +15,7 @@ def _from_env(variable: str, default: Path) -> Path:
 
 
 def downloads_dir() -> Path:
-    """Return where data sets are looked for: ``FUNGI_DATA``, else ``data/downloads``.
-
-    Raises FileNotFoundError where the variable names no folder.
-    """
+    """Return ``FUNGI_DATA``, else ``data/downloads``; FileNotFoundError where it is no folder."""
     default = ROOT / "data" / "downloads"
     folder = _from_env("FUNGI_DATA", default)
     if folder != default and not folder.is_dir():

@@ -16,9 +16,7 @@ ROWS = 50_000  # of a shard: about an hour of SimCLR on one A100 with a ViT-B/16
 
 
 class Job(NamedTuple):
-    """Features of both splits. ``group`` joins their names by "+"; the sizes are limits, 0 for the
-    whole split.
-    """
+    """Features of both splits; ``group``: names joined by "+"; a size of 0 is the whole split."""
 
     backbone: str
     dataset: str
@@ -78,9 +76,7 @@ def jobs(parameters: dict, profile: str, present: Collection[str] | None = None)
 
 
 def merged(wanted: dict[str, list[Job]]) -> dict[str, list[Job]]:
-    """Return the jobs of each notebook, a job whose features another one makes as well replaced by
-    that one.
-    """
+    """Return each notebook's jobs; one whose features another makes as well becomes that one."""
     names, same = lambda job: set(job.group.split("+")), defaultdict(set)
     for job in set().union(*wanted.values()):
         same[job[:-1]].add(job)  # of the same rows

@@ -21,13 +21,8 @@ from companion import explore, paths
 from companion import features as extraction
 from companion.data import datasets
 from companion.encoders import table
-from companion.evaluate.knn import (
-    Interval,
-    bootstrap,
-    few_shot_indices,
-    knn_predict,
-    random_effects,
-)
+from companion.evaluate import knn
+from companion.evaluate.knn import Interval, bootstrap, knn_predict, random_effects
 from companion.figures.style import LETTERS
 from companion.messages import require
 from fungi_core import projection
@@ -44,27 +39,17 @@ Run = tuple[str, str, Features, Features]  # backbone, data set, train, test
 Pair = tuple[Features, Features]  # train, test
 
 
-def collect(
-    encoders: Sequence[str],
-    sets: Sequence[str],
-    names: Sequence = extraction.ALL,
-    *,
-    n_train: int,
-    n_test: int,
-    seed: int,
-    **options,
-) -> list[Run]:
+def collect(encoders: Sequence[str], sets: Sequence[str], names: Sequence, **options) -> list[Run]:
     """Return (backbone, data set, train, test) for every pair that can be run `here`.
 
-    ``options`` go to `features.features` (``projection``).
+    ``options`` go to `features.features` (``n_train``, ``n_test``, ``seed``, ``projection``).
     """
     encoders, sets = here(encoders, sets)
-    sizes = dict(n_train=n_train, n_test=n_test, seed=seed)
     runs = []
     for backbone in encoders:
         encoder = table.load(backbone)
         for name in sets:
-            rows = extraction.features(name, encoder, names, **sizes, **options)
+            rows = extraction.features(name, encoder, names, **options)
             runs.append((backbone, name, *rows))
     return runs
 
@@ -88,15 +73,9 @@ def here(encoders: Sequence[str], sets: Sequence[str] | None = None) -> tuple[li
 
 
 def missing(encoders: Sequence[str], sets: Sequence[str]) -> pd.DataFrame:
-    """Return what the grid needs and this machine has not: name, size, licence, how to get it.
-
-    Raises ValueError for unknown names.
-    """
-    known = {row["name"]: row for row in datasets.table()}
-    for name in sets:
-        require("data set", name, known)
-    wanted = [known[name] for name in dict.fromkeys(sets) if not known[name]["available"]]
-    lines = [(x["name"], x["gb"], x["licence"], x["get"]) for x in wanted]
+    """Return what is missing here: name, size, licence, how to get it; ValueError if unknown."""
+    wanted = [entry for entry in map(datasets.find, dict.fromkeys(sets)) if datasets.missing(entry)]
+    lines = [(x.name, x.gb, x.licence, datasets.how_to_get(x)) for x in wanted]
     for name in dict.fromkeys(encoders):
         if get := table.how_to_get(name):
             row = table.row_of(name)
@@ -164,7 +143,7 @@ def few_shot(pairs: Sequence[Pair], shots: int | None) -> Sequence[Pair]:
     """Return pairs with the first ``shots`` training images of each class, or with all for None."""
     if not shots:
         return pairs
-    return [(train.take(few_shot_indices(train.labels, shots)), test) for train, test in pairs]
+    return [(train.take(knn.few_shot_indices(train.labels, shots)), test) for train, test in pairs]
 
 
 def scored(
@@ -326,10 +305,7 @@ def mean_over(
 
 
 def names_of(letters: str) -> list[str]:
-    """Return the features that letters stand for: "E+K" -> ["embedding", "kl"].
-
-    Raises ValueError for an unknown letter.
-    """
+    """Return the features of letters, "E+K" -> ["embedding", "kl"]; ValueError for others."""
     by_letter = {letter: name for name, letter in LETTERS.items()}
     for letter in letters.split("+"):
         require("feature letter", letter, by_letter)

@@ -75,14 +75,6 @@ def declared(slug: str) -> dict[str, dict]:
     return found
 
 
-def fits(value: object, annotation: str) -> bool:
-    """Tell whether a value has an annotated type: int, float (which takes an int), str, bool or
-    list.
-    """
-    require("parameter type", annotation, TYPES)
-    return type(value) in TYPES[annotation]
-
-
 def check(slug: str, name: str, value: object, exist: dict[str, dict]) -> None:
     """Raise ValueError where a notebook has no such parameter (``exist``: those declared), or the
     value has another type or is out of range.
@@ -90,7 +82,8 @@ def check(slug: str, name: str, value: object, exist: dict[str, dict]) -> None:
     if name not in exist:
         raise ValueError(f"{slug} has no parameter '{name}'; it has: {', '.join(exist) or 'none'}")
     wanted, low = exist[name]["type"], int(name in COUNTS)
-    if not fits(value, wanted):
+    require("parameter type", wanted, TYPES)
+    if type(value) not in TYPES[wanted]:
         given = f"{type(value).__name__} {value!r}"
         raise ValueError(f"{slug}: parameter '{name}' takes {wanted}, not {given}")
     if value == []:
@@ -152,12 +145,7 @@ def load_profile(name: str) -> tuple[dict, dict[str, dict]]:
 
 
 def parameters(slug: str, profile: str = "mini", overrides: dict | None = None) -> dict:
-    """Return all parameters of a notebook under a profile: its defaults, then the profile's, then
-    ``overrides``.
-
-    Raises ValueError for an unknown notebook, profile or parameter (listing what exists), and for
-    a value of the wrong type or out of range.
-    """
+    """Return a notebook's parameters: defaults, profile's, ``overrides``; ValueError for others."""
     exist, overrides = declared(slug), overrides or {}
     common, own = load_profile(profile)
     if overrides.get("profile", profile) != profile:

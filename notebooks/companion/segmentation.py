@@ -96,7 +96,7 @@ def collect(
             "each backbone has its own"
         )
     present = here(dict.fromkeys(names))[0]
-    lacking = {name: reason for name in sets if (reason := masks.unavailable(name))}
+    lacking = {name: reason for name in sets if (reason := datasets.missing(masks.find(name)))}
     for reason in lacking.values():
         print(f"Not run for want of {reason}")
     cases = []
@@ -224,9 +224,6 @@ def few_shot(case: Case, counts: Sequence[float], draws: int) -> pd.DataFrame:
     return pd.concat(frames or [scores({}, case, setting="", runs=0)], ignore_index=True)
 
 
-# ---- what the gain is made of
-
-
 def by_mosaic(case: Case, tiles: str, rounds: int, heads: int) -> pd.DataFrame:
     """Return `scores` on scenes of one, two and four classes made of the same images.
 
@@ -264,9 +261,6 @@ def by_classes(case: Case, found: Outcomes) -> pd.DataFrame:
         name = f"{n} or more" if number[rows].max() > n else f"{n}"
         frames.append(scores(part, case, classes=name, images=int(rows.sum())))
     return pd.concat(frames, ignore_index=True)
-
-
-# ---- figures
 
 
 def examples(case: Case, share: float, found: Outcomes) -> tuple[list[dict], pd.DataFrame]:

@@ -30,19 +30,13 @@ TEMPLATES = paths.ROOT / "data" / "site"
 THUMBNAIL = 960  # pixels: two for each one of a gallery column
 
 
-def build(
-    out: Path, profile: str = "lite", notebooks: Path = run.NOTEBOOKS, runs: Path | None = None
-) -> list[Path]:
+def build(out: Path, profile: str = "lite") -> list[Path]:
     """Write the site into the folder ``out``, which is replaced; return its pages, the index first.
 
-    ``notebooks``: the committed ones; ``runs``: executed ones (default runs/``profile``); figures
-    and measured claims are those of figures/``profile``. Raises ValueError for a folder without
-    notebooks.
+    Executed notebooks are those of runs/``profile``, figures and claims of figures/``profile``.
     """
-    sources = sorted(notebooks.glob("[0-9][0-9]_*.ipynb"))
-    if not sources:
-        raise ValueError(f"no notebooks NN_slug.ipynb in {notebooks}")
-    runs = runs or paths.ROOT / "runs" / profile
+    sources = [run.NOTEBOOKS / f"{slug}.ipynb" for slug in run.notebooks()]
+    runs = paths.ROOT / "runs" / profile
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     read = [executed(path, runs / path.name) for path in sources]
@@ -120,9 +114,7 @@ def executed(source: Path, ran: Path) -> tuple[nbformat.NotebookNode, str]:
 
 
 def body(nb: nbformat.NotebookNode, slugs: Sequence[str]) -> str:
-    """Return a notebook's cells as HTML: images with a text, formulas as MathML, code folded, links
-    between pages relative.
-    """
+    """Return a notebook's cells as HTML: alt texts, MathML, folded code, links between pages."""
     for cell, text in zip(nb.cells, alternatives(nb), strict=True):
         cell.metadata["alt"] = text
         cell.outputs = [o for o in cell.get("outputs", []) if o.get("name") != "stderr"]
@@ -150,9 +142,7 @@ def body(nb: nbformat.NotebookNode, slugs: Sequence[str]) -> str:
 
 
 def alternatives(nb: nbformat.NotebookNode) -> list[str]:
-    """Return a text for the images of each cell: title, the heading above it and the page's own
-    "How to read it" after it.
-    """
+    """Return each cell's image text: title, heading above, and the "How to read it" after it."""
     heading, texts = "", []
     said = [cell.source if cell.cell_type == "markdown" else "" for cell in nb.cells]
     for here, after in zip(said, [*said[1:], ""], strict=True):

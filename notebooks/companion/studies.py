@@ -1,6 +1,4 @@
-"""One analysis each, of one notebook: shots, PCA, seeds, pairs, probes, retrieval, clusters,
-projections.
-"""
+"""One notebook's analysis each: shots, PCA, seeds, pairs, probes, retrieval, clustering."""
 
 import re
 import time
@@ -11,35 +9,12 @@ import numpy as np
 import pandas as pd
 from sklearn.metrics import normalized_mutual_info_score
 
-from companion import paths
+from companion import paths, protocol
 from companion.data import landmarks
 from companion.encoders.objectives import named
-from companion.evaluate import clustering, probe, retrieval
-from companion.evaluate.knn import (
-    bootstrap,
-    few_shot_indices,
-    knn_by_similarity,
-    random_effects,
-    vote,
-)
-from companion.protocol import (
-    COMBINATIONS,
-    GAIN,
-    LETTERS,
-    QUANTITIES,
-    Pair,
-    against,
-    compare,
-    each,
-    few_shot,
-    hits,
-    metric,
-    names_of,
-    project,
-    right_or_wrong,
-    scored,
-    similarity,
-)
+from companion.evaluate import clustering, knn, probe, retrieval
+from companion.evaluate.knn import bootstrap, knn_by_similarity, random_effects, vote
+from companion.protocol import COMBINATIONS, GAIN, LETTERS, QUANTITIES, Pair, each, right_or_wrong
 from fungi_core import projection
 from fungi_core.extract import Features
 from fungi_core.features import normalize
@@ -66,12 +41,12 @@ def linear(
     that are used.
     """
     fit = lambda a, b, train, _: probe.predict(a, train.labels, b, seed=seed)
-    pairs = few_shot(pairs, shots)
-    found = {"E": scored(pairs[:1], ["E"], fit, pca)["E"] * len(pairs)}  # no seed changes it
-    found |= scored(pairs, [x for x in letters if x != "E"], fit, pca)
+    pairs = protocol.few_shot(pairs, shots)
+    found = {"E": protocol.scored(pairs[:1], ["E"], fit, pca)["E"] * len(pairs)}  # of any seed
+    found |= protocol.scored(pairs, [x for x in letters if x != "E"], fit, pca)
     labels = pairs[0][1].labels
     right = {name: [one == labels for one, _ in fits] for name, fits in found.items()}
-    table = compare(right, letters, *metric(pairs[0][1], shots), seed)
+    table = protocol.compare(right, letters, *protocol.metric(pairs[0][1], shots), seed)
     return table.assign(strength=[found[name][0][1] for name in letters])
 
 
@@ -106,15 +81,15 @@ def retrieve(
     """
     truth, settings = relevant(*pairs[0])
     rank = lambda database, queries, *_: retrieval.rank(queries, database)
-    rankings, frames = scored(pairs, ["E", *letters], rank, pca), []
-    for setting, protocol in settings.items():
+    rankings, frames = protocol.scored(pairs, ["E", *letters], rank, pca), []
+    for setting, positives in settings.items():
         precision = {
-            name: np.array([retrieval.scores(x, truth, protocol) for x in found])  # (seeds, N)
+            name: np.array([retrieval.scores(x, truth, positives) for x in found])  # (seeds, N)
             for name, found in rankings.items()
         }
         counted = ~np.isnan(precision["E"][0])  # queries with a positive, the same for every set
         precision = {name: x[:, counted] for name, x in precision.items()}
-        frames.append(compare(precision, letters, setting, None, seed))
+        frames.append(protocol.compare(precision, letters, setting, None, seed))
     return pd.concat(frames, ignore_index=True)
 
 
@@ -152,14 +127,14 @@ def cluster(
     group = lambda _, x, *__: [clustering.kmeans(x, count, start) for start in starts]
     right, rows = {}, {}
     # found: (seeds, runs, N)
-    for name, found in scored(pairs, ["E", *letters], group, pca).items():
+    for name, found in protocol.scored(pairs, ["E", *letters], group, pca).items():
         matched = np.array([[clustering.match(c, labels) == labels for c in one] for one in found])
         nmi = [100 * normalized_mutual_info_score(labels, c) for one in found for c in one]
         right[name] = matched.mean(1)
         rows[name] = 100 * matched.mean(2).std(), np.mean(nmi), np.std(nmi)
     columns = ["spread", "nmi", "nmi_spread"]
     extra = pd.DataFrame([rows[name] for name in letters], columns=columns)
-    return pd.concat([compare(right, letters, "k-means", None, seed), extra], axis=1)
+    return pd.concat([protocol.compare(right, letters, "k-means", None, seed), extra], axis=1)
 
 
 def seed_spread(
@@ -176,11 +151,11 @@ def seed_spread(
     test images, each of which counts with the share of seeds that classify it correctly;
     ``gain_spread``: the deviation over the seeds.
     """
-    _, per_class = metric(pairs[0][1])
+    _, per_class = protocol.metric(pairs[0][1])
     groups = [np.arange(len(pairs[0][1].labels))]
     if per_class is not None:
         groups = [per_class == c for c in np.unique(per_class)]
-    found = hits(pairs, letters, k=k, pca=pca)
+    found = protocol.hits(pairs, letters, k=k, pca=pca)
     correct = {name: np.array(each_seed) for name, each_seed in found.items()}  # (seeds, N)
     # (seeds,)
     score = {x: 100 * np.mean([h[:, g].mean(1) for g in groups], 0) for x, h in correct.items()}
@@ -213,7 +188,7 @@ def shot_hits(
     width = pairs[0][0].blocks["embedding"].shape[1]
     for count, d in each(product(shots, range(draws)), f"{pairs[0][1].data.name} shots"):
         train, test = pairs[d % len(pairs)]
-        few = train.take(few_shot_indices(train.labels, count, generator("shots", seed, d)))
+        few = train.take(knn.few_shot_indices(train.labels, count, generator("shots", seed, d)))
         for name in letters:
             found = right_or_wrong(few, test, name, min(k, len(few.labels)), width)
             right[name, count].append(found)
@@ -234,7 +209,7 @@ def pca_curve(
         right = lambda size, n=name: np.array([right_or_wrong(*pair, n, k, size) for pair in pairs])
         correct = {size: right(size) for size in dict.fromkeys([None, *sizes])}
         draw = lambda kind, size, n=name: generator("bootstrap", seed, kind, n, size)
-        frames.append(against(correct, None, draw).assign(features=name))
+        frames.append(protocol.against(correct, None, draw).assign(features=name))
     curve = pd.concat(frames, ignore_index=True).rename(columns={"variant": "size"})
     return curve[["features", "size", *QUANTITIES[:6]]]
 
@@ -257,11 +232,11 @@ def projections(
     distortion (root mean square error of the distance of two test images, percent); seconds (for
     1,000 images, from factors to features; for "exact" to all similarities).
     """
-    name = names_of(letter)[0]
+    name = protocol.names_of(letter)[0]
     factors = train.blocks[name], test.blocks[name]
     exact = {}
     for letters in (letter, f"E+{letter}"):
-        alike = similarity(test, train, letters)
+        alike = protocol.similarity(test, train, letters)
         exact[letters] = knn_by_similarity(alike, train.labels, k) == test.labels
     draw = lambda *keys: generator("bootstrap", seed, "projection", *keys)
     own, start = bootstrap(exact[letter], generator=draw("exact")), time.perf_counter()
@@ -285,13 +260,13 @@ def projected(
     train: Features, test: Features, letter: str, kind: str, multiple: int, draw: int, k: int
 ) -> tuple[np.ndarray, float, float, float]:
     """Return a draw's hits (N,), accuracy with the embedding, distortion, seconds for 1,000."""
-    name = names_of(letter)[0]
+    name = protocol.names_of(letter)[0]
     factors, width = test.blocks[name], train.blocks["embedding"].shape[1]
     d, a = (x.shape[2] for x in factors[:1].appended())
     made = projection.draw(PROJECTIONS[kind], multiple * width, d, a, "draw", draw)
     made.apply(factors[:1])  # its bits are drawn and unpacked
     start = time.perf_counter()
-    both = [project(rows, {name: made}) for rows in (train, test)]
+    both = [protocol.project(rows, {name: made}) for rows in (train, test)]
     seconds = 1000 * (time.perf_counter() - start) / (len(train.labels) + len(test.labels))
     hits = right_or_wrong(*both, letter, k, None)
     joined = right_or_wrong(*both, f"E+{letter}", k, None).mean()
@@ -330,7 +305,7 @@ def joined_pairs(
     names, cka = list(unit[0]), np.mean([cka_matrix(blocks) for blocks in unit], 0)
     both_of = list(combinations_with_replacement(range(len(names)), 2))
     joined = {(i, j): names[i] if i == j else f"{names[i]}+{names[j]}" for i, j in both_of}
-    correct, rows = hits(pairs, joined.values(), k=k, pca=pca), []
+    correct, rows = protocol.hits(pairs, joined.values(), k=k, pca=pca), []
     for (i, j), letters in joined.items():
         a, b = names[i], names[j]
         both, better = correct[letters], max((correct[a], correct[b]), key=np.mean)
@@ -356,9 +331,7 @@ def diversity(joined: pd.DataFrame, seed: int = 0) -> tuple[float, float, float]
 
 
 def settings(printed: pd.DataFrame, encoder) -> pd.DataFrame:
-    """Return a table of the paper's settings (12 or 19) with ours: objective, parameter, ours,
-    paper.
-    """
+    """Return the paper's settings (Table 12 or 19) with ours: objective, parameter, ours, paper."""
     read = {
         "Temperature": lambda objective: objective.temperature,
         "Projection Dim": lambda objective: objective.dim,
@@ -383,9 +356,8 @@ def changed(
     five nearest training images by both features, and {features: votes} of all k. No PCA.
     """
     here = test.take(np.flatnonzero(test.labels == label))
-    near = {
-        x: np.argsort(-similarity(here, train, x), 1, kind="stable")[:, :k] for x in ("E", letters)
-    }
+    alike = {x: protocol.similarity(here, train, x) for x in ("E", letters)}
+    near = {x: np.argsort(-rows, 1, kind="stable")[:, :k] for x, rows in alike.items()}
     right = {x: vote(found, train.labels) == label for x, found in near.items()}
     votes = {x: (train.labels[found] == label).mean(1) for x, found in near.items()}
     order = np.argsort(votes["E"] - votes[letters], kind="stable")  # most won first

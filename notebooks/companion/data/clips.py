@@ -23,10 +23,7 @@ RATE = 16_000  # Hz, as `fungi_core.audio` decodes clips; here, since images nee
 
 
 def esc50(root: Path, train: bool, fold: str) -> Split:
-    """Return ESC-50 as its repository unpacks: meta/esc50.csv and audio/*.wav.
-
-    It has 5 official folds of 400 clips of 5 s.
-    """
+    """Return ESC-50 as unpacked (meta/esc50.csv, audio/*.wav): 5 official folds of 400 clips."""
     base = root / "ESC-50-master"
     table = pd.read_csv(base / "meta" / "esc50.csv").sort_values("filename")
     classes = table.sort_values("target")["category"].unique().tolist()

@@ -150,15 +150,10 @@ def how_to_get(entry: Entry) -> str:
 def table() -> list[dict]:
     """Return a row for each data set of the table and each further one in the data folder.
 
-    A row has the columns of ``datasets.csv``, ``available``, and where that is False ``reason``
-    (one line with everything) and ``get`` (what to put where).
+    A row has the columns of ``datasets.csv`` and ``available``.
     """
-    rows = []
-    for entry in [*DATASETS.values(), *map(find, _further_names())]:
-        reason = missing(entry)
-        get = how_to_get(entry) if reason else ""
-        rows.append(vars(entry) | {"available": not reason, "reason": reason, "get": get})
-    return rows
+    every = [*DATASETS.values(), *map(find, _further_names())]
+    return [vars(entry) | {"available": not missing(entry)} for entry in every]
 
 
 def _further_names() -> list[str]:
@@ -172,10 +167,7 @@ def _further_names() -> list[str]:
 
 def find(name: str) -> Entry:
     """Return the entry of a name; ValueError, with what there is, for an unknown one."""
-    if name in DATASETS:
-        return DATASETS[name]
-    entry = Entry(name, name)
-    if stored_at(entry) is not None:
-        return entry
-    require("data set", name, [*DATASETS, *_further_names()])
+    entry = DATASETS.get(name, Entry(name, name))
+    if name not in DATASETS and stored_at(entry) is None:
+        require("data set", name, [*DATASETS, *_further_names()])
     return entry

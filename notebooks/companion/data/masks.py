@@ -180,11 +180,6 @@ def load(name: str, split: str, limit: int | None = None, seed: int = 0) -> Scen
     return scenes.draw(limit, seed) if limit and limit < len(scenes) else scenes
 
 
-def unavailable(name: str) -> str:
-    """Return why a set cannot be read here, in one line; "" when it can. Unknown names raise."""
-    return datasets.missing(find(name))
-
-
 def find(name: str) -> Entry:
     """Return the entry of a name; ValueError, with what there is, for an unknown one."""
     entry = SETS.get(name, Entry(name, name))

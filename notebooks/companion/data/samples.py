@@ -1,6 +1,4 @@
-"""Sources of sets that come with the project or are cut from installed packages; they need no file
-and no network.
-"""
+"""Sources of sets that come with the project or with installed packages: no file, no network."""
 
 from functools import cache
 from importlib.resources import files
@@ -28,10 +26,7 @@ SIDES = (32, 120)  # pixels of the smallest and the largest crop
 
 
 def digits(root: Path, train: bool) -> Split:
-    """Return scikit-learn's 8x8 digits, enlarged to 64x64 (bicubic).
-
-    The first 1,000 are the training split, the other 797 the test split.
-    """
+    """Return scikit-learn's 8x8 digits at 64x64 (bicubic): 1,000 for training, 797 for test."""
     from sklearn.datasets import load_digits
 
     rows = np.arange(1000) if train else np.arange(1000, 1797)
@@ -56,10 +51,7 @@ def mnist5k(root: Path, train: bool) -> Split:
 
 
 def pydocs(root: Path, train: bool) -> Split:
-    """Return sentences of Python's documentation, labelled with the chapter they are from.
-
-    They lie in ``data/texts``: 1,940 sentences of 7 chapters.
-    """
+    """Return 1,940 sentences of Python's documentation, labelled with their 7 chapters."""
     table = pd.read_csv(paths.TEXTS / "pydocs.csv", keep_default_na=False)
     labels, classes = pd.factorize(table["chapter"], sort=True)
     rows = table.assign(label=labels)[table["split"] == ("train" if train else "test")]
@@ -99,10 +91,7 @@ def photos(root: Path, train: bool) -> Split:
 def photo_boxes(
     width: int, height: int, train: bool, rng: np.random.Generator
 ) -> list[tuple[int, int, int]]:
-    """Draw crops (x, y, side) of a width x height picture.
-
-    60 lie in the white cells (train), or 40 in the black ones.
-    """
+    """Draw crops (x, y, side) of a picture: 60 in the white cells (train), or 40 in the black."""
     columns, rows = width // CELL, height // CELL
     cells = [(r, c) for r in range(rows) for c in range(columns) if ((r + c) % 2 == 0) == train]
     boxes = []

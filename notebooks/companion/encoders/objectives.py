@@ -1,7 +1,7 @@
 """Objectives beyond the paper's three, as examples of extending, and all of them by name.
 
 DeepCluster and iBOT are compared in Fig. 10; masked words are the paper's future work for text;
-`FullAugmentation` is the left half of Table 15.
+`FullAugmentation` is the right half of Table 15.
 """
 
 import math

@@ -15,17 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from companion import paths
-from companion.evaluate import iou
-from companion.evaluate.scenes import (
-    LOSSES,
-    SCENES,
-    SUPPORT,
-    Views,
-    choose_all,
-    gradients,
-    network,
-    vectors,
-)
+from companion.evaluate import iou, scenes
+from companion.evaluate.scenes import LOSSES, Views, gradients
 from fungi_core.backbones import Backbone
 from fungi_core.filling import Pass, write
 from fungi_core.search import largest, rows_at_once
@@ -78,7 +69,7 @@ class Lookup:
         share the tokens' product, and what all patches of an image share is multiplied once.
         """
         device, labels = self.backbone.device, self.memory.labels
-        kept = choose_all(labels, self.each, "memory", self.draw)
+        kept = scenes.choose_all(labels, self.each, "memory", self.draw)
         labels = torch.from_numpy(labels.reshape(-1, labels.shape[-1])[kept]).to(device)  # (M, C)
         view = torch.from_numpy(kept // self.memory.patches).to(device)  # (M,)
         sides = {kind: self._sides(kind, kept) for kind in {"embedding", *kinds}}
@@ -138,9 +129,9 @@ class Lookup:
     def describe(self, kind: str) -> dict:
         """Return everything that changes the outcomes of one kind: their key in the store."""
         gradient = kind in LOSSES
-        loss = [asdict(LOSSES[kind]), self.support.identity(), SUPPORT] if gradient else None
-        return network(self.backbone) | {
-            "scenes": SCENES,
+        loss = [asdict(LOSSES[kind]), self.support.identity(), scenes.SUPPORT] if gradient else None
+        return scenes.network(self.backbone) | {
+            "scenes": scenes.SCENES,
             "views": [self.memory.identity(), self.queries.identity()],
             "outcome": [kind, loss, self.head if gradient or "noise" in kind else None],
             "memory": [self.each, self.draw, self.k, self.temperature],
@@ -149,7 +140,7 @@ class Lookup:
     def _sides(self, kind: str, kept: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Return memory rows (M, D), or (V, D) of whole views, and queries (N, T or 1, D)."""
         memory, queries = (
-            vectors(kind, views, self.backbone, self.head, self.support)
+            scenes.vectors(kind, views, self.backbone, self.head, self.support)
             for views in (self.memory, self.queries)
         )
         rows = memory.reshape(-1, memory.shape[-1])

@@ -22,16 +22,12 @@ def confusion(truth: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndar
     return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
 
 
-def iou(confusions: np.ndarray) -> np.ndarray:
-    """Return each class's IoU in percent, (..., C, C) -> (..., C); NaN for a class never seen."""
-    hit = np.diagonal(confusions, axis1=-2, axis2=-1)
-    union = confusions.sum(-1) + confusions.sum(-2) - hit
-    return 100 * np.divide(hit, union, out=np.full(hit.shape, np.nan), where=union > 0)
-
-
 def miou(confusions: np.ndarray) -> np.ndarray:
     """Return the mean IoU in percent over the classes that occur, (..., C, C) -> (...,)."""
-    return np.nanmean(iou(confusions), -1)
+    hit = np.diagonal(confusions, axis1=-2, axis2=-1)
+    union = confusions.sum(-1) + confusions.sum(-2) - hit
+    each = np.divide(hit, union, out=np.full(hit.shape, np.nan), where=union > 0)  # (..., C)
+    return np.nanmean(100 * each, -1)
 
 
 def matched_miou(confusion: np.ndarray) -> float:

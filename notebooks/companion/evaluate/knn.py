@@ -112,26 +112,19 @@ def run_weights(runs: int, n: int, generator: np.random.Generator) -> np.ndarray
     return 1 / runs + (weights - 1 / runs) * np.sqrt(runs / (runs - 1))
 
 
-class Pooled(NamedTuple):
-    """Hold a mean over data sets with its 95 % interval, and the deviation between them."""
-
-    mean: float
-    low: float
-    high: float
-    between: float
-
-
-def random_effects(values, lows, highs) -> Pooled:
-    """Return the mean of effects measured on different data sets, which differ in truth too.
+def random_effects(values, lows, highs) -> tuple[float, float, float, float]:
+    """Return mean, low and high of effects on different data sets, and the deviation between them.
 
     The variance between them is DerSimonian and Laird's (1986), the interval Hartung and Knapp's
     (2001) with k - 1 degrees of freedom, and never narrower than the one that takes the effects as
-    equal. Each effect comes with its own 95 % interval; one alone keeps it.
+    equal. Each effect comes with its own 95 % interval; one alone keeps it. An interval without
+    width, where no image changed sides, is no proof: it counts as the narrowest of the others.
     """
     values, lows, highs = (np.asarray(x, np.float64) for x in (values, lows, highs))
     if len(values) == 1 or (values == lows).all() and (values == highs).all():
-        return Pooled(values.mean(), lows.mean(), highs.mean(), 0.0)
-    error = np.maximum((highs - lows) / 2 / norm.ppf(0.975), 1e-3)  # no effect is known exactly
+        return values.mean(), lows.mean(), highs.mean(), 0.0
+    error = (highs - lows) / 2 / norm.ppf(0.975)
+    error = np.where(error > 0, error, error[error > 0].min())
     fixed = error**-2 / (error**-2).sum()
     freedom = len(values) - 1
     heterogeneity = (error**-2 * (values - fixed @ values) ** 2).sum()
@@ -142,7 +135,7 @@ def random_effects(values, lows, highs) -> Pooled:
     mean = weights @ values
     knapp = t.ppf(0.975, freedom) * np.sqrt(weights @ (values - mean) ** 2 / freedom)
     half = max(knapp, norm.ppf(0.975) / np.sqrt((error**-2).sum()))
-    return Pooled(float(mean), float(mean - half), float(mean + half), float(np.sqrt(between)))
+    return float(mean), float(mean - half), float(mean + half), float(np.sqrt(between))
 
 
 def one_a_row(labels, rows) -> np.ndarray:

@@ -164,9 +164,6 @@ def choose_all(labels: np.ndarray, each: int, role: str, draw: int) -> np.ndarra
     return np.concatenate(chosen)
 
 
-# ---- what is stored of every patch
-
-
 def network(backbone: Backbone) -> dict:
     """Return what decides a network's tokens: a part of keys in the store."""
     about = [backbone.name, backbone.fingerprint, backbone.layer, backbone.inputs.identity()]

@@ -153,9 +153,7 @@ def image_grid(
 
 
 def class_colours(classes: int) -> np.ndarray:
-    """Return a colour for each class, (classes, 3) in [0, 1]; beyond a dozen, hues alternate in
-    lightness.
-    """
+    """Return a colour for each class, (classes, 3) in [0, 1]; beyond a dozen, two lightnesses."""
     if classes <= len(MASKS):
         return np.array([to_rgb(ink) for ink in MASKS[:classes]])
     light, dark = (np.array(seaborn.husl_palette(classes, s=0.85, l=tone)) for tone in (0.72, 0.45))
@@ -296,9 +294,7 @@ def _heatmap(ax: Axes, shade: pd.DataFrame, numbers: pd.DataFrame | bool, fmt: s
 
 
 def _colour_bar(fig: Figure, label: str, axes: Sequence[Axes] = ()) -> None:
-    """Draw the scale that heat maps share beside them, at most three inches high: beside `axes`, or
-    all.
-    """
+    """Draw the heat maps' shared scale beside `axes` (default: all), at most three inches high."""
     axes = list(axes if len(axes) else fig.axes)
     look = {"shrink": min(0.9, 3 / fig.get_figheight()), "aspect": 18, "anchor": (0, 1)}
     bar = fig.colorbar(axes[0].collections[0], ax=axes, pad=0.02, label=label, **look)

@@ -14,22 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from companion.figures import style
-from companion.figures.panels import (
-    CONDITION,
-    DASHED,
-    PAPER,
-    curves_of,
-    facets,
-    head,
-    in_words,
-    key,
-    lines_of,
-    list_axis,
-    mark,
-    note,
-    plain_log,
-)
+from companion.figures import panels, style
+from companion.figures.panels import CONDITION, DASHED, PAPER, facets, key, mark, note, plain_log
 from companion.figures.style import INK, NAMES, PALE, SMALL, colour
 
 
@@ -42,7 +28,7 @@ def class_deltas(df: pd.DataFrame) -> Figure:
     kinds = list(df["features"].unique())
     fig, parts = facets(df, (*CONDITION, "setting"), 1.3, each=len(kinds), sharey="row")
     for ax, kind in zip(parts[0][0], kinds, strict=True):
-        head(ax, f"{NAMES.get(kind, kind)} − embedding")
+        panels.head(ax, f"{NAMES.get(kind, kind)} − embedding")
     for axes, here in parts:
         # Sorted bars leave the upper right and the lower left free: the counts go where more is.
         below = -here["value"].min() > here["value"].max()
@@ -114,7 +100,7 @@ def variants(df: pd.DataFrame, *, against: str, interval: str = "95 % interval")
     written beside), gain, gain_low, gain_high (points; `interval` says what they are). `paper` is
     the published difference in points. A `value` of NaN is marked as not applicable.
     """
-    df = df.assign(**{x: in_words(df[x]) for x in ("column", "variant")})
+    df = df.assign(**{x: panels.in_words(df[x]) for x in ("column", "variant")})
     columns, names = list(df["column"].unique()), list(df["variant"].unique())
     wide = len(columns) not in (2, 3)  # then each has a title of its own, three in a row
     by, each, across = ((*CONDITION, "column"), 1, 3) if wide else (CONDITION, len(columns), 1)
@@ -135,9 +121,9 @@ def variants(df: pd.DataFrame, *, against: str, interval: str = "95 % interval")
                     note(ax, f"{r.value:.1f}", 1, y, (2, 0), **beside)
             if len(rows):
                 ax.axvline(0, color=INK, linewidth=0.7, linestyle=DASHED)
-            list_axis(ax, names)
+            panels.list_axis(ax, names)
             if not wide:
-                head(ax, column)
+                panels.head(ax, column)
     fig.supxlabel(f"difference from {against} (points; right: percent)")
     key(fig, {f"ours, {interval}": {}}, _if_any(df, "the paper's difference"))
     return fig
@@ -151,9 +137,9 @@ def curves(df: pd.DataFrame, *, x: str, label: str) -> Figure:
     are.
     """
     fig, parts = facets(df, CONDITION, 2.0)
-    looks = lines_of(df["features"])
+    looks = panels.lines_of(df["features"])
     for [ax], here in parts:
-        curves_of(ax, here, x, looks)
+        panels.curves_of(ax, here, x, looks)
         ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     fig.supxlabel(label)
     fig.supylabel("accuracy (%)")
@@ -168,9 +154,9 @@ def views_and_speed(df: pd.DataFrame) -> Figure:
     `df` has features, views, value with low and high (percent), speed and floor (images/s).
     """
     fig, parts = facets(df, CONDITION, 2.3, each=2)
-    looks, ticks = lines_of(df["features"]), sorted(df["views"].unique())
+    looks, ticks = panels.lines_of(df["features"]), sorted(df["views"].unique())
     for (accuracy, speed), here in parts:
-        curves_of(accuracy, here, "views", looks)
+        panels.curves_of(accuracy, here, "views", looks)
         once = here.drop_duplicates("views").sort_values("views")
         speed.plot(once["views"], once["speed"], color=INK, marker="o", markersize=3)
         speed.plot(once["views"], once["floor"], color=PALE, linestyle=DASHED)
@@ -241,7 +227,7 @@ def projections(df: pd.DataFrame) -> Figure:
         plain_log(seconds.xaxis, each_decade=(1,))
         labels = ("accuracy (%)", "error of distances (%)", "seconds for 1,000 images")
         for ax, label in zip(axes, labels, strict=True):
-            list_axis(ax, names)
+            panels.list_axis(ax, names)
             ax.margins(x=0.25)
             ax.set(xlabel=label)
     return fig
@@ -285,7 +271,7 @@ def throughput(df: pd.DataFrame) -> Figure:
     """
     names = df["features"].map(NAMES) + " gradient"
     if "backbone" in df and df["backbone"].nunique() > 1:
-        names = names + "\n" + in_words(df["backbone"])
+        names = names + "\n" + panels.in_words(df["backbone"])
     fig, [((speed, share), rows)] = facets(df, (), 0.7 + 0.36 * len(df), each=2, sharey=True)
     tick = {"marker": "|", "markersize": 10, "markeredgewidth": 1.2, "linestyle": "none"}
     for y, r in enumerate(rows.itertuples()):
@@ -301,6 +287,6 @@ def throughput(df: pd.DataFrame) -> Figure:
     speed.set(xlabel="images/s")
     plain_log(speed.xaxis, each_decade=(1,))
     for ax in (speed, share):
-        list_axis(ax, list(names))
+        panels.list_axis(ax, list(names))
     key(fig, {"ours": {}, "floor": tick}, "the paper's (A100, ViT-B/16)")
     return fig

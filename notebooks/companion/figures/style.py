@@ -59,9 +59,7 @@ VERDICTS = {  # the disagreements first
 def figure(
     rows: int = 1, cols: int = 1, *, width: float = PAGE, height: float = 2.4, **subplots
 ) -> tuple[Figure, np.ndarray]:
-    """Return a figure of `width` x `height` inches in the project's style, and its axes
-    (rows, cols); `subplots` are options of `Figure.subplots`.
-    """
+    """Return a figure in the project's style, sizes in inches, and its axes (rows, cols)."""
     plt.style.use(Path(__file__).with_name("fungi.mplstyle"))
     fig = plt.figure(figsize=(width, height), layout="constrained")
     plt.close(fig)  # pyplot forgets it: a notebook shows it once, as the value of its cell
@@ -168,9 +166,7 @@ def _flat(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def describe(fig: Figure) -> str:
-    """Return the alternative text of a figure, for those who cannot see it: the words of its
-    titles, axes and key.
-    """
+    """Return the alternative text of a figure: the words of its titles, axes and key."""
     legends = [text.get_text() for legend in fig.legends for text in legend.get_texts()]
     above = [fig.get_suptitle(), *(legend.get_title().get_text() for legend in fig.legends)]
     words = {
@@ -188,9 +184,7 @@ def describe(fig: Figure) -> str:
 
 
 def photographs(fig: Figure) -> Image:
-    """Return a figure of photographs for a notebook's output as JPEG: a fifth of the PNG that would
-    be kept in it.
-    """
+    """Return a figure of photographs as JPEG for a notebook's output: a fifth of the PNG."""
     fig.savefig(file := io.BytesIO(), format="jpeg", dpi=fig.dpi, pil_kwargs={"quality": 72})
     return Image(data=file.getvalue(), format="jpeg")
 
