@@ -82,7 +82,7 @@ def parameter_faults(cell, declared: dict) -> list[str]:
         known, annotation = declared.get(name, {}), ast.unparse(node.annotation)
         if not known.get("help"):
             faults.append(f"parameters: '{name}' has no trailing comment that papermill can read")
-        elif known["type"] != annotation or not run.fits(value, known["type"]):
+        elif known["type"] != annotation or type(value) not in run.TYPES[annotation]:
             faults.append(f"parameters: the default of '{name}' is no {annotation}")
     missing = {"profile", "seed"} - declared.keys()
     return faults + broken(
@@ -226,6 +226,11 @@ def page_faults(path: Path) -> list[str]:
             "the checked cell compares no number within a tolerance": any(
                 compares_a_number(ast.parse(cell.source)) for cell in checked(nb)
             ),
+            "a stored number was missed": not any(
+                re.search(r": within .*: False$", out.get("text", ""), re.MULTILINE)
+                for cell in checked(nb)
+                for out in cell.outputs
+            ),
         }
     )
     parameters = set(declared_parameters(path.stem)[0])
@@ -327,6 +332,11 @@ def set_parameters(nb, text):
     set_source(nb, text, 0)
 
 
+def miss_stored(nb):
+    text = "gain: within 2 of 1.5: False\n"
+    checked(nb)[0].outputs = [new_output("stream", name="stdout", text=text)]
+
+
 def set_checked(nb, text):
     set_source(nb, f"{CHECKED}\n{text}", 1)
 
@@ -375,6 +385,7 @@ PAGE_BREAKS = {
         nb, "protocol.provenance('05_made_up', started, runs)"
     ),
     "dict(profile, k) repeats": lambda nb: set_source(nb, "made = dict(profile=profile, k=k)"),
+    "a stored number was missed": miss_stored,
 }
 
 

@@ -453,7 +453,8 @@ def test_the_second_scorer_sees_a_changed_outcome(tmp_path):
     "on, scale",
     [
         ("dtd_10, cifar10; deit_tiny_patch16_224.fb_in1k", "paper's kind"),
-        ("dtd_10; deit_tiny_patch16_224.fb_in1k (retrieval by class)", "paper's kind"),
+        ("classes of dtd_10; deit_tiny_patch16_224.fb_in1k", "stand-in"),
+        ("voc2012_part; deit_tiny_patch16_224.fb_in1k (83 images)", "paper's kind"),
         ("dtd_10; vit_micro.sup_tin100, deit_tiny_patch16_224.fb_in1k", "stand-in"),
         ("tiny_imagenet_100a; deit_tiny_patch16_224.fb_in1k", "stand-in"),
         ("needs the Paris landmarks", ""),
