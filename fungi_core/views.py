@@ -15,7 +15,6 @@ from typing import ClassVar
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from timm.data.transforms_factory import transforms_imagenet_eval
 
 from .inputs import Inputs, Views, readable
 from .resampling import bicubic_matrix, crops_on
@@ -155,15 +154,30 @@ class ImageInputs(Inputs):
         return image.tobytes() + str(image.size).encode()
 
     def whole(self, image: Image.Image) -> np.ndarray:
-        """Apply timm's evaluation transform up to the normalisation: (1, s, s, 3) uint8."""
-        scaled, short = math.floor(self.size / self.crop), min(image.size)
-        resized = tuple(int(scaled * side / short) for side in image.size)
-        # 20,000 x 1 pixels would become 3 GB: resize the middle alone.
-        if self.mode == "center" and max(resized) > 64 * self.size:
-            return np.asarray(_resized_middle(image, self.size, resized, self.interpolation))[None]
-        options = dict(interpolation=self.interpolation, mean=self.mean, normalize=False)
-        transform = transforms_imagenet_eval(self.size, self.crop, self.mode, **options)
-        return transform(image).permute(1, 2, 0).numpy()[None]  # (3, s, s) -> (1, s, s, 3)
+        """Apply the evaluation transform up to the normalisation: (1, s, s, 3) uint8.
+
+        It is rounded as timm and torchvision round, so that the pixels are theirs.
+        """
+        size, scaled = self.size, math.floor(self.size / self.crop)
+        if self.mode == "squash":
+            resized = scaled, scaled
+        elif self.mode == "border":
+            ratio = max(image.size) / scaled
+            resized = tuple(max(1, round(side / ratio)) for side in image.size)
+        else:
+            resized = tuple(int(scaled * side / min(image.size)) for side in image.size)
+        if max(resized) > 64 * size:  # 20,000 x 1 pixels would become 3 GB: resize the middle alone
+            return np.asarray(_resized_middle(image, size, resized, self.interpolation))[None]
+        if resized != image.size:
+            image = image.resize(resized, _FILTERS[self.interpolation])
+        if self.mode == "border" and min(resized) < size:
+            # An odd border is one pixel wider on the right and below.
+            colour = tuple(round(255 * v) for v in self.mean)
+            canvas = Image.new("RGB", tuple(max(size, side) for side in resized), colour)
+            canvas.paste(image, tuple(max(0, size - side) // 2 for side in resized))
+            image = canvas
+        left, top = (round((side - size) / 2) for side in image.size)
+        return np.asarray(image.crop((left, top, left + size, top + size)))[None]
 
     def finish(self, batch: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Normalise pixels on their device: (B, V, s, s, 3) uint8 -> (B, V, 3, s, s)."""

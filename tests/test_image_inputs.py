@@ -65,6 +65,15 @@ def test_a_line_of_pixels_is_resized_in_its_middle_alone(shape, interpolation):
     torch.testing.assert_close(found, expected, rtol=0, atol=1.5 / 255)
 
 
+@pytest.mark.parametrize("shape", [(1, 500), (500, 1)])
+def test_a_line_of_pixels_keeps_one_pixel_between_its_borders(shape):
+    """Where timm's transform fails, because the line would be no pixel wide."""
+    image = Image.new("RGB", shape, (255, 255, 255))
+    found = ours(image, 32, (0.0,) * 3, (1.0,) * 3, 1.0, "border", "bicubic")
+    line = found.sum((0, 1)) if shape[0] == 1 else found.sum((0, 2))  # (32,)
+    assert line.tolist() == [0] * 15 + [3 * 32] + [0] * 16
+
+
 @pytest.mark.parametrize(("mode", "interpolation"), [("round", "bicubic"), ("center", "lanczos")])
 def test_what_is_unknown_lists_what_there_is(mode, interpolation):
     known = "there are center, squash, border with bicubic, bilinear, nearest"
