@@ -35,7 +35,7 @@ class Fungi(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     seed : draws heads, projection, negatives and views.
     device, dtype : what torch accepts, or "auto"; a `Backbone` keeps its own.
     heads, negatives : given instead of drawn, {objective name: heads} and {objective name: (M, C)}.
-    projection : "rademacher" (the paper's), "khatri-rao", "sketch", or a (d, m) tensor.
+    projection : "rademacher" (the paper's), "khatri-rao", "sketch", or a (d, m) matrix.
 
     X is a sequence of images: paths, PIL images, uint8 arrays (H, W[, 3]), tensors (3, H, W); of
     str for a text backbone; of waveforms (n,) at 16 kHz or audio files for an audio backbone.
