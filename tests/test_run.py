@@ -358,3 +358,18 @@ def test_without_data_or_network_the_papers_profile_ends_with_one_table(
         "hf download timm/vit_base_patch14_dinov2.lvd142m",
     ):
         assert part in table["data"]["text/html"]
+
+
+def test_a_kernel_whose_port_was_taken_is_started_once_more(folder, monkeypatch, tmp_path):
+    """Two kernels that start at the same time may choose the same port; one of them dies."""
+    tried, real = [], papermill.execute_notebook
+
+    def taken(*args, **options):
+        tried.append(args)
+        if len(tried) == 1:
+            raise RuntimeError("Kernel died before replying to kernel_info")
+        return real(*args, **options)
+
+    monkeypatch.setattr(papermill, "execute_notebook", taken)
+    assert run.execute("01_fine", "mini", out=tmp_path / "out.ipynb").is_file()
+    assert len(tried) == 2

@@ -188,15 +188,16 @@ def execute(
         raise ValueError(f"{out} is a folder; name a file in it, such as {out / slug}.ipynb")
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_suffix(".failed.ipynb")
+    options = dict(parameters=values, cwd=NOTEBOOKS, progress_bar=sys.stderr.isatty())
+    options["extra_arguments"] = ["--log-level=CRITICAL"]  # nothing about loopback ports
+    begin = lambda: papermill.execute_notebook(NOTEBOOKS / f"{slug}.ipynb", partial, **options)
     try:
-        executed = papermill.execute_notebook(
-            NOTEBOOKS / f"{slug}.ipynb",
-            partial,
-            parameters=values,
-            cwd=NOTEBOOKS,
-            progress_bar=sys.stderr.isatty(),
-            extra_arguments=["--log-level=CRITICAL"],  # nothing about loopback ports
-        )
+        try:
+            executed = begin()
+        except RuntimeError as e:
+            if "before replying" not in str(e):
+                raise
+            executed = begin()  # a kernel beside it took its port between choice and use
     except (papermill.PapermillExecutionError, DeadKernelError, CellTimeoutError) as e:
         kind = getattr(e, "ename", type(e).__name__)
         text = " ".join(str(getattr(e, "evalue", e)).split())[:500]
