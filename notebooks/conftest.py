@@ -2,7 +2,11 @@
 warnings; a kernel that does not come up is started once more.
 """
 
+from functools import partial
+
 from nbval import kernel
+
+from companion.run import started
 
 
 def pytest_collectstart(collector):
@@ -11,16 +15,5 @@ def pytest_collectstart(collector):
 
 
 def pytest_configure():
-    """Start a silent kernel again: another process can take a port between its choice and its use.
-
-    Tests of two notebooks run side by side, and their kernels choose ports alike.
-    """
-    start = kernel.start_new_kernel
-
-    def twice(*args, **kwargs):
-        try:
-            return start(*args, **kwargs)
-        except RuntimeError:
-            return start(*args, **kwargs)
-
-    kernel.start_new_kernel = twice
+    """Start a silent kernel again: tests of two notebooks run side by side."""
+    kernel.start_new_kernel = partial(started, kernel.start_new_kernel)

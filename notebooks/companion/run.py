@@ -19,6 +19,7 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -145,7 +146,10 @@ def load_profile(name: str) -> tuple[dict, dict[str, dict]]:
 
 
 def parameters(slug: str, profile: str = "mini", overrides: dict | None = None) -> dict:
-    """Return a notebook's parameters: defaults, profile's, ``overrides``; ValueError for others."""
+    """Return a notebook's parameters: its defaults, then the profile's, then ``overrides``.
+
+    Raises ValueError for an unknown notebook, profile or name, and for a value that does not fit.
+    """
     exist, overrides = declared(slug), overrides or {}
     common, own = load_profile(profile)
     if overrides.get("profile", profile) != profile:
@@ -169,6 +173,20 @@ def normalize(notebook):
     )
 
 
+def started(start: Callable, *args, **options):
+    """Call ``start``, and once more where its kernel did not come up.
+
+    A kernel beside it can take a port between its choice and its use. One that dies later raises a
+    subclass of RuntimeError, which is not tried again.
+    """
+    try:
+        return start(*args, **options)
+    except RuntimeError as e:
+        if type(e) is not RuntimeError:
+            raise
+        return start(*args, **options)
+
+
 def execute(
     slug: str, profile: str, overrides: dict | None = None, out: Path | None = None
 ) -> Path:
@@ -188,16 +206,16 @@ def execute(
         raise ValueError(f"{out} is a folder; name a file in it, such as {out / slug}.ipynb")
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_suffix(".failed.ipynb")
-    options = dict(parameters=values, cwd=NOTEBOOKS, progress_bar=sys.stderr.isatty())
-    options["extra_arguments"] = ["--log-level=CRITICAL"]  # nothing about loopback ports
-    begin = lambda: papermill.execute_notebook(NOTEBOOKS / f"{slug}.ipynb", partial, **options)
     try:
-        try:
-            executed = begin()
-        except RuntimeError as e:
-            if "before replying" not in str(e):
-                raise
-            executed = begin()  # a kernel beside it took its port between choice and use
+        executed = started(
+            papermill.execute_notebook,
+            NOTEBOOKS / f"{slug}.ipynb",
+            partial,
+            parameters=values,
+            cwd=NOTEBOOKS,
+            progress_bar=sys.stderr.isatty(),
+            extra_arguments=["--log-level=CRITICAL"],  # nothing about loopback ports
+        )
     except (papermill.PapermillExecutionError, DeadKernelError, CellTimeoutError) as e:
         kind = getattr(e, "ename", type(e).__name__)
         text = " ".join(str(getattr(e, "evalue", e)).split())[:500]
