@@ -101,7 +101,8 @@ class Backbone:
 
     def reads_class_token(self, layers: Sequence[str]) -> bool:
         """Say whether the class-token path serves these layers."""
-        return self.fast and class_token.applies(self.model, layers)
+        timms = getattr(self.read, "func", None) is _image_embedding
+        return self.fast and timms and class_token.applies(self.model, layers)
 
     @default_modes()
     def at_size(self, size: int) -> "Backbone":
@@ -228,8 +229,8 @@ def freeze(
     model = in_dtype(model.to(device), dtype)
     layer = layer or _last_attention_output(model)
     linear_layer(model, layer)
-    own = read or partial(_image_embedding, head)
-    return Backbone(name, model, layer, inputs, own, device, dtype, head, fast=read is None)
+    read = read or partial(_image_embedding, head)
+    return Backbone(name, model, layer, inputs, read, device, dtype, head)
 
 
 def _image_embedding(head: bool, model: torch.nn.Module, views: torch.Tensor) -> torch.Tensor:
@@ -304,8 +305,7 @@ def _timm_inputs(model: torch.nn.Module) -> ImageInputs:
 
 def _last_attention_output(model: torch.nn.Module) -> str:
     """Return the paper's target layer: the attention output projection of the last block."""
-    modules = model.named_modules()
-    linear = [name for name, module in modules if isinstance(module, torch.nn.Linear)]
+    linear = [name for name, one in model.named_modules() if isinstance(one, torch.nn.Linear)]
     names = [name for name in linear if name.endswith(_ATTENTION_OUTPUTS)]
     if not names:
         kind = type(model).__name__

@@ -4,6 +4,7 @@ import ctypes
 import dataclasses
 import os
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -49,9 +50,10 @@ def test_what_stands_in_the_place_of_a_linear_layer_is_run():
 def test_a_read_out_of_ones_own_is_that_of_every_path():
     mean = lambda model, x: model.forward_features(x)[:, 1:].mean(1)
     plain = load("random:test_vit", **CPU)
-    own = backbones.freeze(plain.model, "mine", plain.inputs, mean, **CPU)
+    frozen = backbones.freeze(plain.model, "mine", plain.inputs, mean, **CPU)
     x = torch.rand(2, 1, 3, 160, 160, generator=torch.Generator().manual_seed(0))
-    for loss in (None, lambda z: z.square().sum((1, 2))):
+    square = lambda z: z.square().sum((1, 2))
+    for own, loss in product((frozen, dataclasses.replace(plain, read=mean)), (None, square)):
         found, _ = own.factors(x, loss)
         torch.testing.assert_close(found[:, 0], mean(plain.model, x[:, 0]), rtol=1e-4, atol=1e-5)
 
