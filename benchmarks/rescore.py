@@ -87,12 +87,13 @@ def student(freedom: int) -> float:
 
 def pooled(effects: list[tuple]) -> tuple:
     """Return the random-effects mean: DerSimonian and Laird, with Hartung and Knapp's interval."""
-    if len(effects) == 1:
-        return effects[0]
+    if len(effects) == 1 or all(low == high for _, low, high in effects):
+        return tuple(map(statistics.fmean, zip(*effects, strict=True)))
     normal, freedom = statistics.NormalDist().inv_cdf(0.975), len(effects) - 1
     x = [mean for mean, _, _ in effects]
     variance = [((high - low) / 2 / normal) ** 2 for _, low, high in effects]
-    variance = [v or min(filter(None, variance)) for v in variance]  # no image changed sides
+    least = min(filter(None, variance))  # for those where no image changed sides
+    variance = [v or least for v in variance]
     w = [1 / v for v in variance]
     fixed = sum(a * b for a, b in zip(w, x, strict=True)) / sum(w)
     q = sum(a * (b - fixed) ** 2 for a, b in zip(w, x, strict=True))

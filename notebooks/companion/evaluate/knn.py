@@ -121,9 +121,9 @@ def random_effects(values, lows, highs) -> tuple[float, float, float, float]:
     width, where no image changed sides, is no proof: it counts as the narrowest of the others.
     """
     values, lows, highs = (np.asarray(x, np.float64) for x in (values, lows, highs))
-    if len(values) == 1 or (values == lows).all() and (values == highs).all():
-        return values.mean(), lows.mean(), highs.mean(), 0.0
     error = (highs - lows) / 2 / norm.ppf(0.975)
+    if len(values) == 1 or not error.any():
+        return values.mean(), lows.mean(), highs.mean(), 0.0
     error = np.where(error > 0, error, error[error > 0].min())
     fixed = error**-2 / (error**-2).sum()
     freedom = len(values) - 1
