@@ -81,7 +81,8 @@ def test_a_name_that_is_taken_is_said(name, tmp_path, monkeypatch):
     taken = rf"the name of .*{name} is taken: .*; rename it"
     with pytest.raises(datasets.DatasetUnavailable, match=taken):
         datasets.load(name, "train")
-    assert "is taken" in datasets.missing(datasets.find(name))
+    row = {row["name"]: row for row in datasets.table()}[name]
+    assert not row["available"] and "is taken" in datasets.missing(datasets.find(name))
 
 
 def test_half_a_folder_set_is_unknown_and_an_empty_one_unavailable(tmp_path, monkeypatch):

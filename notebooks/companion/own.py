@@ -66,7 +66,7 @@ def album(
 
 
 def from_folder(folder: str | Path) -> Images:
-    """Read every image below ``folder``, classes by sub-folder; ValueError for an empty one."""
+    """Read every image below ``folder``, its first sub-folder the class; ValueError for none."""
     folder = Path(str(folder)).expanduser()
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder; {WANTED}")

@@ -305,7 +305,7 @@ def mean_over(
 
 
 def names_of(letters: str) -> list[str]:
-    """Return the features of letters, "E+K" -> ["embedding", "kl"]; ValueError for others."""
+    """Return the features of letters, "E+K" -> ["embedding", "kl"]; ValueError if unknown."""
     by_letter = {letter: name for name, letter in LETTERS.items()}
     for letter in letters.split("+"):
         require("feature letter", letter, by_letter)

@@ -59,7 +59,9 @@ VERDICTS = {  # the disagreements first
 def figure(
     rows: int = 1, cols: int = 1, *, width: float = PAGE, height: float = 2.4, **subplots
 ) -> tuple[Figure, np.ndarray]:
-    """Return a figure in the project's style, sizes in inches, and its axes (rows, cols)."""
+    """Return a figure of `width` x `height` inches in the project's style, and its axes
+    (rows, cols); `subplots` are options of `Figure.subplots`.
+    """
     plt.style.use(Path(__file__).with_name("fungi.mplstyle"))
     fig = plt.figure(figsize=(width, height), layout="constrained")
     plt.close(fig)  # pyplot forgets it: a notebook shows it once, as the value of its cell
