@@ -373,3 +373,13 @@ def test_a_kernel_whose_port_was_taken_is_started_once_more(folder, monkeypatch,
     monkeypatch.setattr(papermill, "execute_notebook", taken)
     assert run.execute("01_fine", "mini", out=tmp_path / "out.ipynb").is_file()
     assert len(tried) == 2
+
+
+def test_a_kernel_that_does_not_come_up_names_its_notebook(folder, monkeypatch, tmp_path):
+    def taken(*args, **options):
+        raise RuntimeError("Kernel died before replying to kernel_info")
+
+    monkeypatch.setattr(papermill, "execute_notebook", taken)
+    line = "^01_fine: its kernel did not come up: Kernel died before replying to kernel_info$"
+    with pytest.raises(RuntimeError, match=line):
+        run.execute("01_fine", "mini", out=tmp_path / "out.ipynb")

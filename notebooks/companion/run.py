@@ -193,8 +193,8 @@ def execute(
     """Run a notebook in its own folder and return where the executed one lies (default
     runs/PROFILE/SLUG.ipynb).
 
-    A failing cell raises RuntimeError with one line; the partial notebook stays beside ``out`` as
-    SLUG.failed.ipynb.
+    A failing cell, or a kernel that does not come up, raises RuntimeError with one line; the
+    partial notebook stays beside ``out`` as SLUG.failed.ipynb.
     """
     import nbformat
     import papermill
@@ -224,6 +224,8 @@ def execute(
         raise RuntimeError(
             f"{slug}, cell {cell}: {kind}: {text} (partial output: {partial})"
         ) from e
+    except RuntimeError as e:  # of no cell: `started` tried twice
+        raise RuntimeError(f"{slug}: its kernel did not come up: {e}") from e
     for cell in executed.cells:
         if "injected-parameters" in cell.metadata.get("tags", []):
             cell.id = "injected-parameters"  # papermill draws a random one
