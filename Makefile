@@ -26,7 +26,7 @@ install: $(INSTALLED)  ## .venv with the locked versions (4 GB, a few minutes; n
 $(INSTALLED): pyproject.toml notebooks/pyproject.toml requirements.lock
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
 		|| { echo "Python 3.11 is needed and $(PYTHON) is none: install it, or name one with PYTHON=/path/to/python3.11"; exit 1; }
-	@test -x $(BIN)/python || { echo "creating .venv"; "$(PYTHON)" -m venv .venv; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { echo "creating .venv"; "$(PYTHON)" -m venv --clear .venv; }
 	@echo "installing requirements.lock into .venv (once; a few minutes)"
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements.lock
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -e . -e notebooks
@@ -35,7 +35,7 @@ $(INSTALLED): pyproject.toml notebooks/pyproject.toml requirements.lock
 reproduce: $(INSTALLED)  ## run every notebook of PROFILE (mini) on CORES (all); figures land in figures/PROFILE
 	@$(SNAKEMAKE) --config "profile=$(PROFILE)" \
 		|| { echo "failed; where no line above says why, this does: $(BIN)/snakemake -n --config profile=$(PROFILE)" >&2; exit 1; }
-	@echo "done: the figures are in figures/$(PROFILE), the executed notebooks in runs/$(PROFILE)"
+	@echo "done: the figures are in $${FUNGI_FIGURES:-figures}/$(PROFILE), the executed notebooks in runs/$(PROFILE)"
 
 lite:  ## the lite profile: make lite DATA=folder of the data sets
 	@test -d "$(DATA)" || { echo "make lite DATA=folder: '$(DATA)' is no folder"; exit 1; }
@@ -88,17 +88,17 @@ refresh: $(INSTALLED)  ## execute all notebooks in place with their defaults, th
 	cd notebooks && $(NBCONVERT) --execute *.ipynb
 	@$(MAKE) --no-print-directory normalize
 
-lock:  ## write requirements.lock from the present .venv
+lock: $(INSTALLED)  ## write requirements.lock from the present .venv
+	@$(BIN)/python -m pip freeze -q --exclude-editable > build.lock
 	@{ echo "# What the Makefile installs, with CPython 3.11 from PyPI. Written by 'make lock' from a .venv that passed the tests."; \
-	   $(BIN)/python -m pip freeze -q --exclude-editable \
-	   | sed -E '/^(nvidia-|cuda-|triton=)/ s/$$/ ; sys_platform == "linux"/'; } > build.lock && mv build.lock requirements.lock
+	   sed -E '/^(nvidia-|cuda-|triton=)/ s/$$/ ; sys_platform == "linux"/' build.lock; } > requirements.lock && rm build.lock
 
 licences:  ## write data/LICENCES.md from the tables of the code and the installed packages
 	$(BIN)/python data/licences.py
 
 audit:  ## known vulnerabilities of the locked packages; asks PyPI, needs a network
-	$(BIN)/python -m pip install -q --disable-pip-version-check pip-audit
-	$(BIN)/pip-audit -r requirements.lock --disable-pip --no-deps --strict
+	"$(PYTHON)" -m venv build/audit && build/audit/bin/python -m pip install -q --disable-pip-version-check pip-audit
+	build/audit/bin/pip-audit -r requirements.lock --disable-pip --no-deps --strict
 
 clean:  ## remove what runs and tests made (features too); the figures and .venv stay
 	rm -rf runs build data/store .snakemake .pytest_cache .ruff_cache .hypothesis *.egg-info notebooks/*.egg-info

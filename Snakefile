@@ -21,7 +21,7 @@ PROFILE = config.get("profile", "mini")
 RUNS = f"runs/{PROFILE}"
 PLAN = Path(RUNS) / "plan.json"
 DRYRUN = any(re.fullmatch(r"--dry-?run|-\w*n\w*", word) for word in sys.argv)  # workflow.dryrun is not known yet
-SCOREBOARD = "19_scoreboard"
+LAST = {"00_start_here", "19_scoreboard"}  # they show what the others found
 ALONE = {"16_simclr_views", "17_throughput"}  # timings: nothing else runs beside these
 
 PAPER = PROFILE == "paper"
@@ -33,12 +33,15 @@ GPU = int(PAPER)  # what a job asks for; locally limited by --resources gpu=N, o
 CODE = sorted(p for folder in ("fungi_core", "notebooks/companion") for p in Path(folder).rglob("*.py"))
 # What can change a feature; a change there runs the features jobs again, which find their rows stored.
 CODE_OF_FEATURES = [p for p in CODE if p.parts[0] == "fungi_core" or p.parts[2] in ("data", "encoders")]
+TABLES = sorted(p for some in ("data/*.csv", "data/paper/*", "data/texts/*", "figures/*.mplstyle") for p in Path().glob(some))
 
 
 def made_plan():
-    """Return the parameters and features jobs of each notebook, and the shards of these jobs: names of marker files."""
-    from companion import plan, run
-    from companion.data import datasets
+    """Return the parameters of each notebook, what of them is here, its features jobs, and the shards of these jobs:
+    names of marker files. Say what is not here; end where no data set is.
+    """
+    from companion import paths, plan, run
+    from companion.data import datasets, masks
     from companion.encoders.table import unavailable
 
     slugs = run.notebooks()
@@ -48,12 +51,22 @@ def made_plan():
     except ValueError as error:
         sys.exit(str(error))  # one line, under --quiet too
     present = {row["name"] for row in datasets.table() if row["available"]}  # the rest is "not run" in the notebooks
-    present |= {name for p in parameters.values() for name in p.get("backbones", ()) if not unavailable(name)}
+    named = lambda kind: {name for p in parameters.values() for name in p.get(kind, ())}
+    scenes = {name: masks.SETS.get(name) or datasets.Entry(name, name) for name in named("sets")}
+    present |= {name for name, entry in scenes.items() if not datasets.missing(entry)}
+    data, networks = named("datasets") | named("sets"), named("backbones")
+    if data and not (data & present or DRYRUN):
+        sys.exit(f"none of the data sets of {PROFILE} is in {paths.downloads_dir()}; it needs {', '.join(sorted(data))}")
+    present |= {name for name in networks if not unavailable(name)}
+    if lacking := (data | networks) - present:
+        print(f"not here, so not run: {', '.join(sorted(lacking))}")
+    here = lambda p: sorted({*p.get("datasets", ()), *p.get("sets", ()), *p.get("backbones", ())} & present)
     rows = int(config.get("rows_a_job", plan.ROWS))  # --config rows_a_job=N: another size of the shards
     jobs = plan.merged({slug: plan.jobs(parameters[slug], PROFILE, present) for slug in slugs})
     parts = {MARKER.format(job): job.shards(rows) for found in jobs.values() for job in found}
     return {
         "parameters": parameters,
+        "here": {slug: here(parameters[slug]) for slug in slugs},
         "features": {slug: [f"{MARKER.format(job)}.done" for job in jobs[slug]] for slug in slugs},
         "shards": {f"{m}.done": [f"{m}.{i}-of-{n}.done" for i in range(1, n + 1)] for m, n in parts.items() if n > 1},
     }
@@ -122,11 +135,11 @@ rule features:  # all rows; after its shards it finds them there, and reads ever
 
 rule notebook:
     input:
-        "notebooks/{slug}.ipynb", "requirements.lock", CODE,
+        "notebooks/{slug}.ipynb", "requirements.lock", CODE, TABLES,
         features=lambda wc: plan["features"][wc.slug],
-        others=lambda wc: [f"{RUNS}/{slug}.ipynb" for slug in SLUGS if slug != SCOREBOARD and wc.slug == SCOREBOARD],
+        others=lambda wc: [f"{RUNS}/{slug}.ipynb" for slug in SLUGS if wc.slug in LAST and slug not in LAST],
     output: report(RUNS + "/{slug}.ipynb", category="executed notebooks")  # for snakemake --report
-    params: parameters=lambda wc: plan["parameters"][wc.slug]
+    params: parameters=lambda wc: plan["parameters"][wc.slug], here=lambda wc: plan["here"][wc.slug]
     threads: lambda wc: CORES or 2 if wc.slug in ALONE and not PAPER else THREADS
     resources:
         gpu=GPU, mem_mb=lambda wc, attempt: MEMORY * attempt, runtime=lambda wc, attempt: 4 * MINUTES * attempt,

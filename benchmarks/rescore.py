@@ -61,8 +61,11 @@ def gain(
         total = 0.0
         for rows in groups.values():
             some = rng.choices(rows, k=len(rows))
-            sums = map(sum, zip(*some, strict=True))  # over the images, for each seed
-            total += sum(w * x for w, x in zip(weights, sums, strict=True)) / len(rows)
+            found, own = (map(statistics.fmean, zip(*x, strict=True)) for x in (some, rows))
+            # The few images of a class vary too little, as few seeds do.
+            few = math.sqrt(len(rows) / (len(rows) - 1)) if "class" in outcomes else 1.0
+            seen = [m + (x - m) * few for m, x in zip(own, found, strict=True)]  # for each seed
+            total += sum(w * x for w, x in zip(weights, seen, strict=True))
         totals.append(total / len(groups))
     cuts = statistics.quantiles(totals, n=40, method="inclusive")  # 2.5 % and 97.5 % are its ends
     return 100 * mean, 100 * cuts[0], 100 * cuts[-1]

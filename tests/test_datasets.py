@@ -638,7 +638,7 @@ def test_packed_file_wins_and_says_what_is_missing(root, monkeypatch):
     assert load("cifar10", "test").note == "6 of the 10000 test images"
 
 
-@pytest.mark.parametrize("fault", ["cut", "offsets", "labels", "masks", "text"])
+@pytest.mark.parametrize("fault", ["cut", "offsets", "labels", "more labels", "masks", "text"])
 def test_broken_packed_files_are_named(fault, root):
     out = root / "mine.npz"
     folders(root / "tree")
@@ -650,6 +650,8 @@ def test_broken_packed_files_are_named(fault, root):
         np.savez(out, **arrays | {"offsets": arrays["offsets"] + 1})
     elif fault == "labels":
         np.savez(out, **arrays | {"labels": arrays["labels"] + 1})
+    elif fault == "more labels":
+        np.savez(out, **arrays | {"labels": np.append(arrays["labels"], 0)})
     elif fault == "masks":
         np.savez(
             out, **{key: arrays[key] for key in arrays if key != "labels"}, mask_data=arrays["data"]
@@ -659,7 +661,37 @@ def test_broken_packed_files_are_named(fault, root):
     with pytest.raises(ValueError, match="mine.npz: "):
         load("mine", "train")
     listed = "mine" in {row["name"] for row in table()}
-    assert listed == (fault in ("offsets", "labels"))
+    assert listed == (fault in ("offsets", "labels", "more labels"))
+
+
+def test_a_packed_file_with_a_damaged_list_of_arrays_is_no_set(root):
+    folders(root / "tree")
+    pack(root / "mine.npz", load("tree", "train"), load("tree", "test"))
+    content = bytearray((root / "mine.npz").read_bytes())
+    content[content.rfind(b"PK\x01\x02")] = 0  # the entry of the last array
+    (root / "mine.npz").write_bytes(content)
+    assert "mine" not in {row["name"] for row in table()}
+    with pytest.raises(ValueError, match="mine.npz: no packed classification set"):
+        load("mine", "train")
+
+
+def test_a_split_without_an_image_is_unavailable(root):
+    folders(root / "tree")
+    pack(root / "mine.npz", load("tree", "train"), load("tree", "train"))
+    arrays = dict(np.load(root / "mine.npz"))
+    np.savez(root / "mine.npz", **arrays | {"split": np.zeros_like(arrays["split"])})
+    with pytest.raises(DatasetUnavailable, match=r"mine \(mine\) holds no test image"):
+        load("mine", "test")
+
+
+def test_files_of_a_folder_that_are_no_images_are_named(root, capsys):
+    tree = folders(root / "tree")
+    load("tree", "train")
+    said = capsys.readouterr().out
+    assert said == f"{tree}: left out as no images (1): notes.txt\n"
+    text(tree / "train/cow/IMG_1.HEIC", "")
+    with pytest.raises(ValueError, match=r"train/cow holds no image .*, such as IMG_1.HEIC"):
+        load("tree", "train")
 
 
 def test_packed_images_go_to_worker_processes(root):

@@ -112,10 +112,17 @@ def test_unknown_names_list_what_exists():
     with pytest.raises(ValueError, match=match) as error:
         table.load("resnet_of_dreams")
     assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="unknown backbone 'vit_tiny_patch16_224.typo'"):
+        table.load("vit_tiny_patch16_224.typo")
     with pytest.raises(ValueError, match="did you mean 'all-MiniLM-L6-v2'"):
         table.load("all-MiniLM-L12-v2")
     with pytest.raises(ValueError, match="'random:bert-base-uncased'"):
         table.load("random:bert-base-uncased")
+
+
+def test_a_network_without_published_weights_says_what_can_be_done():
+    said = table.how_to_get("vit_base_patch16_18x2_224")
+    assert said.startswith("nobody published any; random:vit_base_patch16_18x2_224, or ")
 
 
 # --- weights from a file of the user's

@@ -4,6 +4,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import normalize
 
 from companion.evaluate.knn import (
+    accuracy,
     bootstrap,
     few_shot_indices,
     knn_by_similarity,
@@ -101,6 +102,30 @@ def test_bootstrap_equals_resampling():
     np.testing.assert_allclose(strata[1:], resampled(correct, 4000, rng, groups), atol=0.7)
 
 
+def test_the_few_images_of_a_class_vary_as_much_as_they_do():
+    """The variance of a class's mean is s^2 / n with n - 1 in s^2: with four images a class the
+    plain bootstrap gives three quarters of it.
+    """
+    rng = np.random.default_rng(0)
+    correct, labels = rng.random(240) < 0.5, np.repeat(np.arange(60), 4)
+    found = bootstrap(correct, n=20000, generator=np.random.default_rng(1), labels=labels)
+    each = [correct[labels == c].var(ddof=1) / 4 for c in range(60)]
+    expected = 1.96 * 100 * np.sqrt(np.sum(each)) / 60
+    assert (found.high - found.low) / 2 == pytest.approx(expected, rel=0.03)
+    alone = bootstrap([True, False], generator=rng, labels=[0, 1])  # one image says nothing of it
+    assert alone == (50, 50, 50)
+
+
+def test_accuracy_is_the_mean_of_the_classes_where_it_is_asked_for():
+    correct, labels = np.array([[1, 1, 0, 1], [0, 0, 0, 1]], bool), np.array([0, 0, 0, 1])
+    assert accuracy(correct).tolist() == [75, 25]
+    assert accuracy(correct, labels) == pytest.approx([100 * (2 / 3 + 1) / 2, 50])
+    assert (
+        accuracy(correct[0], labels)
+        == bootstrap(correct[0], generator=np.random.default_rng(0), labels=labels).mean
+    )
+
+
 def test_bootstrap_properties():
     rng = np.random.default_rng(2)
     easy = rng.random(500)
@@ -129,3 +154,5 @@ def test_knn_from_similarities_takes_equal_ones_in_order():
     similarity = np.array([[0.5, 0.9, 0.5]])
     assert knn_by_similarity(similarity, [7, 3, 1], k=2).tolist() == [3]  # 7 and 3 tie
     assert knn_by_similarity(np.array([[0.5, 0.1, 0.5]]), [7, 3, 1], k=1).tolist() == [7]
+    with pytest.raises(ValueError, match="4 neighbours asked for among 3 rows"):
+        knn_by_similarity(similarity, [7, 3, 1], k=4)

@@ -170,6 +170,9 @@ def test_git_state(tmp_path, monkeypatch):
         return {k: found[k] for k in nothing}
 
     assert state() == nothing  # no checkout
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path.parent, check=True)
+    monkeypatch.delenv("GIT_CEILING_DIRECTORIES")
+    assert state() == nothing  # nor is one around it ours
     with monkeypatch.context() as patch:
         patch.setenv("PATH", "")
         assert state() == nothing  # no git

@@ -74,7 +74,7 @@ def packed(path, count=6, classes=("a", "b", "c", "void")):
 
 
 def test_packed_sets_and_subsets_by_seed(root):
-    packed(root / "streets.npz", 40)
+    packed(root / "streets.npz", 40, ("a", "b", "c", "Unlabeled"))
     data = masks.load("streets", "train")
     assert data.classes == ["a", "b", "c"] and data.names[:2] == ["n0", "n2"]
     values = {int(np.unique(data[i][1])[0]) for i in range(4)}
@@ -105,6 +105,13 @@ def test_a_packed_set_that_cannot_be_read_is_named(root):
     np.savez(root / "camvid.npz", data=np.zeros(3))
     with pytest.raises(ValueError, match=r"camvid.npz: no packed segmentation set"):
         masks.load("camvid", "train")
+
+
+def test_a_folder_of_classes_is_no_segmentation_set(root):
+    for split in ("train", "test"):
+        (root / "cats" / split / "tabby").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"cats holds folders of classes; a segmentation set is"):
+        masks.load("cats", "train")
 
 
 def test_what_is_missing_is_one_line(root):

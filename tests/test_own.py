@@ -56,7 +56,7 @@ def folder(tmp_path):
 
 
 def test_a_folder_gives_its_sub_folders_as_classes_and_names_what_it_leaves_out(folder):
-    images = own.from_folder(folder)
+    images = own.read(own.in_folder(folder), {})
     assert images.names == ["cat/a.jpg", "cat/b.jpg", "dog/b.png", "dog/old/a.jpg"]
     assert images.classes == ["cat", "dog"] and images.labels.tolist() == [0, 0, 1, 1]
     assert list(images.skipped) == ["cat/aa_cut.jpg", "dog/notes.txt"]
@@ -71,7 +71,7 @@ def test_a_folder_gives_its_sub_folders_as_classes_and_names_what_it_leaves_out(
 )
 def test_a_folder_that_cannot_serve_is_one_clear_line(tmp_path, where, message):
     with pytest.raises(ValueError, match=message):
-        own.from_folder(tmp_path / where)
+        own.read(own.in_folder(tmp_path / where), {})
 
 
 def test_uploaded_files_and_a_zipped_folder_say_the_same_as_the_folder(folder):
@@ -82,13 +82,23 @@ def test_uploaded_files_and_a_zipped_folder_say_the_same_as_the_folder(folder):
                 file, f"holiday/{file.relative_to(folder)}"
             )  # as a file manager zips a folder
     images = own.read(*own.unpacked([("holiday.zip", zipped.getvalue())]))
-    expected = own.from_folder(folder)
+    expected = own.read(own.in_folder(folder), {})
     order = [images.names.index(name) for name in expected.names]
     assert (
         images.take(order).fingerprint == expected.fingerprint
         and images.classes == expected.classes
     )
     assert images.skipped == expected.skipped
+
+
+def test_a_note_beside_the_class_folders_of_a_zip_takes_no_class_away(folder):
+    zipped = io.BytesIO()
+    with zipfile.ZipFile(zipped, "w") as archive:
+        archive.writestr("holiday/README.txt", "from my camera")
+        archive.write(folder / "cat" / "a.jpg", "holiday/cat/a.jpg")
+        archive.write(folder / "dog" / "b.png", "holiday/dog/b.png")
+    images = own.read(*own.unpacked([("holiday.zip", zipped.getvalue())]))
+    assert images.classes == ["cat", "dog"] and list(images.skipped) == ["README.txt"]
 
 
 def test_a_name_uploaded_twice_is_numbered_and_nothing_is_lost():
@@ -229,7 +239,10 @@ def test_an_album_extracts_once_and_writes_features_only(folder, tmp_path_factor
     )  # uploaded: the same rows, from the store
     assert {p: p.stat().st_mtime_ns for p in paths.store_dir().rglob("*.npy")} == shards
     assert {p for p in folder.rglob("*")} == here and entries(paths.store_dir())[0]["meta"]["data"]
-    assert len(ask(n=3).data) == 3 and os.listdir(paths.store_dir())
+    few, decode, seen = ask(n=4), own.decode, []
+    assert len(few.data) == 4 - len(few.data.skipped) and few.data.note == "4 of 6 files, seed 0"
+    monkeypatch.setattr(own, "decode", lambda source: seen.append(source) or decode(source))
+    assert ask(n=4).data.names == few.data.names and len(seen) == 4  # no other file was read
     os.remove(folder / "cat" / "a.jpg"), os.remove(folder / "cat" / "b.jpg")
     with pytest.raises(
         ValueError, match="2 readable images; neighbours need 3 .*aa_cut.jpg, dog/notes.txt"

@@ -33,9 +33,9 @@ def plain(monkeypatch, tmp_path):
 
 
 def test_the_metadata_lists_what_was_skipped(plain, encoder):
-    assert "skipped" not in describe(own.from_folder(plain), encoder)
+    assert "skipped" not in describe(own.read(own.in_folder(plain), {}), encoder)
     (plain / "broken.png").write_bytes(b"no image")
-    found = own.from_folder(plain)
+    found = own.read(own.in_folder(plain), {})
     extract(found, encoder, [KL(dim=32)], root=paths.store_dir())
     made = entries(paths.store_dir())
     assert len(made) == 3  # the embedding, the gradients and the trunk they are made from
@@ -63,11 +63,11 @@ def test_own_files_are_hashed_whole_however_many(plain, monkeypatch):
 
 def test_folders_without_an_image(tmp_path):
     with pytest.raises(ValueError, match="absent is no folder"):
-        own.from_folder(tmp_path / "absent")
+        own.read(own.in_folder(tmp_path / "absent"), {})
     with pytest.raises(ValueError, match="no files there"):
-        own.from_folder(tmp_path)
+        own.read(own.in_folder(tmp_path), {})
     (tmp_path / "notes.txt").write_text("no image")
-    found = own.from_folder(tmp_path)
+    found = own.read(own.in_folder(tmp_path), {})
     assert len(found) == 0 and list(found.skipped) == ["notes.txt"]
     with pytest.raises(ValueError, match=r"0 readable images; .*\(not readable: notes.txt\)"):
         own.album(folder=tmp_path, backbone="vit_micro.sup_tin100", names=["kl"])

@@ -28,6 +28,8 @@ def names(tmp_path, monkeypatch) -> dict:
     """The variables of a made-up notebook that lies in a folder of its own."""
     cell = new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]})
     nbformat.write(new_notebook(cells=[cell]), tmp_path / f"{SLUG}.ipynb")
+    (tmp_path / "profiles").mkdir()
+    (tmp_path / "profiles" / "mini.yaml").write_text("profile: mini")
     monkeypatch.setattr(run, "NOTEBOOKS", tmp_path)
     monkeypatch.setenv("FUNGI_FIGURES", str(tmp_path / "figures"))
     exec(PARAMETERS, space := {})
@@ -62,7 +64,7 @@ def asked(monkeypatch) -> list:
 
 
 def saved(tmp_path, name: str) -> dict:
-    return json.loads((tmp_path / "figures" / "mini" / f"{name}.json").read_text())
+    return json.loads((tmp_path / "figures" / "own" / f"{name}.json").read_text())
 
 
 def test_opening_says_what_will_be_run(names, capsys):
@@ -131,17 +133,24 @@ def test_claims_go_to_the_scoreboard_and_are_shown_in_words(names, asked):
     page = Page(SLUG, names)
     runs = page.runs()
     html = page.claims({"table16-pca": (-0.54, -0.9, -0.1)}).to_html()
-    row = paper.scoreboard("mini").set_index("id").loc["table16-pca"]
+    row = paper.scoreboard("own").set_index("id").loc["table16-pca"]
     assert (row["value"], row["on"], row["verdict"]) == (-0.54, "x, y; a", "disagrees")
     for part in (row["claim"], "+0.3", "−0.5", "[−0.9, −0.1]", "disagrees"):
         assert part in html, part
     page.claims({"table16-pca": (1.0, 0.5, 1.5)}, runs[1:])
-    assert paper.scoreboard("mini").set_index("id").loc["table16-pca", "on"] == "y; a"
+    assert paper.scoreboard("own").set_index("id").loc["table16-pca", "on"] == "y; a"
     page.claims({"table16-pca": (*3 * [float("nan")], "needs another backbone")})
-    row = paper.scoreboard("mini").set_index("id").loc["table16-pca"]
+    row = paper.scoreboard("own").set_index("id").loc["table16-pca"]
     assert (row["on"], row["verdict"]) == ("needs another backbone", "not testable here")
     with pytest.raises(ValueError, match="15_pca has no claim 'table2-k'"):
         page.claims({"table2-k": (1.0, 0.5, 1.5)})
+
+
+def test_results_of_other_parameters_are_not_the_profiles(names, tmp_path):
+    page = Page(SLUG, names | {"k": 20})
+    assert page.folder() == tmp_path / "figures" / "mini"
+    page.parameters["k"] = 7  # chosen in a panel
+    assert page.folder() == Page(SLUG, names).folder() == tmp_path / "figures" / "own"
 
 
 def test_on_names_data_sets_and_backbones_once():

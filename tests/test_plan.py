@@ -141,6 +141,17 @@ def test_the_papers_profile_asks_for_gpus_and_is_in_shards(snakemake, tmp_path):
 
 
 @pytest.mark.batch
+def test_a_folder_without_any_of_the_profiles_data_ends_the_batch(fresh_checkout, tmp_path):
+    command = [sys.executable, *"-m snakemake --cores 1 --quiet all --nolock".split()]
+    command += ["--config", "profile=lite"]
+    env = os.environ | {"FUNGI_DATA": str(tmp_path)}
+    done = subprocess.run(command, cwd=fresh_checkout, env=env, capture_output=True, text=True)
+    assert done.returncode == 1 and "jobs done" not in done.stdout
+    said = f"none of the data sets of lite is in {tmp_path}; it needs agnews, banking77, camvid"
+    assert said in done.stdout + done.stderr
+
+
+@pytest.mark.batch
 def test_mini_asks_for_no_gpu(snakemake):
     text = snakemake("--cores", "2", "--config", "profile=mini", "--", "runs/mini/15_pca.ipynb")
     assert counts(text) == {"features": 3, "notebook": 1} and "gpu=1" not in text

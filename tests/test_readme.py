@@ -24,6 +24,7 @@ MADE = (
     "build/",
     "runs/",
     "figures/mini",
+    "figures/own",
     "figures/paper",
     "data/store",
     "data/downloads",

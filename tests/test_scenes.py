@@ -272,6 +272,33 @@ def test_miou_equals_torchmetrics_with_ignored_pixels():
     assert each.sum() == (truth != 255).sum()
 
 
+def test_a_class_that_is_only_predicted_has_no_iou_of_its_own():
+    counts = np.array([[60, 0, 1], [0, 39, 0], [0, 0, 0]])  # one pixel is taken for a third class
+    assert iou.miou(counts) == pytest.approx(100 * (60 / 61 + 1) / 2)
+
+
+def test_matching_does_not_depend_on_the_order_of_predicted_classes():
+    counts = np.array([[60, 0, 10], [30, 0, 0], [0, 0, 0]])
+    for order in itertools.permutations(range(3)):
+        found = iou.matched_miou(counts[:, list(order)])
+        assert found == pytest.approx(100 * 60 / 100 / 2)
+
+
+def test_every_image_is_in_one_group_of_numbers_of_classes():
+    case = SimpleNamespace(train=toy(1), dataset="toy", backbone="tiny", seed=0)
+
+    def groups(*images: int) -> list[tuple[str, int]]:
+        number = np.repeat([1, 2, 3], images)
+        counts = np.stack([np.diag([5] * n + [0] * (3 - n)) for n in number])[None]  # (1, N, 3, 3)
+        parts = segmentation.by_classes(case, {"embedding": counts})
+        return list(zip(parts["classes"], parts["images"], strict=True))
+
+    assert groups(12, 10, 11) == [("1", 12), ("2", 10), ("3", 11)]
+    assert groups(12, 9, 11) == [("1", 12), ("2 or more", 20)]  # nine are no group of their own
+    assert groups(9, 12, 11) == [("1 to 2", 21), ("3", 11)]
+    assert groups(3, 0, 5) == [("1 or more", 8)]
+
+
 def test_matching_undoes_a_permutation():
     rng = np.random.default_rng(0)
     counts = rng.integers(0, 100, (4, 4)) + 200 * np.eye(4, dtype=int)

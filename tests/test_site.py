@@ -183,6 +183,13 @@ def test_a_run_of_other_code_is_not_shown(tmp_path, capsys):
     )
 
 
+def test_a_folder_with_something_else_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match="holds something else than a site; name another folder"):
+        site.build(tmp_path)
+    assert (tmp_path / "thesis.tex").is_file()
+
+
 @pytest.mark.slow
 def test_the_site_of_this_repository(tmp_path):
     site.build(tmp_path / "site")

@@ -335,6 +335,8 @@ def test_check_names_what_repair_removes_and_extraction_makes_anew(tmp_path, cap
     rows, other = filled(tmp_path), filled(tmp_path, META | {"seed": 1})
     before = contents(rows.path), contents(other.path)
     assert stored.check(tmp_path) == (2, [])
+    with pytest.raises(SystemExit, match="stored: .*typo is no folder"):
+        stored.main(["check", "--root", str(tmp_path / "typo")])
     shard, meta = next(rows.path.glob(f"{SHARD:09d}-*")), other.path / "meta.json"
     flip_data(shard, rows, tmp_path)
     meta.write_text(

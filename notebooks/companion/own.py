@@ -48,29 +48,46 @@ def album(
     images.
     """
     encoder = table.load(backbone, layer=layer or None)  # an unknown one is an error at once
-    if files:
-        images = read(*unpacked(files))
-    elif folder:
-        images = from_folder(folder)
+    if files or folder:
+        found, skipped = unpacked(files) if files else (in_folder(folder), {})
+        found, note = drawn(found, n, seed)
+        images = read(found, skipped, note)
     else:
-        images = datasets.load("photos", "test", limit=PACKAGED)
+        images = datasets.load("photos", "test", limit=min(n or PACKAGED, PACKAGED), seed=seed)
     if len(images) < 3:
         failed = ", ".join(list(images.skipped)[:10]) or "none"
         found = f"{len(images)} readable images"
         raise ValueError(f"{found}; neighbours need 3 (not readable: {failed})")
-    if 0 < n < len(images):
-        note = f"{n} of {len(images)} images, seed {seed}"
-        images = images.take(balanced(images.labels, n, seed), note)
     wanted = [named(name, encoder) for name in names]
     return extract(images, encoder, wanted, seed=seed, root=paths.store_dir())
 
 
-def from_folder(folder: str | Path) -> Images:
-    """Read every image below ``folder``, its first sub-folder the class; ValueError for none."""
+def in_folder(folder: str | Path) -> list[tuple[str, Path]]:
+    """Return (name, path) of every file below ``folder``; ValueError where it is no folder."""
     folder = Path(str(folder)).expanduser()
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder; {WANTED}")
-    return read(folders.files(folder), {})
+        raise ValueError(f"{folder.absolute()} is no folder; {WANTED}")
+    return folders.files(folder)
+
+
+def drawn(files: Sequence[tuple], n: int, seed: int) -> tuple[Sequence[tuple], str]:
+    """Return at most ``n`` files drawn by ``seed``, classes as even as possible, and a note of it.
+
+    Where some are left out, so are all without an image's suffix; 0 takes every file.
+    """
+    if not 0 < n < len(files):
+        return files, ""
+    pictures = [one for one in files if PurePosixPath(one[0]).suffix.lower() in folders.suffixes()]
+    labels = class_labels([name for name, _ in pictures])[1]
+    rows = balanced(labels, n, seed) if n < len(pictures) else range(len(pictures))
+    return [pictures[i] for i in rows], f"{len(rows)} of {len(files)} files, seed {seed}"
+
+
+def class_labels(names: Sequence[str]) -> tuple[list[str], np.ndarray]:
+    """Return the classes, the first folders of names ("" for none), and each name's place there."""
+    tops = [PurePosixPath(name).parts[0] if "/" in name else "" for name in names]
+    classes = sorted(set(tops)) or [""]
+    return classes, np.array([classes.index(top) for top in tops], np.int64)
 
 
 def unpacked(
@@ -99,8 +116,13 @@ def unpacked(
     return list(out.items()), skipped
 
 
-def read(files: Sequence[tuple[str, Path | bytes]], skipped: Mapping[str, str]) -> Images:
-    """Decode each file once; those that are no image join ``skipped``, with the reason."""
+def read(
+    files: Sequence[tuple[str, Path | bytes]], skipped: Mapping[str, str], note: str = ""
+) -> Images:
+    """Decode each file once; those that are no image join ``skipped``, with the reason.
+
+    The first folder of a name is its class. Raises ValueError without a file.
+    """
     if not files:
         raise ValueError(f"no files there; {WANTED}")
     names, pixels, skipped = [], [], dict(skipped)
@@ -113,11 +135,9 @@ def read(files: Sequence[tuple[str, Path | bytes]], skipped: Mapping[str, str]) 
                 names.append(name)
                 pixels.append(found)
             bar.update()
-    tops = [PurePosixPath(name).parts[0] if "/" in name else "" for name in names]
-    classes = sorted(set(tops)) or [""]
-    labels = np.array([classes.index(top) for top in tops], np.int64)
+    classes, labels = class_labels(names)
     titles, rows = [c or "(no folder)" for c in classes], np.arange(len(names))
-    about = dict(licence="your own", skipped=skipped)
+    about = dict(note=note, licence="your own", skipped=skipped)
     return Images("own", "train", labels, titles, "accuracy", names, pixels, rows, **about)
 
 

@@ -21,7 +21,8 @@ class Page:
     ``globals()``. Raises ValueError for an unknown notebook or a parameter without a value.
 
     ``parameters``: the values of the parameters that the notebook declares. ``used``: every run
-    that was handed out, for the provenance of figures and tables.
+    that was handed out, for the provenance of figures and tables. ``profiles``: the parameters that
+    its profile gives it.
     """
 
     def __init__(self, slug: str, namespace: Mapping):
@@ -32,6 +33,7 @@ class Page:
         if explore.live():
             set_matplotlib_formats("retina")  # sharp on screens of high density
         self.parameters = {name: namespace[name] for name in declared}
+        self.profiles = run.parameters(slug, self.parameters["profile"])
         self.as_declared = all(
             self.parameters[name] == known["default"] for name, known in declared.items()
         )
@@ -99,9 +101,13 @@ class Page:
         style.save_table(table, name, self.proof(), self.folder())
         return style.show_table(table, decimals)
 
+    def shelf(self) -> str:
+        """Return which results these are: the profile's, or, with other parameters, "own"."""
+        return self.parameters["profile"] if self.parameters == self.profiles else "own"
+
     def folder(self) -> Path:
-        """Return where the figures and tables of the profile are kept."""
-        return paths.figures_dir() / self.parameters["profile"]
+        """Return where figures and tables are kept: never in place of a profile's own."""
+        return paths.figures_dir() / self.shelf()
 
     def claims(self, measured: Mapping[str, tuple], runs: Sequence[tuple] | str | None = None):
         """Write what was measured for claims to the scoreboard, and return it as a table.
@@ -112,9 +118,8 @@ class Page:
         on = runs if isinstance(runs, str) else where(self.used if runs is None else runs)
         rows = [(name, *numbers, on)[:5] for name, numbers in measured.items()]
         frame = pd.DataFrame(rows, columns=paper.MEASURED)
-        profile = self.parameters["profile"]
-        paper.save_measured(frame, self.slug, profile)
-        board = paper.scoreboard(profile).set_index("id").loc[list(measured)].reset_index()
+        paper.save_measured(frame, self.slug, self.shelf())
+        board = paper.scoreboard(self.shelf()).set_index("id").loc[list(measured)].reset_index()
         shown = {
             "claim": board["claim"],
             "paper": board["paper_delta"].map(paper.signed),

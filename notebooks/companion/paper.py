@@ -136,11 +136,11 @@ def size(paper_delta: float, value: float, low: float, high: float) -> str:
 def scale(on: object) -> str:
     """Say how near the paper a claim was tested: "paper's kind" where every network is a published
     one of the paper's modality at its size of input, on data sets of the paper, whole or in part;
-    else "stand-in"; "" where nothing was measured.
+    else "stand-in", as a speed is, which has no data set; "" where nothing was measured.
     """
-    sets, _, networks = str(on).partition(" (")[0].partition("; ")
-    if not networks:
+    if not isinstance(on, str):
         return ""
+    sets, _, networks = on.partition(" (")[0].rpartition("; ")
     known = _data_sets()  # a part of one is called "NAME_..."
     alike = all(name in known or name.split("_")[0] in known for name in sets.split(", "))
     alike &= not any(name.startswith(STAND_INS) for name in networks.split(", "))
@@ -276,5 +276,5 @@ def manifest(profile: str) -> str:
 
 if __name__ == "__main__":
     page, listed = as_markdown("lite"), manifest("lite")
-    (figures_dir() / "lite" / "README.md").write_text(page, encoding="utf-8")
+    (results_dir("lite") / "README.md").write_text(page, encoding="utf-8")
     (ROOT / "codecheck.yml").write_text(listed, encoding="utf-8")

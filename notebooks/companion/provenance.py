@@ -51,12 +51,14 @@ def provenance(
 
 def git() -> dict:
     """Return the checkout's commit, and whether anything but figures differs from it."""
+    nowhere = {"commit": None, "dirty": None}  # an unpacked archive, or an installed package
+    if not (paths.ROOT / ".git").exists():  # git would ask a checkout around it
+        return nowhere
     command = ["git", "status", "--porcelain=v2", "--branch", "--", ".", ":!figures"]
     try:
         done = subprocess.run(command, cwd=paths.ROOT, capture_output=True, text=True, check=True)
-    except (FileNotFoundError, subprocess.CalledProcessError):
-        # no git on this machine, or no checkout: an unpacked archive or an installed package
-        return {"commit": None, "dirty": None}
+    except (FileNotFoundError, subprocess.CalledProcessError):  # no git on this machine
+        return nowhere
     # It says "(initial)" before the first commit.
     head = re.search(r"^# branch.oid ([0-9a-f]+)$", done.stdout, re.MULTILINE)
     dirty = any(not line.startswith("#") for line in done.stdout.splitlines())

@@ -4,8 +4,7 @@ appears whole or not at all, and a failure is one red line.
     python -m companion.run 02_complementarity --profile mini -p seed 1
 
 A profile (``notebooks/profiles/NAME.yaml``) is a flat mapping of parameters, handed to each
-notebook that declares them, so that ``papermill -f`` reads it as well; ``notebooks: {NN_slug:
-{...}}`` in it goes to one notebook alone.
+notebook that declares them; ``notebooks: {NN_slug: {...}}`` in it goes to one notebook alone.
 """
 
 # papermill and nbformat take a second to import, and the kernel of every notebook imports this
@@ -133,8 +132,9 @@ def load_profile(name: str) -> tuple[dict, dict[str, dict]]:
     """
     require("profile", name, profiles())
     file = NOTEBOOKS / "profiles" / f"{name}.yaml"
-    common = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    own = common.pop("notebooks", None) or {}
+    common = yaml.safe_load(file.read_text(encoding="utf-8"))
+    common = common if isinstance(common, dict) else {}
+    own = {slug: given or {} for slug, given in (common.pop("notebooks", None) or {}).items()}
     if common.get("profile") != name:
         raise ValueError(f"profile {file.name} must hold the line 'profile: {name}'")
     for slug in own:
@@ -191,7 +191,7 @@ def execute(
     slug: str, profile: str, overrides: dict | None = None, out: Path | None = None
 ) -> Path:
     """Run a notebook in its own folder and return where the executed one lies (default
-    runs/PROFILE/SLUG.ipynb).
+    runs/PROFILE/SLUG.ipynb, with ``overrides`` runs/own/SLUG.ipynb).
 
     A failing cell, or a kernel that does not come up, raises RuntimeError with one line; the
     partial notebook stays beside ``out`` as SLUG.failed.ipynb.
@@ -201,11 +201,12 @@ def execute(
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
 
     values = parameters(slug, profile, overrides)
-    out = Path(out or ROOT / "runs" / profile / f"{slug}.ipynb").resolve()
+    out = Path(out or ROOT / "runs" / ("own" if overrides else profile) / f"{slug}.ipynb").resolve()
     if out.is_dir():
         raise ValueError(f"{out} is a folder; name a file in it, such as {out / slug}.ipynb")
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_suffix(".failed.ipynb")
+    os.environ.pop("JPY_SESSION_NAME", None)  # nobody watches, whoever asked for it
     try:
         executed = started(
             papermill.execute_notebook,
@@ -243,7 +244,7 @@ def main(argv: list[str] | None = None) -> int:
     add("notebook", help="slug, such as 02_complementarity")
     add("--profile", default="mini", help="a file of notebooks/profiles (default: mini)")
     add("-p", dest="override", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
-    add("--out", type=Path, help="executed notebook (default: runs/PROFILE/NOTEBOOK.ipynb)")
+    add("--out", type=Path, help="executed notebook (default: in runs/PROFILE; with -p: runs/own)")
     args, start = parser.parse_args(argv), time.perf_counter()
     logging.getLogger("papermill").setLevel(logging.CRITICAL)  # one line on failure, our own
     try:

@@ -246,19 +246,23 @@ def by_mosaic(case: Case, tiles: str, rounds: int, heads: int) -> pd.DataFrame:
 
 
 def by_classes(case: Case, found: Outcomes) -> pd.DataFrame:
-    """Return `scores` of the test images with one, two, three and more classes, of all together
-    where so few classes are rare.
+    """Return `scores` of the test images by their number of classes: one, two, three or more.
 
-    A set's first class does not count where it is the background.
+    A group of fewer than ten images goes with its neighbours, so that every image is in one. A
+    set's first class does not count where it is the background.
     """
     first = 1 if case.train.classes[0] == "background" else 0
     present = found["embedding"][0].sum(2)[:, first:] > 0  # (N, C)
     number, frames = np.clip(present.sum(1), 1, None), []
-    steps = [n for n in (1, 2, 3) if (number == n).sum() >= 10] or [int(number.min())]
-    for n in steps:
-        rows = number >= n if n == steps[-1] else number == n
-        part = {kind: counts[:, rows] for kind, counts in found.items()}
-        name = f"{n} or more" if number[rows].max() > n else f"{n}"
+    steps = [int(number.min())]
+    for n in range(steps[0] + 1, 4):
+        below = ((number >= steps[-1]) & (number < n)).sum()
+        if min(below, (number >= n).sum()) >= 10:
+            steps.append(n)
+    for n, end in zip(steps, [*steps[1:], np.inf], strict=True):
+        rows = (number >= n) & (number < end)
+        part, most = {kind: counts[:, rows] for kind, counts in found.items()}, number[rows].max()
+        name = f"{n}" if most == n else f"{n} or more" if end == np.inf else f"{n} to {most}"
         frames.append(scores(part, case, classes=name, images=int(rows.sum())))
     return pd.concat(frames, ignore_index=True)
 

@@ -11,6 +11,7 @@ pages, there is no script.
 import argparse
 import re
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,12 +32,16 @@ THUMBNAIL = 960  # pixels: two for each one of a gallery column
 
 
 def build(out: Path, profile: str = "lite") -> list[Path]:
-    """Write the site into the folder ``out``, which is replaced; return its pages, the index first.
+    """Write the site into the folder ``out``, where it replaces an earlier one; return its pages,
+    the index first.
 
     Executed notebooks are those of runs/``profile``, figures and claims of figures/``profile``.
+    Raises ValueError for a folder that holds anything but a site.
     """
     sources = [run.NOTEBOOKS / f"{slug}.ipynb" for slug in run.notebooks()]
     runs = paths.ROOT / "runs" / profile
+    if out.exists() and any(out.iterdir()) and not (out / "scoreboard.html").is_file():
+        raise ValueError(f"{out} holds something else than a site; name another folder")
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     read = [executed(path, runs / path.name) for path in sources]
@@ -202,7 +207,10 @@ def main(argv: list[str] | None = None) -> None:
     add("--profile", default="lite", choices=run.profiles(), help="whose figures and runs (lite)")
     add("--out", type=Path, default=folder, help="folder, replaced (build/site)")
     args = parser.parse_args(argv)
-    pages = build(args.out, args.profile)
+    try:
+        pages = build(args.out, args.profile)
+    except ValueError as error:
+        sys.exit(f"site: {error}")
     size = sum(p.stat().st_size for p in args.out.rglob("*") if p.is_file()) / 1e6
     print(f"{len(pages)} pages, {size:.1f} MB: open {pages[0]}")
 

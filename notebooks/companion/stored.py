@@ -45,7 +45,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("what", choices=("check", "repair"))
     parser.add_argument("--root", type=Path, help="default: FUNGI_STORE, else data/store")
     args = parser.parse_args(argv)
-    count, bad = check(args.root or paths.store_dir(), args.what == "repair")
+    root = args.root or paths.store_dir()
+    if not root.is_dir():
+        sys.exit(f"stored: {root} is no folder")
+    count, bad = check(root, args.what == "repair")
     for file in bad:
         removed = "; removed" if args.what == "repair" else ""
         print(f"{file} is truncated, altered or foreign{removed}")

@@ -117,9 +117,10 @@ def cluster(
     """Return `protocol.over_seeds`'s table for k-means on the test rows, a cluster for each class.
 
     The accuracy after matching clusters to classes is the mean of ``runs`` k-means seeds, the same
-    for all feature sets; ``spread`` is its deviation over them and the pairs, ``nmi`` and
-    ``nmi_spread`` likewise. The training rows serve the PCA alone. An interval is over images,
-    their clusters and names as found: it leaves out how clusters would change with other images.
+    for all feature sets; ``spread`` is its deviation over them and the pairs (the seeds of the
+    features), ``nmi`` and ``nmi_spread`` likewise. The training rows serve the PCA alone. An
+    interval is over images and seeds of the features, the clusters and their names as found: it
+    leaves out how clusters would change with other images.
     """
     starts = generator("kmeans", seed).integers(2**31, size=runs).tolist()
     labels = pairs[0][1].labels
@@ -151,19 +152,15 @@ def seed_spread(
     test images, each of which counts with the share of seeds that classify it correctly;
     ``gain_spread``: the deviation over the seeds.
     """
-    _, per_class = protocol.metric(pairs[0][1])
-    groups = [np.arange(len(pairs[0][1].labels))]
-    if per_class is not None:
-        groups = [per_class == c for c in np.unique(per_class)]
+    _, labels = protocol.metric(pairs[0][1])
     found = protocol.hits(pairs, letters, k=k, pca=pca)
     correct = {name: np.array(each_seed) for name, each_seed in found.items()}  # (seeds, N)
-    # (seeds,)
-    score = {x: 100 * np.mean([h[:, g].mean(1) for g in groups], 0) for x, h in correct.items()}
+    score = {name: knn.accuracy(right, labels) for name, right in correct.items()}  # (seeds,)
     rows = []
     for name in letters:
         draw = generator("bootstrap", seed, "seeds", name)
         share = correct[name].mean(0), correct["E"].mean(0)
-        gain = bootstrap(*share, generator=draw, labels=per_class)
+        gain = bootstrap(*share, generator=draw, labels=labels)
         spread = (score[name] - score["E"]).std()
         rows.append((name, score[name].mean(), score[name].std(), *gain, spread))
     return pd.DataFrame(rows, columns=["features", "value", "spread", *GAIN, "gain_spread"])
@@ -204,12 +201,12 @@ def pca_curve(
     seed: int,
 ) -> pd.DataFrame:
     """Return Table 16: features, size (NaN: no PCA), accuracy, and its paired gain over no PCA."""
-    frames = []
+    frames, (_, labels) = [], protocol.metric(pairs[0][1])
     for name in each(letters, f"{pairs[0][1].data.name} PCA sizes"):
         right = lambda size, n=name: np.array([right_or_wrong(*pair, n, k, size) for pair in pairs])
         correct = {size: right(size) for size in dict.fromkeys([None, *sizes])}
         draw = lambda kind, size, n=name: generator("bootstrap", seed, kind, n, size)
-        frames.append(protocol.against(correct, None, draw).assign(features=name))
+        frames.append(protocol.against(correct, None, draw, labels).assign(features=name))
     curve = pd.concat(frames, ignore_index=True).rename(columns={"variant": "size"})
     return curve[["features", "size", *QUANTITIES[:6]]]
 
@@ -232,24 +229,26 @@ def projections(
     distortion (root mean square error of the distance of two test images, percent); seconds (for
     1,000 images, from factors to features; for "exact" to all similarities).
     """
-    name = protocol.names_of(letter)[0]
+    name, (_, labels) = protocol.names_of(letter)[0], protocol.metric(test)
     factors = train.blocks[name], test.blocks[name]
     exact = {}
     for letters in (letter, f"E+{letter}"):
         alike = protocol.similarity(test, train, letters)
         exact[letters] = knn_by_similarity(alike, train.labels, k) == test.labels
     draw = lambda *keys: generator("bootstrap", seed, "projection", *keys)
-    own, start = bootstrap(exact[letter], generator=draw("exact")), time.perf_counter()
+    own = bootstrap(exact[letter], generator=draw("exact"), labels=labels)
+    alone, start = knn.accuracy(exact[f"E+{letter}"], labels), time.perf_counter()
     projection.exact_cosine(*factors[::-1])
     seconds = 1000 * (time.perf_counter() - start) / sum(map(len, factors))
-    rows = [("exact", "", *own, 0.0, 0.0, 0.0, 100 * exact[f"E+{letter}"].mean(), 0.0, seconds)]
+    rows = [("exact", "", *own, 0.0, 0.0, 0.0, alone, 0.0, seconds)]
     for kind, multiple in each(product(PROJECTIONS, multiples), f"{test.data.name} projections"):
         made = [projected(train, test, letter, kind, multiple, i, k) for i in range(draws)]
         hits, joined, errors, seconds = zip(*made, strict=True)
-        accuracy = 100 * np.mean(hits, 1)
-        gain = bootstrap(np.mean(hits, 0), exact[letter], generator=draw(kind, multiple))
-        value = accuracy.mean(), accuracy.min(), accuracy.max()
-        rest = 100 * np.mean(joined), 100 * np.mean(errors), np.median(seconds)
+        found = knn.accuracy(hits, labels)  # (draws,)
+        drawn = draw(kind, multiple)
+        gain = bootstrap(np.mean(hits, 0), exact[letter], generator=drawn, labels=labels)
+        value = found.mean(), found.min(), found.max()
+        rest = knn.accuracy(joined, labels).mean(), 100 * np.mean(errors), np.median(seconds)
         size = "d" if multiple == 1 else f"{multiple} d"
         rows.append((kind, size, *value, *gain, *rest))
     columns = ["kind", "size", *QUANTITIES[:6], "joined", "distortion", "seconds"]
@@ -258,8 +257,8 @@ def projections(
 
 def projected(
     train: Features, test: Features, letter: str, kind: str, multiple: int, draw: int, k: int
-) -> tuple[np.ndarray, float, float, float]:
-    """Return a draw's hits (N,), accuracy with the embedding, distortion, seconds for 1,000."""
+) -> tuple[np.ndarray, np.ndarray, float, float]:
+    """Return a draw's hits (N,), those with the embedding, distortion, seconds for 1,000."""
     name = protocol.names_of(letter)[0]
     factors, width = test.blocks[name], train.blocks["embedding"].shape[1]
     d, a = (x.shape[2] for x in factors[:1].appended())
@@ -269,7 +268,7 @@ def projected(
     both = [protocol.project(rows, {name: made}) for rows in (train, test)]
     seconds = 1000 * (time.perf_counter() - start) / (len(train.labels) + len(test.labels))
     hits = right_or_wrong(*both, letter, k, None)
-    joined = right_or_wrong(*both, f"E+{letter}", k, None).mean()
+    joined = right_or_wrong(*both, f"E+{letter}", k, None)
     pairs = np.triu_indices(min(len(test.labels), 200), 1)
     length = lambda cosines: np.sqrt(np.maximum(2 - 2 * cosines[pairs], 0))
     true = length(projection.exact_cosine(factors, factors).numpy())
@@ -296,7 +295,7 @@ def joined_pairs(
     """Return Fig. 2 for every pair of features: a, b, CKA, accuracy, gain over the better one
     alone.
 
-    CKA is unbiased, of the test rows, the mean over the seeds.
+    CKA is unbiased, of the test rows, the mean over the seeds. The metric is the data set's.
     """
     # Here: torchmetrics takes long to import, and a notebook that cannot run should end fast.
     from companion.evaluate.cka import cka_matrix
@@ -306,11 +305,14 @@ def joined_pairs(
     both_of = list(combinations_with_replacement(range(len(names)), 2))
     joined = {(i, j): names[i] if i == j else f"{names[i]}+{names[j]}" for i, j in both_of}
     correct, rows = protocol.hits(pairs, joined.values(), k=k, pca=pca), []
+    _, labels = protocol.metric(pairs[0][1])
+    value = {name: knn.accuracy(right, labels).mean() for name, right in correct.items()}
     for (i, j), letters in joined.items():
         a, b = names[i], names[j]
-        both, better = correct[letters], max((correct[a], correct[b]), key=np.mean)
-        gain = bootstrap(both, better, generator=generator("bootstrap", seed, "pair", a, b))
-        rows.append((a, b, cka[i, j], 100 * np.mean(both), *gain))
+        better = correct[max(a, b, key=value.get)]
+        drawn = generator("bootstrap", seed, "pair", a, b)
+        gain = bootstrap(correct[letters], better, generator=drawn, labels=labels)
+        rows.append((a, b, cka[i, j], value[letters], *gain))
     return pd.DataFrame(rows, columns=["a", "b", "cka", "value", *GAIN])
 
 

@@ -81,6 +81,8 @@ def load(name: str, split: str, limit: int | None = None, seed: int = 0) -> Imag
     entry, train = find(name), split == "train"
     data = read(entry, train)
     n, whole = len(data.labels), entry.n_train if train else entry.n_test
+    if not n:
+        raise DatasetUnavailable(describe(entry, f"holds no {split} {entry.modality}"))
     kind = f"{'training' if train else 'test'} {ITEMS[entry.modality]}"
     short = f"{n} of the {whole} {kind}" if whole not in (None, n) else ""
     about = {key: getattr(entry, key) for key in ("metric", "licence", "modality", "seconds")}

@@ -71,15 +71,24 @@ def class_names(folders: Sequence[Path]) -> list[str]:
 def images(folders: Sequence[Path], base: Path, classes: Sequence[str]) -> Split:
     """Return the image files in ``FOLDER/CLASS/...`` of some classes, class by class.
 
-    Names begin at ``base``. Files are told by their `suffixes`; none is opened.
+    Names begin at ``base``. Files are told by their `suffixes`; none is opened, and those with
+    another suffix are named. Raises ValueError for a class with such files alone.
     """
-    paths, labels = [], []
+    paths, labels, others = [], [], []
     for label, name in enumerate(classes):
         places = [folder / name for folder in folders if (folder / name).is_dir()]
         inside = [file for place in places for _, file in files(place)]
         found = [file for file in inside if file.suffix.lower() in suffixes()]
+        if inside and not found:
+            raise ValueError(
+                f"{places[0]} holds no image that can be read, such as {inside[0].name}"
+            )
+        others += [file for file in inside if file.suffix.lower() not in suffixes()]
         paths += found
         labels += [label] * len(found)
+    if others:
+        more = ", ..." * (len(others) > 1)
+        print(f"{base}: left out as no images ({len(others)}): {others[0].name}{more}")
     if not paths:
         raise FileNotFoundError(f"no images in class folders under {', '.join(map(str, folders))}")
     names = [readable(path.relative_to(base)) for path in paths]
@@ -118,7 +127,8 @@ def unzipped(content: bytes) -> tuple[list[tuple[str, bytes]], dict[str, str]]:
         members = [(_normal(info.filename), info) for info in archive.infolist()]
         members = [(name, info) for name, info in members if counts(name) and not info.is_dir()]
         tops = {name.split("/")[0] for name, _ in members}
-        around = len(tops) == 1 and all(name.count("/") > 1 for name, _ in members)
+        pictures = [name for name, _ in members if Path(name).suffix.lower() in suffixes()]
+        around = len(tops) == 1 and min((name.count("/") for name in pictures), default=0) > 1
         for name, info in members:
             name = name.partition("/")[2] if around else name
             try:

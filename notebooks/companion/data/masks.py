@@ -112,12 +112,13 @@ def npz(path: Path, train: bool) -> Pairs:
     """Return one split of a packed segmentation set.
 
     The file is `packed.npz`'s, with ``mask_data`` and ``mask_offsets`` (encoded single-channel
-    images) in place of ``labels``; a void class, if it has a name, is the last of ``classes``.
+    images) in place of ``labels``; a void class, if it has a name ("void", "unlabelled"), is the
+    last of ``classes``.
     Raises ValueError, naming the file, for anything else.
     """
     found = packed.arrays(path, ARRAYS, "segmentation", train)
     classes, names = found["classes"].tolist(), found["names"][found["rows"]].tolist()
-    known = [name for name in classes if name not in ("void", "unlabelled")]
+    known = [name for name in classes if name.lower() not in ("void", "unlabelled", "unlabeled")]
     if known != classes[: len(known)]:
         order = f"the classes are {', '.join(classes)}"
         raise ValueError(f"{path}: the void class must be the last one, {order}")
@@ -183,6 +184,9 @@ def load(name: str, split: str, limit: int | None = None, seed: int = 0) -> Scen
 def find(name: str) -> Entry:
     """Return the entry of a name; ValueError, with what there is, for an unknown one."""
     entry = SETS.get(name, Entry(name, name))
-    if name not in SETS and datasets.stored_at(entry) is None:
+    stored = datasets.stored_at(entry)
+    if name not in SETS and stored is None:
         require("segmentation set", name, SETS)
+    if stored and stored.is_dir():
+        raise ValueError(f"{stored} holds folders of classes; a segmentation set is a packed file")
     return entry

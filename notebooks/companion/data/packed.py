@@ -16,10 +16,11 @@ ARRAYS = ("data", "offsets", "labels", "split", "names", "classes")  # of a clas
 
 def holds(path: Path, arrays: Iterable[str]) -> bool:
     """Return whether a file is an ``.npz`` with all of these arrays."""
-    if not zipfile.is_zipfile(path):
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return {f"{array}.npy" for array in arrays} <= set(archive.namelist())
+    except zipfile.BadZipFile:  # no zip, or a damaged one
         return False
-    with zipfile.ZipFile(path) as archive:
-        return {f"{array}.npy" for array in arrays} <= set(archive.namelist())
 
 
 def arrays(path: Path, names: Sequence[str], kind: str, train: bool) -> dict[str, np.ndarray]:
@@ -69,6 +70,8 @@ def npz(path: Path, train: bool) -> Split:
     """
     found = arrays(path, ARRAYS, "classification", train)
     rows, labels, classes = found["rows"], found["labels"], found["classes"].tolist()
+    if len(labels) != len(found["split"]):
+        raise ValueError(f"{path}: {len(labels)} labels, split says {len(found['split'])} images")
     _check_labels(path, labels, classes)
     names = found["names"][rows].tolist()
     return Split(encoded(path, found), labels[rows].astype(np.int64), names, classes)

@@ -71,14 +71,16 @@ def table() -> dict[str, Row]:
 def row_of(name: str) -> Row:
     """Return the row of a name, with or without ``random:``; one made up for what only timm knows.
 
-    Raises ValueError for a name that neither the table nor timm knows, and for ``random:`` before a
-    text or audio encoder.
+    Raises ValueError for a name that neither the table nor timm knows, nor a checkpoint here has,
+    and for ``random:`` before a text or audio encoder.
     """
     bare = name.removeprefix("random:")
     row = table().get(bare)
     if row and (bare == name or row.modality == "image"):
         return row
-    if not timm.is_model(bare.split(".")[0]):
+    architecture, _, tag = bare.partition(".")
+    known = not tag or bare in timm.list_pretrained(architecture)
+    if not timm.is_model(architecture) or not (known or local_file(f"{bare}.safetensors")):
         require("backbone", name, [*table(), "any timm name"])
     return Row(bare, bare)
 
@@ -175,7 +177,9 @@ def how_to_get(name: str) -> str | None:
         return None
     if row.url:
         return f"into checkpoints: {row.url}"
-    return f"hf download {hub_name(row)}" + " model.safetensors" * (row.modality == "audio")
+    if not (hub := hub_name(row)):
+        return f"nobody published any; random:{row.name}, or {row.name}.safetensors in checkpoints"
+    return f"hf download {hub}" + " model.safetensors" * (row.modality == "audio")
 
 
 def reach_hub(name: str) -> None:

@@ -23,10 +23,14 @@ def confusion(truth: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndar
 
 
 def miou(confusions: np.ndarray) -> np.ndarray:
-    """Return the mean IoU in percent over the classes that occur, (..., C, C) -> (...,)."""
-    hit = np.diagonal(confusions, axis1=-2, axis2=-1)
-    union = confusions.sum(-1) + confusions.sum(-2) - hit
-    each = np.divide(hit, union, out=np.full(hit.shape, np.nan), where=union > 0)  # (..., C)
+    """Return the mean IoU in percent over the true classes that occur, (..., C, C) -> (...,).
+
+    A class that is only predicted lowers the IoU of those it is taken for, and has none itself:
+    else a class that a resample of the images leaves out would count as one that is all wrong.
+    """
+    hit, truth = np.diagonal(confusions, axis1=-2, axis2=-1), confusions.sum(-1)
+    union = truth + confusions.sum(-2) - hit
+    each = np.divide(hit, union, out=np.full(hit.shape, np.nan), where=truth > 0)  # (..., C)
     return np.nanmean(100 * each, -1)
 
 
@@ -39,8 +43,7 @@ def matched_miou(confusion: np.ndarray) -> float:
     union = truth[:, None] + predicted - confusion  # (C, C): every true with every predicted class
     score = np.divide(confusion, union, out=np.zeros(confusion.shape), where=union > 0)
     rows, columns = linear_sum_assignment(-score)
-    occurs = union[rows, columns] > 0
-    return 100 * float(score[rows, columns][occurs].mean())
+    return 100 * float(score[rows, columns][truth[rows] > 0].mean())
 
 
 def bootstrap(terms: Sequence[tuple[int, np.ndarray]], generator: np.random.Generator) -> Interval:

@@ -29,7 +29,12 @@ def knn_predict(train, labels, test, k: int = 20) -> np.ndarray:
 
 
 def knn_by_similarity(similarity: np.ndarray, labels, k: int) -> np.ndarray:
-    """Return labels (M,) that the ``k`` most similar rows vote for, from similarities (M, N)."""
+    """Return labels (M,) that the ``k`` most similar rows vote for, from similarities (M, N).
+
+    Raises ValueError for more neighbours than rows.
+    """
+    if k > (rows := np.shape(similarity)[1]):
+        raise ValueError(f"{k} neighbours asked for among {rows} rows")
     order = np.argsort(-np.asarray(similarity), axis=1, kind="stable")[:, :k]
     return vote(order, one_a_row(labels, np.transpose(similarity)))
 
@@ -62,6 +67,13 @@ def few_shot_indices(
     return np.sort(np.concatenate(chosen))
 
 
+def accuracy(correct, labels=None) -> np.ndarray:
+    """Return the percent right of the last axis, (..., N) -> (...), per class with ``labels``."""
+    correct = np.asarray(correct, np.float64)
+    groups = [slice(None)] if labels is None else [labels == c for c in np.unique(labels)]
+    return 100 * np.mean([correct[..., group].mean(-1) for group in groups], 0)
+
+
 def bootstrap(
     correct, other=None, n: int = 2000, *, generator: np.random.Generator, labels=None
 ) -> Interval:
@@ -69,9 +81,10 @@ def bootstrap(
 
     The 95 % percentile bootstrap over test samples, ``correct`` (N,), and over seeds as well where
     it is (S, N): both are redrawn in every draw, seeds as in `run_weights`. With ``labels`` (N,)
-    the mean is the mean per class, samples being redrawn within each class. Values are booleans or
-    lie in [0, 1]; drawing N samples with replacement is drawing how often each distinct column
-    occurs, a multinomial, so memory is ``n`` x their number.
+    the mean is the mean per class, samples being redrawn within each class; the few of a class vary
+    too little then, so deviations from its mean are stretched as those of seeds are. Values are
+    booleans or lie in [0, 1]; drawing N samples with replacement is drawing how often each distinct
+    column occurs, a multinomial, so memory is ``n`` x their number.
     """
     values = np.asarray(correct, np.float64)
     for name, array, shape in (
@@ -93,9 +106,10 @@ def bootstrap(
     means = np.zeros(n)
     for group in groups:
         distinct, counts = np.unique(group, axis=1, return_counts=True)  # (S, P), (P,)
-        size = counts.sum()
+        size, seen = counts.sum(), weights @ distinct  # (n, P): what each draw of seeds sees
         draws = generator.multinomial(size, counts / size, size=n)  # (n, P)
-        means += (draws * (weights @ distinct)).sum(1) / size
+        stretch = np.sqrt(size / (size - 1)) if labels is not None and size > 1 else 1.0
+        means += (seen * (counts + (draws - counts) * stretch)).sum(1) / size
     low, high = np.percentile(100 * means / len(groups), [2.5, 97.5])
     return Interval(100 * float(np.mean([g.mean() for g in groups])), float(low), float(high))
 

@@ -101,5 +101,5 @@ def _same_scales(ax: Axes, df: pd.DataFrame) -> None:
     ax.axline((0, 0), (2, 2), color=PALE, linewidth=0.8, linestyle=DASHED, zorder=1)
     ax.axhline(0, color=INK, linewidth=0.7)
     ax.axvline(0, color=INK, linewidth=0.7)
-    ax.set(xlim=(1.4 * min(-0.5, df["paper"].min()), 1.6 * df["paper"].max()))
-    ax.set(ylim=(1.4 * min(-0.5, np.nanmin(numbers)), 1.4 * np.nanmax(numbers)))
+    ax.set(xlim=(1.4 * min(-0.5, df["paper"].min()), 1.6 * max(0.5, df["paper"].max())))
+    ax.set(ylim=(1.4 * min(-0.5, np.nanmin(numbers)), 1.4 * max(0.5, np.nanmax(numbers))))
