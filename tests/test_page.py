@@ -146,6 +146,13 @@ def test_claims_go_to_the_scoreboard_and_are_shown_in_words(names, asked):
         page.claims({"table2-k": (1.0, 0.5, 1.5)})
 
 
+def test_the_commit_is_that_of_the_code_that_runs(names, monkeypatch):
+    monkeypatch.setattr("companion.page.git", lambda: {"commit": "a", "dirty": False})
+    page = Page(SLUG, names)
+    monkeypatch.setattr("companion.page.git", lambda: {"commit": "b", "dirty": True})  # a pull
+    assert (page.proof()["commit"], page.proof()["dirty"]) == ("a", False)
+
+
 def test_results_of_other_parameters_are_not_the_profiles(names, tmp_path):
     page = Page(SLUG, names | {"k": 20})
     assert page.folder() == tmp_path / "figures" / "mini"

@@ -515,6 +515,15 @@ def test_figures_elsewhere_are_not_mixed_with_those_of_this_checkout(monkeypatch
 
 FULL, ALL = "setting == 'full' and features == ", "features == 'E+K+D+S'"
 AGAINST = "variant == {!r} and against == {!r}"
+
+
+def test_the_smallest_of_the_committed_gains_has_the_lowest_bounds():
+    rows = pd.read_csv(ROOT / "figures" / "lite" / "table09_seeds.csv").query(ALL)
+    low, high = rows["low"] - rows["gain ± seeds"], rows["high"] + rows["gain ± seeds"]
+    stored = paper.scoreboard("lite").set_index("id").loc["table9-seeds", ["value", "low", "high"]]
+    assert tuple(stored) == pytest.approx((rows["gain"].min(), low.min(), high.min()), rel=1e-3)
+
+
 POOLED = {  # claim: the committed rows, one a network and data set, whose mean it is
     "table1-mean": ("table02_gradients", FULL + "'E+K+D+S'", "gain"),
     "table2-all": ("table02_gradients", FULL + "'E+K+D+S'", "gain"),

@@ -487,16 +487,6 @@ def test_projections_of_factors_approach_the_exact_similarity():
     assert table.loc[("dense ±1", "16 d"), "distortion"] < 8  # 1 / sqrt(2 * 192) and a little
 
 
-def test_every_row_gains_only_where_the_weakest_does():
-    columns = ["gain", "gain_low", "gain_high"]
-    rows = lambda *gains: pd.DataFrame(gains, columns=columns)
-    unsure = rows((1.0, 0.5, 1.5), (2.0, -3.0, 7.0))  # the smallest gain is sure, the other is not
-    assert protocol.weakest(unsure)["gain"] == 2.0
-    assert protocol.weakest(rows((1.0, 0.5, 1.5), (2.0, 0.6, 3.0)))["gain"] == 1.0
-    losing = rows((-0.5, -0.8, -0.2), (1.0, -3.0, 5.0))  # one loses for sure
-    assert protocol.weakest(losing)["gain"] == -0.5
-
-
 def test_folds_are_pooled_by_clip():
     """Unequal folds: every test row counts once, and a fold alone is one seed."""
     folds = [(rows(40, 2 * i), rows(20 + 8 * i, 2 * i + 1)) for i in range(3)]

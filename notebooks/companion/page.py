@@ -11,7 +11,7 @@ from matplotlib_inline.backend_inline import set_matplotlib_formats
 from companion import explore, paper, paths, protocol, run
 from companion.features import ALL
 from companion.figures import style
-from companion.provenance import provenance
+from companion.provenance import git, provenance
 
 SHOWN = ("notebook", "seed", "commit", "versions")  # of the provenance, at a page's end
 
@@ -30,6 +30,7 @@ class Page:
         if absent := [name for name in declared if name not in namespace]:
             raise ValueError(f"{slug}: no value of the parameter '{absent[0]}'; run its cell first")
         self.slug, self.started, self.used = slug, time.time(), []
+        self.checkout = git()  # the code that runs, whatever is pulled before a figure is saved
         if explore.live():
             set_matplotlib_formats("retina")  # sharp on screens of high density
         self.parameters = {name: namespace[name] for name in declared}
@@ -83,13 +84,14 @@ class Page:
         data = {
             (part.data.name, part.data.split, part.data.fingerprint): part.data for part in rows
         }
-        return provenance(
+        proof = provenance(
             self.slug,
             self.parameters,
             stores=list(dict.fromkeys(key for part in rows for key in part.keys)),
             datasets=data.values(),
             started=self.started,
         )
+        return proof | self.checkout
 
     def figure(self, fig, name: str, numbers: pd.DataFrame):
         """Save a figure with its numbers and provenance; return it, so that it is shown."""

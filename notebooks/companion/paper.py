@@ -14,6 +14,7 @@ know of single tables.
 """
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from functools import cache
@@ -75,9 +76,10 @@ def save_measured(measured: pd.DataFrame, notebook: str, profile: str) -> None:
         raise ValueError(f"{notebook} has no claim {wrong[0]!r}; its claims are {', '.join(known)}")
     folder = figures_dir() / profile
     folder.mkdir(parents=True, exist_ok=True)
-    measured[MEASURED].to_csv(
-        folder / f"claims_{notebook}.csv", index=False, float_format="%.4g", lineterminator="\n"
-    )
+    file = folder / f"claims_{notebook}.csv"
+    part = file.with_suffix(f".{os.getpid()}.part")  # whole or as it was
+    measured[MEASURED].to_csv(part, index=False, float_format="%.4g", lineterminator="\n")
+    os.replace(part, file)
 
 
 def scoreboard(profile: str) -> pd.DataFrame:

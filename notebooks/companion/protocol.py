@@ -262,16 +262,6 @@ def right_or_wrong(train, test, letters: str, k: int, size: int | None) -> np.nd
     return knn_predict(a, train.labels, b, k=k) == test.labels
 
 
-def weakest(rows: pd.DataFrame) -> pd.Series:
-    """Return the row that speaks most against "every row gains".
-
-    It is one whose whole interval is below zero, else the one with the lowest bound: where that is
-    above zero, every row gains.
-    """
-    losing = rows["gain_high"].min() < 0
-    return rows.loc[rows["gain_high" if losing else "gain_low"].idxmin()]
-
-
 def pooled(frame: pd.DataFrame) -> tuple[float, float, float]:
     """Return the random-effects mean of gains measured on different data sets, its interval.
 
