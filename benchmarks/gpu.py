@@ -220,8 +220,8 @@ def patches(plan: Plan) -> Rows:
     images = list(np.random.default_rng(0).integers(0, 256, shape, np.uint8))
     x = torch.randn(shape[0], 3, *shape[1:3], generator=rng).to(encoder.device, encoder.dtype)
     support = torch.randn(10_000, encoder.width, generator=rng).to(encoder.device)
-    support, loss = F.normalize(support, dim=-1), tokens.Loss()
-    part, ids = draw_parts(encoder, loss.objective(), 0), [str(i) for i in range(len(images))]
+    support, loss = F.normalize(support, dim=-1), tokens.LOSS
+    part, ids = draw_parts(encoder, loss, 0), [str(i) for i in range(len(images))]
     stock = torch.inference_mode()(lambda: encoder.model(x))
     ours = lambda: tokens.unit_gradients(encoder, images, ids, support, [(loss, part, 0)])
     seconds = [run.per_call(call, plan.device, plan.repeats) for call in (stock, ours)]

@@ -19,7 +19,7 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 from . import class_token
 from .devices import default_modes, in_dtype, patch_embedding, resolve_device, resolve_dtype
 from .gradients import Factors, Loss, factors_at, linear_layer, tapped
-from .inputs import one_line
+from .inputs import SIMPLE, one_line, source
 from .views import ImageInputs
 
 # How timm and transformers call the output projection of an attention.
@@ -34,7 +34,7 @@ class Backbone:
     ``layer``: the target layer. ``inputs``: what items it takes (`views.ImageInputs` or another
     modality's). ``read(model, views)`` gives embeddings (N, D). ``head``: the embedding is what the
     model's own head makes of it. ``given``: no name alone fixes the model's structure.
-    ``fast=False`` forces the general path.
+    ``fast=False`` forces the general path. Weights are not to be changed once it is used.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Backbone:
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
     head: bool = False
-    given: bool = False
+    given: bool = True
     fast: bool = True
 
     @property
@@ -71,9 +71,8 @@ class Backbone:
             refused = f"{self.name} cannot take views of shape {tuple(views.shape)}"
             raise ValueError(f"{refused}: {one_line(error)}") from error
         if not isinstance(out, torch.Tensor) or out.ndim != 2:
-            kind = type(out).__name__
-            if isinstance(out, torch.Tensor):
-                kind = f"tensor of shape {tuple(out.shape)}"
+            of = f"tensor of shape {tuple(out.shape)}" if isinstance(out, torch.Tensor) else ""
+            kind = of or type(out).__name__
             raise ValueError(f"{self.name} gives a {kind}; its forward must give embeddings (N, D)")
         return out.shape[1]
 
@@ -82,15 +81,17 @@ class Backbone:
         """Return a hash of the weights in float32: two checkpoints never share features.
 
         No name fixes the structure of a module that was passed in, or of an architecture with
-        arguments: types and plain attributes (pooling, number of heads, ...) are hashed as well.
+        arguments: types, their code and plain attributes (pooling, heads, ...) are hashed as well.
         """
         digest = hashlib.blake2b(digest_size=16)
         ignored = "training", "fused_attn"  # these change no feature
+        plain = lambda v: v if isinstance(v, (*SIMPLE, tuple)) else getattr(v, "__qualname__", 0)
         for path, module in self.model.named_modules() if self.given else ():
-            own = sorted((k, v) for k, v in vars(module).items() if k not in ignored)
-            plain = [(k, v) for k, v in own if isinstance(v, (bool, int, float, str))]
-            digest.update(repr((path, type(module).__name__, plain, self.head)).encode())
-        for name, tensor in sorted(self.model.state_dict().items()):
+            own = [(k, plain(v)) for k, v in sorted(vars(module).items()) if k not in ignored]
+            code = source(type(module), type(module).forward)
+            digest.update(repr((path, type(module).__name__, own, code, self.head)).encode())
+        tensors = self.model.state_dict() | (dict(self.model.named_buffers()) if self.given else {})
+        for name, tensor in sorted(tensors.items()):
             digest.update(name.encode() + tensor.float().cpu().numpy().tobytes())
         return digest.hexdigest()
 
@@ -196,7 +197,7 @@ def load(
         model = copy.deepcopy(name)  # the caller's module stays as it is
     elif Path(name).suffix == ".safetensors":
         title = Path(name).stem
-        model, inputs = _read_checkpoint(Path(name), head, arguments)
+        model, inputs, given = _read_checkpoint(Path(name), head, arguments)
     else:
         title = str(name)
         model = create(title, head, arguments)
@@ -259,8 +260,8 @@ def create(name: str, head: bool, arguments: dict) -> torch.nn.Module:
         raise ConnectionError(f"{missing}: {one_line(error)[:200]}") from error
 
 
-def _read_checkpoint(file: Path, head: bool, asked: dict) -> tuple[torch.nn.Module, ImageInputs]:
-    """Read a checkpoint that describes itself: network and inputs.
+def _read_checkpoint(file: Path, head: bool, asked: dict) -> tuple:
+    """Read a checkpoint that describes itself: network, inputs, and whether its name is not enough.
 
     Its metadata names the timm ``architecture`` (else the file's name does), and may hold JSON with
     ``arguments`` of ``timm.create_model`` and with the ``input`` (size, mean, std, crop, ...).
@@ -287,7 +288,7 @@ def _read_checkpoint(file: Path, head: bool, asked: dict) -> tuple[torch.nn.Modu
     except (SafetensorError, AssertionError, RuntimeError, TypeError, ValueError) as error:
         reason = one_line(error)[:300]
         raise ValueError(f"{file} does not hold the weights it should: {reason}") from error
-    return model, inputs
+    return model, inputs, architecture != file.stem or bool(arguments)
 
 
 def _timm_inputs(model: torch.nn.Module) -> ImageInputs:

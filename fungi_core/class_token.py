@@ -24,6 +24,10 @@ def applies(model: torch.nn.Module, layers: Sequence[str]) -> bool:
     block, last = model.blocks[-1], f"blocks.{len(model.blocks) - 1}.attn.proj"
     known = type(block) is Block and type(attn := block.attn) is Attention and attn.gate is None
     plain = known and type(attn.qkv) is type(attn.proj) is torch.nn.Linear  # no adapter's
+    for module in (model, model.blocks, block, attn, attn.qkv, attn.proj) if plain else ():
+        # Hooks and forwards of their own are passed by.
+        plain &= not (module._forward_hooks or module._forward_pre_hooks)
+        plain &= not any(name.startswith("forward") for name in vars(module))
     return model.global_pool == "token" and plain and list(layers) == [last]
 
 

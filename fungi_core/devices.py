@@ -75,8 +75,11 @@ def default_modes() -> Iterator[None]:
     """Run a block, or a function that this decorates, with torch's modes as they are by default.
 
     The features do not depend on a caller's inference mode, autocast, default device, default dtype
-    or precision of float32 products and convolutions; the caller finds them as they were.
+    or precision of float32 products and convolutions; the caller finds them as they were. OpenMP's
+    dynamic teams stay off: with them torch's bf16 products on a busy CPU are silently wrong.
     """
+    for file in (Path(torch.__file__).parent / "lib").glob("libgomp*.so*"):  # torch's, on Linux
+        ctypes.CDLL(str(file)).omp_set_dynamic(0)
     use = torch.backends
     with ExitStack() as modes:
         modes.enter_context(torch.inference_mode(False))
@@ -92,13 +95,3 @@ def default_modes() -> Iterator[None]:
                 modes.callback(setattr, products, "fp32_precision", products.fp32_precision)
                 products.fp32_precision = "ieee"
         yield
-
-
-def fixed_teams() -> None:
-    """Switch OpenMP's dynamic teams off in this thread.
-
-    With them (OMP_DYNAMIC, or a library that sets them) torch's bf16 products on a busy CPU are
-    silently wrong. Torch brings GNU's OpenMP on Linux; other platforms have another one.
-    """
-    for file in (Path(torch.__file__).parent / "lib").glob("libgomp*.so*"):
-        ctypes.CDLL(str(file)).omp_set_dynamic(0)

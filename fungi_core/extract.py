@@ -1,8 +1,8 @@
 """A data set in, features out: from the store, or through the model into it.
 
 A data set is any object with ``name``, ``split``, ``fingerprint`` (a hash of its content),
-``__len__`` and ``__getitem__``; it may have ``where(i)``, which names item i in messages, and
-``skipped``, files that are no rows.
+``__len__`` and ``__getitem__``, which several threads may call; it may have ``where(i)``, which
+names item i in messages, and ``skipped``, files that are no rows.
 
     features = extract(data, load("vit_small_patch16_224.augreg_in1k"), [KL(), DINO()])
     features.blocks["kl"]  # (N, D) float32, projected gradients, not normalised
@@ -23,7 +23,7 @@ from .backbones import Backbone
 from .devices import default_modes
 from .filling import Pass, write
 from .gradients import Factors, linear_layer
-from .objectives import Heads, Objective
+from .objectives import Heads, Objective, checked
 from .projection import factors_of
 from .rows import (
     chosen_negatives,
@@ -106,9 +106,7 @@ def fill(
     layer; another layer takes the general path, whose bf16 embeddings round differently.
     """
     train, layer = data if train is None else train, layer or backbone.layer
-    names = [objective.name for objective in objectives]
-    if len({*names}) != len(names):
-        raise ValueError(f"each objective can be used once a call, got {', '.join(names)}")
+    objectives = checked(objectives)
     linear = linear_layer(backbone.model, layer)  # a wrong one raises before anything is extracted
     if projection == "exact" and not backbone.reads_class_token([layer]):
         need = "projection 'exact' needs a class token at the last block"
@@ -256,7 +254,7 @@ def describe(
         "feature": objective.name,
         "views": views,
         "settings": settings,
-        "seed": seed,
+        "seed": None if seed is None else int(seed),
         "layer": layer,
         "projection": projection,
         "negatives": train.fingerprint if objective.negatives else None,

@@ -73,11 +73,12 @@ class Fungi(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     def fit_transform(self, X, y=None) -> np.ndarray:
         """Fit, and return the features of X, (N, d) float32, extracted once."""
         X = _as_sequence(X)
+        vars(self).pop("_n_features_out", None)  # a fit that fails leaves nothing half fitted
         self._set_up()
-        for objective in self.objectives:
+        for objective in self.objectives_:
             part = self.parts_[objective.name]
             if part.negatives is None:
-                negatives = draw_negatives(self.backbone_, objective, part.heads, X, self.seed)
+                negatives = draw_negatives(self.backbone_, objective, part.heads, X, self.seed_)
                 part.negatives = negatives
         features = self._joined(X)
         size = min(PCA_SIZE, self.backbone_.width) if self.pca == "paper" else self.pca
@@ -99,15 +100,15 @@ class Fungi(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         """
         check_is_fitted(self, "parts_")
         X, out = _as_sequence(X), {}
-        for objective in self.objectives:
+        for objective in self.objectives_:
             parts = [self.parts_[objective.name]]
-            done = list(gradient_rows(self.backbone_, objective, parts, X, self.seed))
+            done = list(gradient_rows(self.backbone_, objective, parts, X, self.seed_))
             if objective.sees_whole:
                 out["embedding"] = np.concatenate([embeddings for _, embeddings, _ in done])
             out[objective.name] = np.concatenate([gradients for _, _, (gradients,) in done])
         if "embedding" not in out:
             out["embedding"] = np.concatenate([e for _, (e,) in embedding_rows(self.backbone_, X)])
-        return {name: out[name] for name in ("embedding", *(o.name for o in self.objectives))}
+        return {name: out[name] for name in ("embedding", *self.parts_)}
 
     @default_modes()
     def _set_up(self) -> None:
@@ -117,40 +118,40 @@ class Fungi(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         else:
             options = dict(layer=self.layer, device=self.device, dtype=self.dtype)
             self.backbone_ = load(self.backbone, **options)
-        backbone, device = self.backbone_, self.backbone_.device
+        backbone = self.backbone_
         kind = self.projection if isinstance(self.projection, str) else "rademacher"
-        parts = {o.name: draw_parts(backbone, o, self.seed, kind=kind) for o in self.objectives}
+        parts = {o.name: draw_parts(backbone, o, self.seed_, kind=kind) for o in self.objectives_}
         shared = next((part.projection for part in parts.values()), None)
         if not isinstance(self.projection, str):
             rows, columns = backbone.gradient_shape()
             shared = Rademacher(backbone.width, rows * columns, matrix=self.projection)
+        floats = dict(dtype=torch.float32, device=backbone.device)
         for name, part in parts.items():
             part.projection = shared  # one for all objectives
             if name in (self.heads or {}):
                 given = self.heads[name]
                 # Clones: autograd may not read what was made in inference mode.
-                part.heads = {k: v.float().to(device).clone() for k, v in given.items()}
+                part.heads = {k: torch.as_tensor(v, **floats).clone() for k, v in given.items()}
             if name in (self.negatives or {}):
-                part.negatives = self.negatives[name].float().to(device)
+                part.negatives = torch.as_tensor(self.negatives[name], **floats)
         self.parts_ = parts
 
     def _check(self) -> None:
-        names = [o.name for o in self.objectives]
-        if len(set(names)) != len(names):
-            raise ValueError(f"each objective can be used once, got {', '.join(names)}")
+        self.objectives_, self.seed_ = objectives.checked(self.objectives), self.seed
+        names = [o.name for o in self.objectives_]
         if strangers := sorted({*(self.heads or ()), *(self.negatives or ())} - {*names}):
             given = f"heads or negatives given for {', '.join(strangers)}"
             raise ValueError(f"{given}; the objectives are {', '.join(names)}")
         sized = isinstance(self.pca, Integral) and not isinstance(self.pca, bool) and self.pca > 0
         if self.pca not in ("paper", None) and not sized:
             raise ValueError(f"pca is 'paper', None or a positive size, got {self.pca!r}")
-        if isinstance(self.projection, str) and self.projection == "exact":
-            keeps = "projection 'exact' keeps factors and gives no features"
-            raise ValueError(f"{keeps}; see fungi_core.projection.exact_cosine")
+        if isinstance(self.projection, str | None) and self.projection in (None, "exact"):
+            accepted = "a (d, m) matrix, 'rademacher', 'khatri-rao', 'sketch'"
+            raise ValueError(f"projection {self.projection!r} gives no features; use {accepted}")
 
     def _joined(self, X: Sequence) -> np.ndarray:
         # The order of eq. 2: gradients, then the embedding.
-        return join(self.extract(X), [*(o.name for o in self.objectives), "embedding"])
+        return join(self.extract(X), [*self.parts_, "embedding"])
 
 
 def _as_sequence(X) -> Sequence:

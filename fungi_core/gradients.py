@@ -6,6 +6,7 @@ everything before it runs without autograd, only the tail behind it is recorded,
 ever requires a gradient.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,14 +17,15 @@ Loss = Callable[[torch.Tensor], torch.Tensor]
 
 
 class LossNotFinite(FloatingPointError):
-    """Say that the loss of one sample is NaN or infinite.
+    """Say that the loss of one sample, or its gradient, is NaN or infinite.
 
     ``sample`` is its place in the batch, ``value`` the loss.
     """
 
     def __init__(self, sample: int, value: float, name: str = ""):
         named = name or f"sample {sample} of the batch"
-        super().__init__(f"the loss of {named} is {value}; nothing was written")
+        what, found = ("gradient", "not finite") if math.isfinite(value) else ("loss", value)
+        super().__init__(f"the {what} of {named} is {found}; nothing was written")
         self.sample, self.value = sample, value
 
 
@@ -155,13 +157,20 @@ def loss_gradient(
 ) -> Sequence[torch.Tensor]:
     """Return d(sum of a loss of the embeddings over the samples) / d(outputs).
 
-    Raises `LossNotFinite` for the first sample whose loss is NaN or infinite.
+    Raises `LossNotFinite` for the first sample whose loss or gradient is NaN or infinite, and
+    ValueError for a loss that does not give one number a sample.
     """
     values = loss(embeddings)  # (B,)
-    if (bad := ~torch.isfinite(values.detach())).any():
-        first = int(bad.nonzero()[0])
-        raise LossNotFinite(first, values[first].item())
-    return torch.autograd.grad(values.sum(), outputs, retain_graph=again)
+    if values.shape != embeddings.shape[:1]:
+        given = f"the loss gave shape {tuple(values.shape)} for {len(embeddings)} samples"
+        raise ValueError(f"{given}; it must give one number each")
+    gradients = torch.autograd.grad(values.sum(), outputs, retain_graph=again)
+    for found in (values.detach(), *gradients):
+        bad = ~torch.isfinite(found).reshape(len(values), -1).all(1)
+        if bad.any():
+            first = int(bad.nonzero()[0])
+            raise LossNotFinite(first, values[first].item())
+    return gradients
 
 
 def per_sample(tensor: torch.Tensor, batch: int) -> torch.Tensor:

@@ -3,13 +3,26 @@
 Images are in `views`, sentences in `text`, sounds in `audio`.
 """
 
+import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 import torch
+
+SIMPLE = (bool, int, float, str, type(None))
+
+
+def source(kind: type, function: Callable) -> str | None:
+    """Return the code of a class's function: None for a library's, "" where Python has none."""
+    if kind.__module__.partition(".")[0] in ("fungi_core", "torch", "timm", "transformers"):
+        return None
+    with suppress(OSError, TypeError):
+        return inspect.getsource(function)
+    return ""
 
 
 class Inputs:

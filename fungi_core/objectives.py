@@ -7,7 +7,7 @@ draw their heads: plain dictionaries of tensors that a caller may replace.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import ClassVar
 
@@ -15,8 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .gradients import Factors
-from .inputs import Views, Whole
+from .inputs import SIMPLE, Views, Whole, source
 from .views import Crops, Patches
 
 Heads = dict[str, torch.Tensor]
@@ -127,10 +126,17 @@ class Objective:
     negative_views: int = 0
 
     def settings(self) -> tuple[list, dict]:
-        """Return the views, by name and settings, and the objective's own settings."""
-        kind = {} if "name" in vars(type(self)) else {"class": type(self).__qualname__}
-        own = asdict(self) | kind  # a subclass that keeps its parent's name is told from it
-        return [type(self.views).__name__, own.pop("views")], own
+        """Return the views, by name and settings, and the objective's own settings.
+
+        Those of a class of one's own hold its fields, annotated or not, and the code of its loss.
+        """
+        kind, own = type(self), asdict(self)
+        if (code := source(kind, kind.loss)) is not None:
+            every = {name: getattr(self, name) for name in dir(self) if name[0] != "_"}
+            own |= {name: value for name, value in every.items() if isinstance(value, SIMPLE)}
+            own |= {"class": kind.__qualname__, "loss": code}
+        own.pop("views", None)
+        return [type(self.views).__name__, asdict(self.views)], own
 
     @property
     def sees_whole(self) -> bool:
@@ -145,9 +151,7 @@ class Objective:
         """Map embeddings (..., D) to latents (..., C)."""
         return head_latents(embeddings, heads, self.normalize)
 
-    def loss(
-        self, embeddings: torch.Tensor, heads: Heads, negatives: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def loss(self, embeddings, heads: Heads, negatives=None) -> torch.Tensor:
         """Return the loss of each sample, (B,), from embeddings (B, V, D) float32."""
         raise NotImplementedError(f"{type(self).__name__} defines no loss")
 
@@ -155,20 +159,25 @@ class Objective:
         """Return what the loss is compared with, (M, C), from the negatives' latents (N, V, C)."""
         return latents.flatten(0, 1)
 
-    def factors(
-        self,
-        backbone,
-        batch: torch.Tensor | list[torch.Tensor],
-        heads: Heads,
-        negatives: torch.Tensor | None,
-        layers: Sequence[str],
-    ) -> tuple[torch.Tensor, list[Factors]]:
-        """Return embeddings (B, V, D), and the factors of the loss at each layer.
+    def factors(self, backbone, batch, heads: Heads, negatives, layers: Sequence[str]) -> tuple:
+        """Return embeddings (B, V, D), and the `Factors` of the loss at each layer.
 
-        An objective that reads something else than the embedding overrides this.
+        ``batch``: views, see `Backbone.factors`; ``negatives``: (M, C) or None. An objective that
+        reads something else than the embedding overrides this.
         """
         loss = lambda embeddings: self.loss(embeddings, heads, negatives)
         return backbone.factors(batch, loss, layers)
+
+
+def checked(objectives: Iterable) -> tuple[Objective, ...]:
+    """Return objectives as a tuple; ValueError for what is none, or has the name of another."""
+    found = tuple(objectives) if isinstance(objectives, Iterable) else (objectives, None)
+    if not all(isinstance(one, Objective) for one in found):
+        raise ValueError(f"objectives are a list such as [KL(), DINO()], got {objectives!r}")
+    names = [one.name for one in found]
+    if len({*names}) != len(names):
+        raise ValueError(f"each objective can be used once, got {', '.join(names)}")
+    return found
 
 
 @dataclass(frozen=True)

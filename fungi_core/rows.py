@@ -15,7 +15,7 @@ from torch.utils.data import Subset
 
 from .backbones import Backbone
 from .class_token import Trunk
-from .devices import default_modes, fixed_teams
+from .devices import default_modes
 from .gradients import LossNotFinite, linear_layer
 from .inputs import Views, Whole, readable
 from .objectives import Heads, Objective
@@ -120,7 +120,6 @@ def view_batches(
     if kind.of not in (inputs.kind, "any"):
         views = f"{key} takes {type(kind).__name__}, views of {kind.of} data"
         raise ValueError(f"{views}; {backbone.name} reads {inputs.kind} data")
-    fixed_teams()
     size = batch_size(backbone, kind, most)
 
     def prepare(start: int) -> torch.Tensor:

@@ -52,10 +52,11 @@ def open_entry(meta: dict, n: int, width: int, root: Path | None = None) -> "Ent
     ``root``: by default the folder that FUNGI_STORE names, else ``data/store`` below the working
     folder. Raises StoreMismatch, naming the differing fields, where other rows lie there.
     """
+    name = key(meta)  # it says which field JSON cannot hold
     record = {"format": 1, "dtype": "float32", "shard": SHARD, "n": int(n), "width": int(width)}
     record = json.loads(json.dumps(record | {"meta": meta}))  # tuples become lists
     root = root or os.environ.get("FUNGI_STORE", "").strip() or "data/store"
-    entry = Entry(Path(root).expanduser() / key(meta), record)
+    entry = Entry(Path(root).expanduser() / name, record)
     file = entry.path / "meta.json"
     there = load_record(file) if file.exists() else record
     differing = [

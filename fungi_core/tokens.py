@@ -8,39 +8,22 @@ at 512 px on ViT-B) never exist at once.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from .backbones import Backbone
-from .devices import default_modes, fixed_teams
+from .devices import default_modes
 from .gradients import Factors, factors_at, tapped
-from .objectives import Heads, SimCLR
+from .objectives import SimCLR
 from .rows import Parts
 from .search import nearest
 from .seeds import generator
 
-
-@dataclass(frozen=True)
-class Loss:
-    """Describe the per-image SimCLR loss of section B.2; defaults are Table 18's.
-
-    ``negatives`` neighbours are retrieved for each token, and half of them dropped.
-    ``denominator``: "published", as in the paper's segmentation scripts, without the temperature,
-    or "eq5". The scripts' reshape of the retrieved vectors, which mixes them, is not taken over.
-    """
-
-    temperature: float = 0.07
-    dim: int = 96
-    negatives: int = 2
-    denominator: str = "published"
-
-    def objective(self) -> SimCLR:
-        """Return the loss as an objective."""
-        return SimCLR(temperature=self.temperature, dim=self.dim, denominator=self.denominator)
+# Table 18, with the published scripts' denominator; their reshape, which mixes the retrieved
+# vectors, is not taken over.
+LOSS = SimCLR(negatives=2, denominator="published")
 
 
 @default_modes()
@@ -50,7 +33,6 @@ def unit_tokens(backbone: Backbone, pictures: Sequence[np.ndarray]) -> torch.Ten
     P prefix tokens (the class token, registers) come first, then T patches, row by row. Raises
     ValueError for a backbone that is no timm vision transformer.
     """
-    fixed_teams()
     batch = _batch(backbone, pictures)
     with torch.inference_mode():
         return F.normalize(backbone.model.forward_features(batch).float(), dim=-1)
@@ -62,29 +44,30 @@ def unit_gradients(
     pictures: Sequence[np.ndarray],
     ids: Sequence[str],
     support: torch.Tensor,
-    wanted: Sequence[tuple[Loss, Parts, int]],
+    wanted: Sequence[tuple[SimCLR, Parts, int]],
 ) -> list[torch.Tensor]:
     """Return projected gradients of every patch, each of unit length: (B, T, D) float32.
 
-    There is one for each loss, head and seed ``wanted``, all from one pass and one retrieval.
-    ``support``: (M, D) unit tokens that negatives are retrieved from. Head and projection are those
-    of the loss's objective (`rows.draw_parts`). ``ids`` and the seed draw which neighbours are
-    dropped. Joined with the patch's unit token and divided by the root of 2 it is eq. 8.
+    There is one for each loss, head and seed ``wanted``, all from one pass and one retrieval of
+    ``loss.negatives`` tokens of ``support`` (M, D) for each token, half of them dropped by ``ids``
+    and seed. Joined with the patch's unit token and divided by the root of 2 it is eq. 8.
     """
-    fixed_teams()
     model, views = backbone.model, _batch(backbone, pictures)[:, None]
     tokens, taps = tapped(model, model.forward_features, views, [backbone.layer])
     most = max(loss.negatives for loss, _, _ in wanted)
     near = [nearest(F.normalize(x.detach(), dim=-1), support, most)[1] for (x,) in tokens]
     found, prefix = [], model.num_prefix_tokens
     for loss, part, seed in wanted:
-        objective, negatives = loss.objective(), []
+        negatives = []
         for name, index in zip(ids, near, strict=True):  # (P + T, k) -> (M, dim)
             rng = generator("dropped negatives", seed, name)
             kept = _drop_half(support[index[:, : loss.negatives]], rng)
-            negatives.append(objective.latents(kept, part.heads))
-        losses = partial(_losses, objective, part.heads, negatives)
-        (made,) = factors_at(tokens, taps, losses, again=True)
+            negatives.append(loss.latents(kept, part.heads))
+        # Tokens go to the head as they are, not normalised (Table 17), the class token among them.
+        each = lambda seen, loss=loss, heads=part.heads, others=negatives: torch.cat(
+            [loss.loss(x, heads, own) for x, own in zip(seen, others, strict=True)]  # (1, P + T, D)
+        )
+        (made,) = factors_at(tokens, taps, each, again=True)
         a, d = made.activations[:, prefix:], made.output_gradients[:, prefix:]  # (B, T, .)
         rows = part.projection.apply_tokens(Factors(a, d, made.bias), backbone.dtype)
         found.append(F.normalize(rows, dim=-1))
@@ -97,17 +80,6 @@ def _batch(backbone: Backbone, pictures: Sequence[np.ndarray]) -> torch.Tensor:
         raise ValueError(f"{backbone.name}: patch features need a timm vision transformer")
     pixels = torch.from_numpy(np.stack(pictures))[:, None].to(backbone.device)
     return backbone.inputs.finish(pixels, backbone.view_dtype)[:, 0]
-
-
-def _losses(
-    objective: SimCLR, heads: Heads, negatives: Sequence[torch.Tensor], tokens: torch.Tensor
-) -> torch.Tensor:
-    """Return each image's loss, (B,), from tokens (B, 1, P + T, D) and latents (M, dim) of each.
-
-    Tokens go to the head as they are, not normalised (Table 17), the class token among them.
-    """
-    pairs = zip(tokens, negatives, strict=True)
-    return torch.cat([objective.loss(seen, heads, others) for seen, others in pairs])
 
 
 def _drop_half(retrieved: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:

@@ -6,6 +6,7 @@ import os
 from functools import partial
 from itertools import product
 from pathlib import Path
+from types import MethodType
 
 import numpy as np
 import pytest
@@ -45,6 +46,26 @@ def test_what_stands_in_the_place_of_a_linear_layer_is_run():
     x = torch.rand(2, 1, 3, 160, 160, generator=torch.Generator().manual_seed(0))
     found, _ = backbone.factors(x, None)
     torch.testing.assert_close(found[:, 0], backbone.model(x[:, 0]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("path", ["", "blocks", "blocks.5", "blocks.5.attn", "blocks.5.attn.proj"])
+@pytest.mark.parametrize("how", ["hook", "pre-hook", "forward"])
+def test_what_a_hook_or_a_forward_of_its_own_adds_is_there_on_every_path(path, how):
+    model = timm.create_model("test_vit", num_classes=0)
+    module = model.get_submodule(path)
+    if how == "hook":
+        module.register_forward_hook(lambda module, inputs, output: 2 * output)
+    elif how == "pre-hook":
+        module.register_forward_pre_hook(lambda module, inputs: (2 * inputs[0],))
+    else:
+        usual = type(module).forward
+        twice = lambda self, *x, **options: 2 * usual(self, *x, **options)
+        module.forward = MethodType(twice, module)
+    backbone = load(model, layer="blocks.5.attn.proj", **CPU)
+    x = torch.rand(2, 1, 3, 160, 160, generator=torch.Generator().manual_seed(0))
+    found, _ = backbone.factors(x, lambda z: z.square().sum((1, 2)))
+    expected = backbone.embed(x[:, 0])
+    torch.testing.assert_close(found[:, 0], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_read_out_of_ones_own_is_that_of_every_path():
@@ -229,6 +250,45 @@ def test_what_weights_and_name_leave_open_is_in_the_fingerprint():
     asked = [(acts[0], False), (acts[1], False), (acts[0], True)]
     given = [load(net, layer=layer, head=head, **CPU).fingerprint for net, head in asked]
     assert len(set(named)) == 2 and len(set(given)) == 3
+
+
+class Net(torch.nn.Module):
+    """A module with what no weight says: a stride, an activation, a buffer that is not saved."""
+
+    def __init__(self, stride: int = 8, act=torch.relu, scale: float = 1.0):
+        super().__init__()
+        self.stem, self.act = torch.nn.Conv2d(3, 8, 8, stride), act
+        self.proj = torch.nn.Linear(8, 8)
+        self.register_buffer("scale", torch.tensor(scale), persistent=False)
+
+    def forward(self, x):
+        return self.act(self.proj(self.stem(x).flatten(2).mean(2))) * self.scale
+
+
+class Edited(Net):
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+def test_what_no_weight_of_a_module_says_is_in_its_fingerprint():
+    edited = type("Net", (Edited,), {"__module__": __name__})  # its name is no other
+    made = [Net(), Net(stride=4), Net(act=torch.tanh), Net(scale=2.0), edited()]
+    for one in made:
+        one.load_state_dict(made[0].state_dict())
+    prints = [load(one, layer="proj", **CPU).fingerprint for one in [*made, Net()]]
+    assert len(set(prints[:-1])) == 5
+    again = Net()
+    again.load_state_dict(made[0].state_dict())
+    assert load(again, layer="proj", **CPU).fingerprint == prints[0]
+
+
+def test_a_module_that_is_frozen_by_hand_counts_with_its_head():
+    plain = load("random:test_vit", head=True, **CPU)
+    frozen = [
+        backbones.freeze(plain.model, "mine", plain.inputs, head=head, **CPU).fingerprint
+        for head in (True, False)
+    ]
+    assert frozen[0] != frozen[1]
 
 
 @pytest.mark.parametrize("which", ["norm.weight", "blocks.5.attn.proj.bias"])

@@ -2,8 +2,9 @@
 them.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from companion.figures.style import LETTERS
 from companion.protocol import fungi_features, similarity
 from fungi_core import DINO, KL, Fungi, SimCLR, extract, load, projection, store
 from fungi_core.features import apply_pca, fit_pca, join, normalize
+from fungi_core.objectives import Objective
 from fungi_core.rows import draw_parts, gradient_rows, view_batches
 from fungi_core.views import Crops, ImageInputs, Patches
 
@@ -268,6 +270,44 @@ def test_keys_hold_all_that_changes_a_feature():
     squeezed = small()
     squeezed = replace(squeezed, inputs=replace(squeezed.inputs, crop=0.5))
     assert changed(base, keys(backbone=squeezed)) == EVERY
+
+
+@dataclass(frozen=True)
+class Entropy(Objective):
+    """The README's objective, which names no views."""
+
+    dim: int = 16
+    name: ClassVar[str] = "entropy"
+
+    def loss(self, embeddings, heads, negatives=None):
+        log_q = self.latents(embeddings, heads).log_softmax(-1)
+        return -(log_q.exp() * log_q).sum(-1).mean(-1)
+
+
+class Edited(Entropy):
+    def loss(self, embeddings, heads, negatives=None):
+        return 2 - super().loss(embeddings, heads, negatives)
+
+
+class Wider(Entropy):
+    normalize = False  # a setting without an annotation
+
+
+def test_an_objective_of_ones_own_has_a_key_of_its_fields_and_its_code():
+    same = {"__module__": __name__, "__qualname__": "Entropy"}
+    kinds = [Entropy, *(type("Entropy", (one,), same) for one in (Edited, Wider))]
+    found = [digits([kind()]) for kind in kinds]
+    made = [rows[1].keys[-1] for rows in found]
+    assert len(set(made)) == 3 and digits([Entropy()])[1].keys[-1] == made[0]
+    a, b = (rows[1].blocks["entropy"] for rows in found[:2])
+    np.testing.assert_allclose(a, -b, rtol=1e-4, atol=1e-8)  # and the rows of its own loss
+
+
+def test_seeds_and_settings_may_be_numpy_numbers():
+    one = [KL(dim=16)]
+    assert digits(one, seed=np.int64(1))[0].keys == digits(one, seed=1)[0].keys
+    with pytest.raises(ValueError, match="meta field 'settings': .*; accepted: text, finite"):
+        digits([KL(dim=np.int64(16))])
 
 
 def test_objectives_without_a_head_and_full_augmentation_have_stores_of_their_own():

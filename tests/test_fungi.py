@@ -303,6 +303,27 @@ def test_heads_projection_and_negatives_passed_in_are_used(fitted):
         } == touched[name]
 
 
+def test_parameters_that_are_set_after_a_fit_wait_for_the_next():
+    images, fungi = pictures(3), transformer(objectives=(o for o in SMALL))
+    rows = fungi.fit_transform(images)
+    fungi.set_params(seed=1, objectives=(KL(dim=8),))
+    np.testing.assert_array_equal(fungi.transform(images), rows)
+    fungi.set_params(seed=1, objectives=SMALL)
+    with pytest.raises(ValueError):
+        fungi.fit([*images, "missing.png"])
+    with pytest.raises(NotFittedError):  # neither the old fit nor half of the new one
+        fungi.transform(images)
+
+
+def test_what_is_given_may_be_numpy_arrays(fitted):
+    images = pictures(3)
+    part = fitted.parts_["simclr"]
+    heads = {"simclr": {name: tensor.numpy() for name, tensor in part.heads.items()}}
+    given = dict(negatives={"simclr": part.negatives.numpy()}, heads=heads)
+    found = transformer(**given).fit(images).extract(images)["simclr"]
+    close(found, fitted.extract(images)["simclr"])
+
+
 def test_negatives_come_from_the_images_of_fit(fitted):
     parts, backbone = fitted.parts_["simclr"], fitted.backbone_
     assert parts.negatives.shape == (3 * 9, 16)
@@ -332,8 +353,12 @@ def test_wrong_arguments_are_one_line():
         (dict(negatives={"byol": torch.zeros(1, 1)}), "given for byol"),
         (dict(projection=torch.ones(3, 3)), r"must have shape \(64, 4160\), got \(3, 3\)"),
         (dict(projection=np.ones((3, 3))), r"must have shape \(64, 4160\), got \(3, 3\)"),
-        (dict(projection="exact"), "projection 'exact' keeps factors and gives no features"),
+        (dict(projection="exact"), r"projection 'exact' gives no features; use a \(d, m\) matrix"),
         (dict(projection="dense"), "unknown projection 'dense'"),
+        (dict(projection=None), "projection None gives no features; use"),
+        (dict(objectives=KL()), r"objectives are a list such as \[KL\(\), DINO\(\)\], got KL"),
+        (dict(objectives=[KL]), r"objectives are a list such as \[KL\(\), DINO\(\)\], got"),
+        (dict(objectives=["kl"]), r"objectives are a list such as .*, got \['kl'\]"),
         (dict(layer="blocks.9.attn.proj"), "has no layer 'blocks.9.attn.proj'"),
         (dict(layer="blocks.1.norm1"), "is a LayerNorm; gradients are taken at a torch.nn.Linear"),
         (dict(dtype="float16"), "use 'auto', 'float32' or 'bfloat16'"),

@@ -183,6 +183,23 @@ def test_a_loss_that_is_not_finite_names_its_sample():
         backbone.factors(views(SMALL[0], backbone.inputs.size), broken)
 
 
+def test_a_gradient_that_is_not_finite_names_its_sample():
+    """The square root of a variance that is zero has a finite value and no slope."""
+    backbone = encoder()
+    broken = lambda e: (
+        (e * torch.tensor([1.0, 0.0, 1.0])[:, None, None]).square().sum((1, 2)).sqrt()
+    )
+    with pytest.raises(FloatingPointError, match="gradient of sample 1 of the batch is not finite"):
+        backbone.factors(views(SMALL[0], backbone.inputs.size), broken)
+
+
+@pytest.mark.parametrize("mixed", [lambda e: e.square().mean(), lambda e: e.square().sum(2)])
+def test_a_loss_gives_one_number_a_sample(mixed):
+    backbone = encoder()
+    with pytest.raises(ValueError, match=r"the loss gave shape .* for 3 samples; it must give one"):
+        backbone.factors(views(SMALL[0], backbone.inputs.size), mixed)
+
+
 @pytest.mark.parametrize(
     ("path", "message"),
     [("blocks.77.attn.proj", "has no layer"), ("blocks.5.norm1", "LayerNorm; gradients")],

@@ -101,7 +101,7 @@ def encoder():
 
 
 def test_skipped_files_are_listed_with_their_reason(zoo):
-    found = own.from_folder(zoo)
+    found = own.read(own.in_folder(zoo), {})
     assert found.names == [f"odd/{name}" for name in GOOD] + [f"plain/{i}.png" for i in range(3)]
     assert list(found.skipped) == [f"odd/{name}" for name in BAD]
     assert all(reason and "\n" not in reason for reason in found.skipped.values())
@@ -113,7 +113,7 @@ def test_skipped_files_are_listed_with_their_reason(zoo):
 
 
 def test_every_odd_kind_is_the_picture_that_a_person_sees(zoo):
-    found = own.from_folder(zoo)
+    found = own.read(own.in_folder(zoo), {})
     image, by_name = picture(), dict(zip(found.names, found))
     grey = np.asarray(image.convert("L"), int)
     off = lambda name, expected: np.abs(np.asarray(by_name[f"odd/{name}"], int) - expected).mean()
@@ -135,7 +135,7 @@ def test_every_odd_kind_is_the_picture_that_a_person_sees(zoo):
 def test_features_of_a_folder_are_each_images_own(zoo, encoder, monkeypatch, tmp_path):
     """Alone, from its file, an image gives the same row, so no index has moved."""
     monkeypatch.setenv("FUNGI_STORE", str(tmp_path))
-    found = own.from_folder(zoo)
+    found = own.read(own.in_folder(zoo), {})
     rows = extract(found, encoder, [SMALL], root=paths.store_dir())
     assert rows.blocks["kl"].shape == (len(found), 64)
     for i in (0, 4, len(found) - 1):
@@ -143,14 +143,14 @@ def test_features_of_a_folder_are_each_images_own(zoo, encoder, monkeypatch, tmp
         alone = Fungi(encoder, [SMALL], pca=None).fit(image).extract(image)
         for name, block in rows.blocks.items():
             np.testing.assert_allclose(block[i], alone[name][0], rtol=0, atol=1e-5)
-    again = extract(own.from_folder(zoo), encoder, [SMALL], root=paths.store_dir())
+    again = extract(own.read(own.in_folder(zoo), {}), encoder, [SMALL], root=paths.store_dir())
     assert again.keys == rows.keys
 
 
 def test_a_pipe_is_no_photograph_and_nobody_waits_for_it(tmp_path):
     os.mkfifo(tmp_path / "pipe.jpg")
     picture().save(tmp_path / "a.jpg")
-    found = own.from_folder(tmp_path)
+    found = own.read(own.in_folder(tmp_path), {})
     assert found.names == ["a.jpg"] and list(found.skipped) == ["pipe.jpg"]
 
 
@@ -181,7 +181,7 @@ def test_official_sets_are_read_as_torchvision_reads_them(tmp_path):
     about = "official", "train", np.zeros(1, int), ["a"], "accuracy", ["a"]
     official = images.Images(*about, [tmp_path / "turned.jpg"], np.arange(1))
     assert official[0].size == views.to_image(official[0]).size == (40, 30)
-    mine = own.from_folder(tmp_path)
+    mine = own.read(own.in_folder(tmp_path), {})
     assert (
         mine[0].size == views.to_image(mine[0]).size == (30, 40)
         and mine.fingerprint != official.fingerprint
@@ -238,7 +238,7 @@ def test_a_panorama_above_pillows_first_limit_is_read_with_a_warning(tmp_path):
         warnings.simplefilter("always")
         patch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
         picture().save(tmp_path / "a.png")  # 1,200 pixels
-        assert own.from_folder(tmp_path)[0].size == (40, 30)
+        assert own.read(own.in_folder(tmp_path), {})[0].size == (40, 30)
     assert any(issubclass(one.category, Image.DecompressionBombWarning) for one in said)
     assert Image.MAX_IMAGE_PIXELS == 89_478_485
 
@@ -249,7 +249,7 @@ def test_a_panorama_above_pillows_first_limit_is_read_with_a_warning(tmp_path):
 @pytest.mark.parametrize("place", [0, 7])
 def test_a_loss_that_is_nan_names_the_file(zoo, encoder, monkeypatch, tmp_path, place):
     monkeypatch.setenv("FUNGI_STORE", str(tmp_path))
-    found = own.from_folder(zoo)
+    found = own.read(own.in_folder(zoo), {})
     intact, rows = KL.loss, []
 
     def broken(self, embeddings, *args):

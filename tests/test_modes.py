@@ -92,8 +92,8 @@ def test_patches_are_the_same(mode):
     support = torch.nn.functional.normalize(torch.arange(640.0).sin().reshape(10, 64), dim=-1)
 
     def made():
-        encoder, loss = small(), tokens.Loss()
-        part = draw_parts(encoder, loss.objective(), 0)
+        encoder, loss = small(), tokens.LOSS
+        part = draw_parts(encoder, loss, 0)
         wanted = [(loss, part, 0)]
         (gradients,) = tokens.unit_gradients(encoder, pixels, ["0", "1"], support, wanted)
         return tokens.unit_tokens(encoder, pixels), gradients

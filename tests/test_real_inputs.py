@@ -315,7 +315,7 @@ def test_links_nested_folders_rare_suffixes_and_leftovers_in_every_reader_of_pho
         named = datasets.load("mine", part)
         assert named.classes == ["cat", "dog"] and named.labels.tolist() == [0, 0, 0, 0, 1]
         assert sorted(named.names) == sorted(f"{part}/{name}" for name in names)
-    photographs = own.from_folder(data / "mine" / "train")
+    photographs = own.read(own.in_folder(data / "mine" / "train"), {})
     assert photographs.classes == ["cat", "dog"] and not photographs.skipped
     assert sorted(photographs.names) == sorted(names)
     with zipfile.ZipFile(packed := io.BytesIO(), "w") as archive:
@@ -475,7 +475,7 @@ def test_a_name_that_is_not_utf8_is_read_named_and_saved(data, tmp_path, fitted)
     foreign = data / "mine" / os.fsdecode(b"\xff\xfe.png")
     for i, name in enumerate(("a.png", "b.png", foreign.name)):
         _picture(data / "mine" / name, i)
-    photographs = own.from_folder(data / "mine")
+    photographs = own.read(own.in_folder(data / "mine"), {})
     uploaded, _ = own.unpacked([(foreign.name, foreign.read_bytes())])
     assert photographs.names == ["a.png", "b.png", r"\udcff\udcfe.png"]
     assert uploaded[0][0] == photographs.names[-1]

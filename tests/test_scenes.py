@@ -18,7 +18,7 @@ from companion.evaluate import incontext, iou, scenes
 from companion.figures import grids, plots, style
 from fungi_core import store
 from fungi_core.search import largest
-from fungi_core.tokens import Loss, unit_tokens
+from fungi_core.tokens import LOSS, unit_tokens
 
 SIZE = 64  # 4 x 4 patches of 16 px
 
@@ -163,7 +163,7 @@ def test_no_gradient_is_made_for_a_control_that_is_missing(encoder, monkeypatch)
     watched = lambda views, backbone, wanted, support: asked.extend(wanted)
     monkeypatch.setattr(incontext, "gradients", watched)
     incontext.extract([one], ["FUNGI", "mean token"])
-    assert asked == 2 * [(Loss(), 0)]  # of the memory and of the queries
+    assert asked == 2 * [(LOSS, 0)]  # of the memory and of the queries
     one.confusions(["FUNGI"])
     incontext.extract([one], ["FUNGI", "mean token"])
     assert len(asked) == 2
@@ -182,7 +182,7 @@ def test_head_draw_and_memory_size_are_part_of_the_key_where_they_matter(encoder
 def test_a_killed_run_goes_on_with_the_image_it_was_at(encoder, monkeypatch):
     monkeypatch.setattr(store, "SHARD", 5)  # no divisor of an image's 16 patches
     some, seen = views(toy(4)), []
-    wanted = [(Loss(), 0), (Loss(denominator="eq5"), 1)]
+    wanted = [(LOSS, 0), (dataclasses.replace(LOSS, denominator="eq5"), 1)]
     made = lambda: [entry.read() for entry in scenes.gradients(some, encoder, wanted, some)]
     expected = made()
     monkeypatch.setenv("FUNGI_STORE", str(paths.store_dir().with_name("killed")))

@@ -1,5 +1,7 @@
 """Per-token gradients of the core against autograd, and its exact search against a full sort."""
 
+import dataclasses
+
 import helpers
 import numpy as np
 import pytest
@@ -33,8 +35,8 @@ def batch_of(encoder, images):
     return encoder.inputs.finish(torch.from_numpy(np.stack(images))[:, None], encoder.dtype)[:, 0]
 
 
-def unit_gradients(encoder, images, names, support, loss=tokens.Loss(dim=16)):
-    part = draw_parts(encoder, loss.objective(), 0)
+def unit_gradients(encoder, images, names, support, loss=dataclasses.replace(tokens.LOSS, dim=16)):
+    part = draw_parts(encoder, loss, 0)
     return tokens.unit_gradients(encoder, images, names, support, [(loss, part, 0)])[0]
 
 
@@ -68,8 +70,8 @@ def oracle(encoder, image, negatives, heads, loss):
 @pytest.mark.parametrize("denominator", ["eq5", "published"])
 def test_gradients_are_those_of_autograd_token_by_token_projected(encoder, support, denominator):
     """Against a slow pass for each image: no tap, no factors, every gradient and R whole."""
-    loss, images = tokens.Loss(dim=16, denominator=denominator), pictures()
-    part = draw_parts(encoder, loss.objective(), 0)
+    loss, images = dataclasses.replace(tokens.LOSS, dim=16, denominator=denominator), pictures()
+    part = draw_parts(encoder, loss, 0)
     found = unit_gradients(encoder, images, ["a", "b"], support, loss)
     assert found.shape == (2, 16, encoder.width)
     for name, image, rows in zip("ab", images, found, strict=True):
@@ -112,10 +114,9 @@ def test_an_images_features_do_not_depend_on_its_batch(encoder, support):
 
 def test_losses_heads_and_seeds_share_a_pass(encoder, support):
     """Each of them gets what it gets alone, whatever the others ask for."""
-    losses = [tokens.Loss(dim=16), tokens.Loss(dim=16, denominator="eq5", negatives=4)]
-    wanted = [
-        (loss, draw_parts(encoder, loss.objective(), s), s) for loss in losses for s in (0, 1)
-    ]
+    first = dataclasses.replace(tokens.LOSS, dim=16)
+    losses = [first, dataclasses.replace(first, denominator="eq5", negatives=4)]
+    wanted = [(loss, draw_parts(encoder, loss, s), s) for loss in losses for s in (0, 1)]
     found = tokens.unit_gradients(encoder, pictures(), ["a", "b"], support, wanted)
     for one, rows in zip(wanted, found, strict=True):
         (alone,) = tokens.unit_gradients(encoder, pictures(), ["a", "b"], support, [one])

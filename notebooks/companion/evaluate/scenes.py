@@ -5,7 +5,7 @@ for a head and serve every choice and size of a memory (`incontext.Lookup`).
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -17,16 +17,18 @@ from companion import paths
 from companion.data.masks import Scenes
 from fungi_core.backbones import Backbone
 from fungi_core.filling import Pass, write
+from fungi_core.objectives import SimCLR
 from fungi_core.rows import draw_parts
 from fungi_core.seeds import generator
 from fungi_core.store import Entry, open_entry
-from fungi_core.tokens import Loss, unit_gradients, unit_tokens
+from fungi_core.tokens import LOSS, unit_gradients, unit_tokens
 from fungi_core.views import crop_boxes
 
 SCENES = 4  # raise when the same settings would give other predictions than before
 SUPPORT = 0.1  # the support index keeps this share of the patches, whatever the memory keeps
 # What joins the embedding (eq. 8): a gradient, or a control that is none.
-LOSSES = {"FUNGI": Loss(), "FUNGI, eq. 5": Loss(denominator="eq5")}
+LOSSES = {"FUNGI": LOSS, "FUNGI, eq. 5": replace(LOSS, denominator="eq5")}
+SETTINGS = ("temperature", "dim", "negatives", "denominator")  # of a loss, in the store's key
 CONTROLS = ("mean token", "class token", "image noise", "patch noise")
 KINDS = ("embedding", *LOSSES, *CONTROLS)
 
@@ -213,7 +215,7 @@ def patches_of(views: Views, backbone: Backbone) -> np.ndarray:
 
 
 def gradients(
-    views: Views, backbone: Backbone, wanted: Sequence[tuple[Loss, int]], support: Views
+    views: Views, backbone: Backbone, wanted: Sequence[tuple[SimCLR, int]], support: Views
 ) -> list[Entry]:
     """Return entries of every patch's unit gradient, V * T rows, for each loss and head ``wanted``.
 
@@ -221,7 +223,8 @@ def gradients(
     """
     index, entries = [*support.identity(), SUPPORT], {}
     for loss, head in wanted:
-        about = {"kind": asdict(loss), "head": head, "support": index}
+        kind = {name: getattr(loss, name) for name in SETTINGS}
+        about = {"kind": kind, "head": head, "support": index}
         entries[loss, head] = opened(views, backbone, views.patches, about)
     absent = [one for one, entry in entries.items() if not entry.complete]
     if absent:
@@ -229,9 +232,7 @@ def gradients(
         at = choose_all(support.labels, each, "support", 0)
         rows = patches_of(support, backbone).reshape(-1, backbone.width)[at]
         rows = torch.from_numpy(rows).to(backbone.device)
-        parts = [
-            (loss, draw_parts(backbone, loss.objective(), head), head) for loss, head in absent
-        ]
+        parts = [(loss, draw_parts(backbone, loss, head), head) for loss, head in absent]
         made = lambda pictures, names: unit_gradients(backbone, pictures, names, rows, parts)
         encode([entries[one] for one in absent], views, backbone, made)
     return list(entries.values())
