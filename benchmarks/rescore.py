@@ -4,10 +4,10 @@
 
 It shares no code with the companion. It reads ``table02_outcomes.csv``, a 0 or 1 for every test
 image, network, data set, seed and feature set, follows data/PROTOCOL.md, and compares its claims
-with ``claims_03_image_classification.csv``. It ends with an error where the gain on a data set
-differs by more than 0.001 points, a bound or a mean of several by more than a twelfth of the
-interval's width plus 0.2 points (bootstraps differ by chance, and the means' weights with them), or
-a verdict at all.
+with ``claims_03_image_classification.csv``. It ends with an error where the accuracy, gain or step
+on a data set differs by more than 0.001 points, a bound or a mean of several by more than a twelfth
+of the interval's width plus 0.2 points (bootstraps differ by chance, and the means' weights with
+them), or a verdict at all.
 """
 
 import csv
@@ -116,14 +116,18 @@ def verdict(low: float, high: float) -> str:
 
 
 def compared(outcomes: dict, file: Path) -> int:
-    """Return on how many data sets the gain over the embedding is not the stored one."""
+    """Return how many accuracies, gains and steps on one data set each are not the stored ones."""
     wrong = count = 0
     with open(file, newline="", encoding="utf-8") as opened:
-        for row in csv.DictReader(opened):
-            place = row["setting"], row["backbone"], row["dataset"]
-            mean, *_ = gain(outcomes[place], row["features"], "E", random.Random(0), draws=2)
-            count, wrong = count + 1, wrong + (abs(mean - float(row["gain"])) > 1e-3)
-    print(f"{count} gains of one data set each: {wrong} differ")
+        rows = list(csv.DictReader(opened))
+    for row, before in zip(rows, [rows[0], *rows], strict=False):
+        here = outcomes[row["setting"], row["backbone"], row["dataset"]]
+        here = here | {"none": ["0" * len(one) for one in here["E"]]}
+        last = before["features"] if row["features"] != "E" else "E"
+        for name, other in (("value", "none"), ("gain", "E"), ("step", last)):
+            mean, *_ = gain(here, row["features"], other, random.Random(0), draws=2)
+            count, wrong = count + 1, wrong + (abs(mean - float(row[name])) > 1e-3)
+    print(f"{count} accuracies, gains and steps of one data set each: {wrong} differ")
     return wrong
 
 

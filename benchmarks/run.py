@@ -12,6 +12,7 @@ gradients, as a share of the machine's measured matrix rate.
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,6 @@ from PIL import Image
 
 from companion import throughput
 from companion.provenance import cpu
-from companion.run import peak_bytes
 from fungi_core import DINO, KL, SimCLR, load
 from fungi_core.backbones import Backbone
 from fungi_core.gradients import Factors, linear_layer
@@ -135,6 +135,15 @@ def measured(
     times = seconds(call, device, repeats)
     peak = peak_bytes() if device == "cpu" else torch.cuda.max_memory_allocated(device)
     return {"images_per_second": count / float(np.median(times)), "peak_bytes": peak}
+
+
+def peak_bytes() -> int:
+    """Return the most memory that this process held, since it became this program.
+
+    What getrusage says of a process counts what the one that started it held.
+    """
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"^VmHWM:\s*(\d+) kB", status, re.MULTILINE)[1]) * 1024
 
 
 def in_a_process(*arguments: str | int) -> dict:

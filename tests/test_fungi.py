@@ -3,6 +3,7 @@ and load.
 """
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -324,17 +325,21 @@ def test_what_is_given_may_be_numpy_arrays(fitted):
     close(found, fitted.extract(images)["simclr"])
 
 
-def test_negatives_come_from_the_images_of_fit(fitted):
+@pytest.mark.parametrize("views", [0, 2])
+def test_negatives_come_from_the_images_of_fit(views):
+    """Of all views of each of them, or of the first two."""
+    images, objective = pictures(6), replace(SMALL[2], negative_views=views)
+    fitted = transformer(objectives=[objective]).fit(images)
     parts, backbone = fitted.parts_["simclr"], fitted.backbone_
-    assert parts.negatives.shape == (3 * 9, 16)
-    images = pictures(6)
+    assert parts.negatives.shape == (3 * (views or 9), 16)
     rows = np.sort(generator("negatives", 0).permutation(6)[:3])
     inputs, kind = backbone.inputs, SMALL[2].views
     latents = []
     for i in rows:
         squeezed = np.asarray(images[i].resize((32, 32), Image.BICUBIC))[None]
         batch = kind.finish(inputs.stack([squeezed]), inputs, torch.float32)[0]
-        latents.append(SMALL[2].latents(backbone.model(batch), parts.heads))
+        batch = batch[: views or None]
+        latents.append(objective.latents(backbone.model(batch), parts.heads))
     torch.testing.assert_close(parts.negatives, torch.cat(latents), rtol=1e-4, atol=1e-5)
     few = transformer(objectives=SMALL[2:]).fit(pictures(2))
     assert few.parts_["simclr"].negatives.shape == (

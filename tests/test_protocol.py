@@ -487,6 +487,33 @@ def test_projections_of_factors_approach_the_exact_similarity():
     assert table.loc[("dense ±1", "16 d"), "distortion"] < 8  # 1 / sqrt(2 * 192) and a little
 
 
+def test_few_shots_are_drawn_anew_and_shared_by_all_features():
+    pairs = [(rows(60, seed), rows(40, 9)) for seed in (0, 1)]
+    found = studies.shot_hits(pairs, ["E", "E+K"], [1, 3], 4, k=1, seed=0)
+    assert {key: right.shape for key, right in found.items()} == dict.fromkeys(
+        [("E", 1), ("E", 3), ("E+K", 1), ("E+K", 3)], (4, 40)
+    )
+    draws = found["E+K", 1]
+    assert len({row.tobytes() for row in draws}) == 4  # other images, other seeds in turn
+    for d in range(4):
+        train, test = pairs[d % 2]
+        few = evaluate.few_shot_indices(train.labels, 3, generator("shots", 0, d))
+        a, b = protocol.fungi_features(train.take(few), test, "E+K", 12)
+        model = KNeighborsClassifier(1).fit(a, train.labels[few])
+        assert (found["E+K", 3][d] == (model.predict(b) == test.labels)).all()
+
+
+def test_the_curve_of_pca_sizes_is_the_accuracy_at_each():
+    pairs = [(rows(80, 0), rows(40, 9))]
+    curve = studies.pca_curve(pairs, ["E+K"], [4, 8], k=5, seed=0)
+    assert curve["features"].tolist() == ["E+K"] * 3
+    for size, value, gain in curve[["size", "value", "gain"]].to_numpy():
+        a, b = protocol.fungi_features(*pairs[0], "E+K", None if np.isnan(size) else int(size))
+        model = KNeighborsClassifier(5).fit(a, pairs[0][0].labels)
+        assert value == pytest.approx(100 * model.score(b, pairs[0][1].labels))
+        assert gain == pytest.approx(value - curve["value"][0])
+
+
 def test_folds_are_pooled_by_clip():
     """Unequal folds: every test row counts once, and a fold alone is one seed."""
     folds = [(rows(40, 2 * i), rows(20 + 8 * i, 2 * i + 1)) for i in range(3)]

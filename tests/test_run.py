@@ -6,7 +6,6 @@ import ast
 import copy
 import hashlib
 import os
-import re
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -342,9 +341,10 @@ def test_without_data_or_network_the_papers_profile_ends_with_one_table(
         run.NOTEBOOKS / f"{slug}.ipynb", tmp_path / "out.ipynb", profile, progress_bar=False
     )
     outputs = [out for cell in nb.cells for out in cell.get("outputs", [])]
-    if not re.search(r"page\.runs|protocol\.", "".join(cell.source for cell in nb.cells)):
-        return  # needs nothing: it ran through
     assert [out["text"] for out in outputs if out.get("name") == "stderr"] == []
+    if slug in ("00_start_here", "19_scoreboard", "20_your_own_data"):  # need nothing: ran through
+        assert "error" not in {out["output_type"] for out in outputs}
+        return
     *_, table, end = outputs
     assert (end["ename"], end["evalue"], len(end["traceback"])) == ("SystemExit", "0", 1)
     assert end["traceback"][0].startswith("Nothing can be run here")

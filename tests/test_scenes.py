@@ -299,6 +299,51 @@ def test_every_image_is_in_one_group_of_numbers_of_classes():
     assert groups(3, 0, 5) == [("1 or more", 8)]
 
 
+def test_settings_are_table_18s():
+    lookup = {f.name: f.default for f in dataclasses.fields(incontext.Lookup)}
+    assert (lookup["k"], lookup["temperature"]) == (30, 0.02)
+    assert segmentation.FEW == {"k": 90, "temperature": 0.1} and segmentation.FEW_EPOCHS == 8
+    loss = scenes.LOSSES["FUNGI"]
+    assert (loss.dim, loss.temperature, loss.negatives) == (96, 0.07, 2)
+    assert (loss.denominator, loss.normalize) == ("published", False)
+    assert scenes.SUPPORT == 0.1  # ours, see the README
+    case = lambda name, backbone: SimpleNamespace(dataset=name, backbone=backbone)
+    small, large = "vit_small_patch16_224.dino", "deit_tiny_patch16_224.fb_in1k"
+    assert segmentation.printed_gains(case("voc2012", small)) == [13.5, 13.2, 11.4]
+    assert segmentation.printed_gains(case("voc2012_part", large)) == [17.2, 15.3, 11.3]
+    assert segmentation.printed_gains(case("ade20k", large)) == [4.7, 5.2, 4.4]
+    assert np.isnan(segmentation.printed_gains(case("camvid", large))).all()
+
+
+def test_training_images_are_cropped_and_recoloured_as_in_table_18():
+    """Half of the time each of four changes, so one in sixteen keeps its colours; crops are of half
+    of the area and more, those above it are drawn again.
+    """
+    grey = Image.new("RGB", (64, 64), (128, 128, 128))
+    place = np.repeat(np.arange(64, dtype=np.uint8)[:, None], 64, 1)  # a pixel's row
+    kept, shares, shades = 0, [], []
+    for i in range(400):
+        draw = lambda mask, i=i: scenes.augment(grey, mask, 64, np.random.default_rng(i))
+        pixels, rows = draw(place)
+        _, columns = draw(place.T)  # the same crop
+        shares.append((1 + int(np.ptp(rows))) * (1 + int(np.ptp(columns))) / 64**2)
+        shades.append(pixels[0, 0, 0] / 128)
+        kept += (pixels == 128).all()
+    assert 0.45 < min(shares) < 0.55 and max(shares) > 0.95
+    assert np.mean(np.array(shares) < 0.75) > 0.3  # uniform, not all of the image
+    # On grey, brightness alone shows: half of them change it, by a tenth at most.
+    assert 0.88 < min(shades) < 0.92 and 1.08 < max(shades) < 1.12 and 0.4 < kept / 400 < 0.6
+
+
+def test_a_patch_of_several_classes_counts_them_all():
+    """Class 0 is in three patches, 1 in two, 2 in one: the scores are 3, 3 + 2, 3 + 2 + 1 and 2."""
+    labels = np.array([[1.0, 0, 0], [0.5, 0.5, 0], [0.4, 0.3, 0.3], [0, 0, 0]])
+    rng = SimpleNamespace(random=lambda n: np.ones(n))
+    assert [scenes.choose(labels, n, rng).tolist() for n in (1, 2, 3)] == [[0], [0, 1], [0, 1, 2]]
+    labels[0, 1], labels[1, 0] = 0.1, 0  # now class 0 is in two, class 1 in three: 5, 3, 6
+    assert scenes.choose(labels, 1, rng).tolist() == [1]
+
+
 def test_matching_undoes_a_permutation():
     rng = np.random.default_rng(0)
     counts = rng.integers(0, 100, (4, 4)) + 200 * np.eye(4, dtype=int)

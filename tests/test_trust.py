@@ -39,10 +39,23 @@ PYTHON = [
 
 
 def calls(tree: ast.AST):
-    """(dotted name, call) of every call in a module."""
+    """(dotted name, call) of every call in a module, by the names that things come from."""
+    real = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            real |= {a.asname or a.name: f"{node.module}.{a.name}" for a in node.names}
+        elif isinstance(node, ast.Import):
+            real |= {a.asname: a.name for a in node.names if a.asname}
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
-            yield ast.unparse(node.func), node
+            first, dot, rest = ast.unparse(node.func).partition(".")
+            yield f"{real.get(first, first)}{dot}{rest}", node
+
+
+# Modules that run what they read, and functions that run what they are given.
+RISKY_MODULES = ("pickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "runpy")
+RISKY_CALLS = ("eval", "exec", "builtins.eval", "builtins.exec", "os.system", "os.popen",
+               "subprocess.getoutput", "subprocess.getstatusoutput", "torch.hub.load")  # fmt: skip
 
 
 def wrongs(source: str) -> list[str]:
@@ -62,21 +75,23 @@ def wrongs(source: str) -> list[str]:
             out.append(f"{name} with allow_pickle")
         if name.startswith("yaml.") and last in ("load", "unsafe_load", "full_load"):
             out.append(name)
-        if (
-            name in ("eval", "exec", "os.system", "torch.hub.load")
-            or keyword(call, "shell") == "True"
-        ):
+        if name in RISKY_CALLS or keyword(call, "shell") == "True":
             out.append(name)
+        given = [ast.unparse(one).strip("'\"") for one in call.args]
+        if last in ("import_module", "__import__") and given[0].split(".")[0] in RISKY_MODULES:
+            out.append(f"{name} of {given[0]}")
+        if last == "read_array" and len(given) > 1 and given[1] != "False":
+            out.append(f"{name} with allow_pickle")
         if keyword(call, "trust_remote_code") not in (None, "False"):
             out.append(f"{name} with trust_remote_code")
         unpacks = last == "extractall" or last == "extract" and "tarfile" in source
-        if unpacks and not keyword(call, "filter") and "zip" not in source:
+        zipped = "zipfile" in source and "tarfile" not in source
+        if unpacks and not keyword(call, "filter") and not zipped:
             out.append(f"{name} without a filter")
     for node in ast.walk(tree):
         names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
         names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-        risky = ("pickle", "dill", "cloudpickle", "joblib", "shelve")
-        out += [f"import {n}" for n in names if n.split(".")[0] in risky]
+        out += [f"import {n}" for n in names if n.split(".")[0] in RISKY_MODULES]
     return out
 
 
@@ -114,6 +129,16 @@ RISKY = [
     "from joblib import load",
     "import pickle as p",
     "yaml.load(f)",
+    "from torch import load; load(f, weights_only=False)",
+    "import _pickle",
+    "importlib.import_module('pickle')",
+    "import marshal; marshal.loads(f)",
+    "import runpy; runpy.run_path(f)",
+    "os.popen(x)",
+    "subprocess.getoutput(x)",
+    "import builtins as b; b.exec(x)",
+    "np.lib.format.read_array(f, True)",
+    "for a, b in zip(x, y): tar.extractall(p)",
     "subprocess.run(x, shell=True)",
     "eval(x)",
     "AutoModel.from_pretrained(n, trust_remote_code=True)",

@@ -257,14 +257,15 @@ def main(argv: list[str] | None = None) -> int:
         red, plain = ("\033[31m", "\033[0m") if sys.stderr.isatty() else ("", "")
         print(f"{red}{one_line(e)}{plain}", file=sys.stderr)
         return 1 if isinstance(e, RuntimeError) else 2
-    took, held = time.perf_counter() - start, peak_bytes(resource.RUSAGE_CHILDREN) / 1e9
+    took, held = time.perf_counter() - start, peak_bytes() / 1e9
     print(f"{args.notebook} ({args.profile}): {took:.0f} s, {held:.1f} GB at its peak, {out}")
     return 0
 
 
-def peak_bytes(who: int = resource.RUSAGE_SELF) -> int:
-    """Return the most memory that this process held at once, or a finished child of it."""
-    return resource.getrusage(who).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+def peak_bytes() -> int:
+    """Return the most memory that a finished child of this process held at once."""
+    held = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    return held * (1 if sys.platform == "darwin" else 1024)
 
 
 if __name__ == "__main__":

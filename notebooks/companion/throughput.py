@@ -123,7 +123,7 @@ def against_published() -> pd.DataFrame:
     """Return what `benchmarks/run.py` measured against the published library, a row a feature.
 
     Columns: machine, backbone, features; images/s of both (value, published) and their ratio; peak
-    memory of both in GiB (memory, published_memory).
+    memory of both in GiB (memory, published_memory), NaN where it was not measured.
     """
     rows = []
     for file in sorted((paths.ROOT / "benchmarks" / "results").glob("speed_*.json")):
@@ -133,7 +133,7 @@ def against_published() -> pd.DataFrame:
         for name, pair in record["published"].items():
             both = pair["ours"], pair["published"]
             speeds = [one["images_per_second"] for one in both]
-            memory = [one["peak_bytes"] / 2**30 for one in both]
+            memory = [(one["peak_bytes"] or np.nan) / 2**30 for one in both]
             where = machine.get("gpu", processor), backbone, LETTERS[name]
             rows.append((*where, *speeds, pair["ratio"], *memory))
     columns = ["machine", "backbone", "features", "value", "published", "ratio", "memory"]
