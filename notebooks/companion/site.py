@@ -44,6 +44,7 @@ def build(out: Path, profile: str = "lite") -> list[Path]:
         raise ValueError(f"{out} holds something else than a site; name another folder")
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
+    (out / "scoreboard.html").touch()  # says whose folder it is, should this one be killed
     read = [executed(path, runs / path.name) for path in sources]
     pages = [
         {"slug": path.stem, "title": paper.title(nb), "profile": ran}

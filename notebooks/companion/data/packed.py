@@ -19,7 +19,7 @@ def holds(path: Path, arrays: Iterable[str]) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return {f"{array}.npy" for array in arrays} <= set(archive.namelist())
-    except zipfile.BadZipFile:  # no zip, or a damaged one
+    except (OSError, zipfile.BadZipFile):  # no file, no zip, or a damaged one
         return False
 
 
