@@ -48,12 +48,12 @@ def made_plan():
     try:
         run.load_profile(PROFILE)  # an unknown one is an error, with or without notebooks
         parameters = {slug: run.parameters(slug, PROFILE) for slug in slugs}
+        named = lambda kind: {name for p in parameters.values() for name in p.get(kind, ())}
+        scenes = {name for name in named("sets") if not datasets.missing(masks.find(name))}
     except ValueError as error:
         sys.exit(str(error))  # one line, under --quiet too
     present = {row["name"] for row in datasets.table() if row["available"]}  # the rest is "not run" in the notebooks
-    named = lambda kind: {name for p in parameters.values() for name in p.get(kind, ())}
-    scenes = {name: masks.SETS.get(name) or datasets.Entry(name, name) for name in named("sets")}
-    present |= {name for name, entry in scenes.items() if not datasets.missing(entry)}
+    present |= scenes
     data, networks = named("datasets") | named("sets"), named("backbones")
     if data and not (data & present or DRYRUN):
         sys.exit(f"none of the data sets of {PROFILE} is in {paths.downloads_dir()}; it needs {', '.join(sorted(data))}")

@@ -54,18 +54,19 @@ def gain(
     mean = statistics.fmean(
         statistics.fmean(statistics.fmean(row) for row in rows) for rows in groups.values()
     )
+    # The few images of a class vary too little, as few seeds do: a stretch, and each seed's mean.
+    few = lambda n: math.sqrt(n / (n - 1)) if "class" in outcomes else 1.0
+    means = {name: [*map(statistics.fmean, zip(*x, strict=True))] for name, x in groups.items()}
     totals = []
     for _ in range(draws):
         drawn = [rng.randrange(seeds) for _ in range(seeds)]
         weights = [1 / seeds + (drawn.count(s) / seeds - 1 / seeds) * stretch for s in range(seeds)]
         total = 0.0
-        for rows in groups.values():
-            some = rng.choices(rows, k=len(rows))
-            found, own = (map(statistics.fmean, zip(*x, strict=True)) for x in (some, rows))
-            # The few images of a class vary too little, as few seeds do.
-            few = math.sqrt(len(rows) / (len(rows) - 1)) if "class" in outcomes else 1.0
-            seen = [m + (x - m) * few for m, x in zip(own, found, strict=True)]  # for each seed
-            total += sum(w * x for w, x in zip(weights, seen, strict=True))
+        for name, rows in groups.items():
+            n = len(rows)
+            sums = map(sum, zip(*rng.choices(rows, k=n), strict=True))  # over the images, each seed
+            for w, own, x in zip(weights, means[name], sums, strict=True):
+                total += w * (own + (x / n - own) * few(n))
         totals.append(total / len(groups))
     cuts = statistics.quantiles(totals, n=40, method="inclusive")  # 2.5 % and 97.5 % are its ends
     return 100 * mean, 100 * cuts[0], 100 * cuts[-1]

@@ -83,8 +83,8 @@ def extract(
     blocks = {name: entry.read() for name, entry in entries.items()}
     if projection == "exact":
         linear = linear_layer(backbone.model, layer or backbone.layer)
-        for objective in objectives:
-            blocks[objective.name] = factors_of(blocks[objective.name], linear)
+        for name in blocks.keys() - {"embedding"}:
+            blocks[name] = factors_of(blocks[name], linear)
     return Features(data, blocks, tuple(entry.key for entry in entries.values()))
 
 

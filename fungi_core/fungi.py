@@ -112,6 +112,7 @@ class Fungi(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
 
     @default_modes()
     def _set_up(self) -> None:
+        self.objectives_, self.seed_ = objectives.checked(self.objectives), self.seed
         self._check()
         if isinstance(self.backbone, Backbone):  # it keeps its device and dtype
             self.backbone_ = replace(self.backbone, layer=self.layer or self.backbone.layer)
@@ -137,7 +138,6 @@ class Fungi(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         self.parts_ = parts
 
     def _check(self) -> None:
-        self.objectives_, self.seed_ = objectives.checked(self.objectives), self.seed
         names = [o.name for o in self.objectives_]
         if strangers := sorted({*(self.heads or ()), *(self.negatives or ())} - {*names}):
             given = f"heads or negatives given for {', '.join(strangers)}"

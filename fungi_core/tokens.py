@@ -56,22 +56,22 @@ def unit_gradients(
     tokens, taps = tapped(model, model.forward_features, views, [backbone.layer])
     most = max(loss.negatives for loss, _, _ in wanted)
     near = [nearest(F.normalize(x.detach(), dim=-1), support, most)[1] for (x,) in tokens]
-    found, prefix = [], model.num_prefix_tokens
-    for loss, part, seed in wanted:
-        negatives = []
+
+    def gradients(loss: SimCLR, part: Parts, seed: int) -> torch.Tensor:
+        negatives, prefix = [], model.num_prefix_tokens
         for name, index in zip(ids, near, strict=True):  # (P + T, k) -> (M, dim)
             rng = generator("dropped negatives", seed, name)
             kept = _drop_half(support[index[:, : loss.negatives]], rng)
             negatives.append(loss.latents(kept, part.heads))
         # Tokens go to the head as they are, not normalised (Table 17), the class token among them.
-        each = lambda seen, loss=loss, heads=part.heads, others=negatives: torch.cat(
-            [loss.loss(x, heads, own) for x, own in zip(seen, others, strict=True)]  # (1, P + T, D)
-        )
-        (made,) = factors_at(tokens, taps, each, again=True)
+        each = lambda seen: zip(seen, negatives, strict=True)  # (1, P + T, D) and (M, dim)
+        losses = lambda seen: torch.cat([loss.loss(x, part.heads, own) for x, own in each(seen)])
+        (made,) = factors_at(tokens, taps, losses, again=True)
         a, d = made.activations[:, prefix:], made.output_gradients[:, prefix:]  # (B, T, .)
         rows = part.projection.apply_tokens(Factors(a, d, made.bias), backbone.dtype)
-        found.append(F.normalize(rows, dim=-1))
-    return found
+        return F.normalize(rows, dim=-1)
+
+    return [gradients(*one) for one in wanted]
 
 
 def _batch(backbone: Backbone, pictures: Sequence[np.ndarray]) -> torch.Tensor:

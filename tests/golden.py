@@ -5,7 +5,6 @@ images, texts and sounds.
 raised: a change here is a change of every stored feature.
 """
 
-import dataclasses
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -120,7 +119,7 @@ def patches() -> dict[str, np.ndarray]:
     pixels = [np.asarray(image.resize((32, 32))) for image in pictures()]
     support = tokens.unit_tokens(encoder, pixels[1:])[:, 1:].flatten(0, 1)
     found = {"patches, embedding": tokens.unit_tokens(encoder, pixels[:1])[0, 1:].numpy()}
-    loss = dataclasses.replace(tokens.LOSS, denominator="eq5")
+    loss = replace(tokens.LOSS, denominator="eq5")
     part = draw_parts(encoder, loss, SEED)
     wanted = [(loss, part, SEED)]
     (rows,) = tokens.unit_gradients(encoder, pixels[:1], ["0"], support, wanted)

@@ -11,7 +11,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from companion import controls, protocol
 from companion.data import datasets
 from companion.features import features
-from fungi_core import DINO, KL, SimCLR, load
+from fungi_core import DINO, KL, Fungi, SimCLR, load
 from fungi_core.features import normalize
 from fungi_core.rows import view_batches
 
@@ -89,8 +89,6 @@ def test_the_gradient_of_shuffled_pixels_stands_beside_that_of_the_image(pairs, 
 
 
 def gradients_of(encoder, data) -> np.ndarray:
-    from fungi_core import Fungi
-
     return Fungi(encoder, [KL()], pca=None).fit([data[0]]).extract(list(data))["kl"]
 
 

@@ -457,7 +457,8 @@ def test_the_second_scorer_sees_a_changed_outcome(tmp_path):
         ("voc2012_part; deit_tiny_patch16_224.fb_in1k (83 images)", "paper's kind"),
         ("dtd_10; vit_micro.sup_tin100, deit_tiny_patch16_224.fb_in1k", "stand-in"),
         ("tiny_imagenet_100a; deit_tiny_patch16_224.fb_in1k", "stand-in"),
-        ("deit_tiny_patch16_224.fb_in1k", "stand-in"),  # a speed
+        ("noise; deit_tiny_patch16_224.fb_in1k", "stand-in"),  # a speed
+        ("needs the Paris landmarks", ""),
         (float("nan"), ""),
     ],
 )

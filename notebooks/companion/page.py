@@ -30,7 +30,7 @@ class Page:
         if absent := [name for name in declared if name not in namespace]:
             raise ValueError(f"{slug}: no value of the parameter '{absent[0]}'; run its cell first")
         self.slug, self.started, self.used = slug, time.time(), []
-        self.checkout = git()  # the code that runs, whatever is pulled before a figure is saved
+        self.code = git()  # that runs, whatever is pulled before a figure is saved
         if explore.live():
             set_matplotlib_formats("retina")  # sharp on screens of high density
         self.parameters = {name: namespace[name] for name in declared}
@@ -84,14 +84,14 @@ class Page:
         data = {
             (part.data.name, part.data.split, part.data.fingerprint): part.data for part in rows
         }
-        proof = provenance(
+        return provenance(
             self.slug,
             self.parameters,
             stores=list(dict.fromkeys(key for part in rows for key in part.keys)),
             datasets=data.values(),
             started=self.started,
+            code=self.code,
         )
-        return proof | self.checkout
 
     def figure(self, fig, name: str, numbers: pd.DataFrame):
         """Save a figure with its numbers and provenance; return it, so that it is shown."""

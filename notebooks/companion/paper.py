@@ -14,7 +14,6 @@ know of single tables.
 """
 
 import json
-import os
 import re
 from collections.abc import Mapping
 from functools import cache
@@ -23,6 +22,7 @@ import pandas as pd
 import yaml
 from jinja2 import Template
 
+from companion.figures import style
 from companion.figures.style import VERDICTS
 from companion.messages import require
 from companion.paths import PAPER, ROOT, figures_dir, results_dir
@@ -76,10 +76,8 @@ def save_measured(measured: pd.DataFrame, notebook: str, profile: str) -> None:
         raise ValueError(f"{notebook} has no claim {wrong[0]!r}; its claims are {', '.join(known)}")
     folder = figures_dir() / profile
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"claims_{notebook}.csv"
-    part = file.with_suffix(f".{os.getpid()}.part")  # whole or as it was
-    measured[MEASURED].to_csv(part, index=False, float_format="%.4g", lineterminator="\n")
-    os.replace(part, file)
+    text = measured[MEASURED].to_csv(index=False, float_format="%.4g", lineterminator="\n")
+    style.write(folder / f"claims_{notebook}.csv", text.encode())
 
 
 def scoreboard(profile: str) -> pd.DataFrame:
@@ -138,11 +136,11 @@ def size(paper_delta: float, value: float, low: float, high: float) -> str:
 def scale(on: object) -> str:
     """Say how near the paper a claim was tested: "paper's kind" where every network is a published
     one of the paper's modality at its size of input, on data sets of the paper, whole or in part;
-    else "stand-in", as a speed is, which has no data set; "" where nothing was measured.
+    else "stand-in"; "" where nothing was measured.
     """
-    if not isinstance(on, str):
+    sets, _, networks = str(on).partition(" (")[0].partition("; ")
+    if not networks:
         return ""
-    sets, _, networks = on.partition(" (")[0].rpartition("; ")
     known = _data_sets()  # a part of one is called "NAME_..."
     alike = all(name in known or name.split("_")[0] in known for name in sets.split(", "))
     alike &= not any(name.startswith(STAND_INS) for name in networks.split(", "))

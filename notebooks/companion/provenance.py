@@ -21,13 +21,15 @@ def provenance(
     stores: Sequence[str] = (),
     datasets: Iterable = (),
     started: float | None = None,
+    code: Mapping | None = None,
 ) -> dict:
     """Return where a figure comes from, as a dict that JSON can hold.
 
     ``parameters``: the notebook's, "seed" among them; ``stores``: keys of the store; ``datasets``:
-    data sets as `companion.data` loads them; ``started``: ``time.time()`` at the notebook's start.
-    "dirty" tells whether the working tree, figures apart, differs from the commit; both are None
-    outside a git checkout.
+    data sets as `companion.data` loads them; ``started``: ``time.time()`` at the notebook's start;
+    ``code``: what `git` says of the code that runs, by default what it says now. "dirty" tells
+    whether the working tree, figures apart, differs from the commit; both are None outside a git
+    checkout.
     """
     import torch  # here, so that plotting alone does not wait for it
 
@@ -42,7 +44,7 @@ def provenance(
             dict(name=d.name, split=d.split, n=len(d), fingerprint=d.fingerprint, note=d.note)
             for d in datasets
         ],
-        **git(),
+        **(git() if code is None else code),
         "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
         "device": {"cpu": cpu(), "cores": cores, "cuda": cuda},
         "wall_seconds": None if started is None else round(time.time() - started, 1),

@@ -206,7 +206,6 @@ def execute(
         raise ValueError(f"{out} is a folder; name a file in it, such as {out / slug}.ipynb")
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_suffix(".failed.ipynb")
-    os.environ.pop("JPY_SESSION_NAME", None)  # nobody watches, whoever asked for it
     try:
         executed = started(
             papermill.execute_notebook,
@@ -252,6 +251,7 @@ def main(argv: list[str] | None = None) -> int:
         unknown = {"type": "str"}  # `parameters` names it
         overrides = {name: parsed(text, exist.get(name, unknown)) for name, text in args.override}
         devices.claim()  # the kernel inherits it
+        os.environ.pop("JPY_SESSION_NAME", None)  # nobody watches, where a notebook asked for it
         out = execute(args.notebook, args.profile, overrides, args.out)
     except (ValueError, RuntimeError, OSError, yaml.YAMLError) as e:
         red, plain = ("\033[31m", "\033[0m") if sys.stderr.isatty() else ("", "")

@@ -111,7 +111,7 @@ def bootstrap(
         stretch = np.sqrt(size / (size - 1)) if labels is not None and size > 1 else 1.0
         means += (seen * (counts + (draws - counts) * stretch)).sum(1) / size
     low, high = np.percentile(100 * means / len(groups), [2.5, 97.5])
-    return Interval(100 * float(np.mean([g.mean() for g in groups])), float(low), float(high))
+    return Interval(float(accuracy(values, labels).mean()), float(low), float(high))
 
 
 def run_weights(runs: int, n: int, generator: np.random.Generator) -> np.ndarray:

@@ -201,11 +201,17 @@ def _save(
     text = json.dumps(record, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
     contents = {**pictures, "csv": csv.encode(), "json": text.encode()}
     folder.mkdir(parents=True, exist_ok=True)
-    for suffix, content in contents.items():
-        part = folder / f".{name}.{suffix}.{os.getpid()}.part"
-        try:
-            part.write_bytes(content)
-            os.replace(part, folder / f"{name}.{suffix}")
-        finally:
-            part.unlink(missing_ok=True)
-    return {suffix: folder / f"{name}.{suffix}" for suffix in contents}
+    found = {suffix: folder / f"{name}.{suffix}" for suffix in contents}
+    for suffix, file in found.items():
+        write(file, contents[suffix])
+    return found
+
+
+def write(file: Path, content: bytes) -> None:
+    """Write a file whole, or leave it as it was."""
+    part = file.with_name(f".{file.name}.{os.getpid()}.part")
+    try:
+        part.write_bytes(content)
+        os.replace(part, file)
+    finally:
+        part.unlink(missing_ok=True)
