@@ -8,11 +8,13 @@ GPUS    ?= $(shell nvidia-smi -L 2>/dev/null | grep -c GPU | sed 's/^0$$/1/')
 
 BIN       := .venv/bin
 INSTALLED := .venv/.installed
+# They wait for all others; where one of these failed they show what there is.
+LAST      := 19_scoreboard 00_start_here
 # Outputs and features are whole or absent, so a killed run leaves nothing to unlock; jobs print their own lines.
 SNAKEMAKE  = $(BIN)/snakemake --cores "$(CORES)" --resources "gpu=$(GPUS)" --keep-going --rerun-incomplete --nolock --quiet all
 SCRATCH   := $(CURDIR)/build/test
 # One process a core, of one thread: two such processes do more than one process of two threads. A file stays in one.
-TESTS      = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist loadfile
+TESTS      = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs --numprocesses auto --maxprocesses 8 --dist loadfile
 TEST_ENV   = FUNGI_STORE="$(SCRATCH)/store" FUNGI_FIGURES="$(SCRATCH)/figures"
 
 .PHONY: help install reproduce lite paper plan lab site check test lint format normalize refresh gallery lock licences audit clean
@@ -33,8 +35,9 @@ $(INSTALLED): pyproject.toml notebooks/pyproject.toml requirements.lock
 	@touch $@
 
 reproduce: $(INSTALLED)  ## run every notebook of PROFILE (mini) on CORES (all); figures land in figures/PROFILE
-	@$(SNAKEMAKE) --config "profile=$(PROFILE)" \
-		|| { echo "failed; where no line above says why, this does: $(BIN)/snakemake -n --config profile=$(PROFILE)" >&2; exit 1; }
+	@$(SNAKEMAKE) --config "profile=$(PROFILE)" || { \
+		for last in $(LAST); do test -d "runs/$(PROFILE)" && $(BIN)/python -m companion.run $$last --profile "$(PROFILE)"; done; \
+		echo "failed; where no line above says why, this does: $(BIN)/snakemake -n --config profile=$(PROFILE)" >&2; exit 1; }
 	@echo "done: the figures are in $${FUNGI_FIGURES:-figures}/$(PROFILE), the executed notebooks in runs/$(PROFILE)"
 
 lite:  ## the lite profile: make lite DATA=folder of the data sets

@@ -23,11 +23,15 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+# Nothing of the project need be installed, here or in the processes that this one starts.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, f"{sys.path[0]}/notebooks")
+os.environ["PYTHONPATH"] = os.pathsep.join([*sys.path[:2], os.environ.get("PYTHONPATH", "")])
 if "--dry" in sys.argv:  # read when a kernel is defined: before fungi_core is imported
     os.environ["TRITON_INTERPRET"] = "1"
 
@@ -252,8 +256,10 @@ def published(plan: Plan) -> Rows:
 CASES = (cuda_tests, kernel, views, precision, speed, patches, published)
 
 
-def measure(plan: Plan) -> list[dict]:
-    """Run and print every case: its name, status ("ran" or why not), seconds and rows."""
+def measure(plan: Plan, keep: Callable[[list[dict]], None] = lambda cases: None) -> list[dict]:
+    """Run and print every case: its name, status ("ran" or why not), seconds and rows. ``keep``
+    gets those so far after each: a killed run has them.
+    """
     started, done = time.perf_counter(), []
     for case in CASES:
         since, rows, status = time.perf_counter(), [], "ran"
@@ -272,6 +278,7 @@ def measure(plan: Plan) -> list[dict]:
         if rows:
             table = pd.DataFrame(rows)
             print(table.to_string(index=False, na_rep="", float_format="{:.4g}".format))
+        keep(done)
     return done
 
 
@@ -298,14 +305,18 @@ def main() -> None:
     elif out is None:
         name = re.sub("[^a-z0-9]+", "_", torch.cuda.get_device_name(plan.device).lower())
         out = Path(__file__).parent / "results" / f"gpu_{name.strip('_')}.json"
-    cases = measure(plan)
-    if out:
+
+    def keep(cases: list[dict]) -> None:
+        if out is None:
+            return
         settings = vars(plan) | {"dry": args.dry}
         record = provenance.provenance("benchmarks/gpu.py", settings | {"seed": 0}, started=started)
         record |= {"date": time.strftime("%Y-%m-%d", time.gmtime(started))}
         record |= {"card": None if args.dry else card(plan.device), "cases": cases}
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(record, indent=1) + "\n")
+
+    cases = measure(plan, keep)
     sys.exit(any(case["status"].startswith("failed") for case in cases))
 
 

@@ -149,7 +149,7 @@ def peak_bytes() -> int:
 def in_a_process(*arguments: str | int) -> dict:
     """Return what `measured` does in a process of its own."""
     command = [sys.executable, __file__, "--worker", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     if done.returncode:
         what = " ".join(map(str, arguments))
         sys.exit(f"benchmark {what} failed: {done.stderr.strip().splitlines()[-1]}")

@@ -104,9 +104,7 @@ class Patches(Views):
         size = inputs.size, inputs.size
         return np.asarray(image.resize(size, Image.BICUBIC) if image.size != size else image)[None]
 
-    def finish(
-        self, batch: torch.Tensor, inputs: "ImageInputs", dtype: torch.dtype
-    ) -> torch.Tensor:
+    def finish(self, batch: torch.Tensor, inputs: "ImageInputs", dtype: torch.dtype):
         """Return normalised patches, (B, V, 3, s, s) or at their own size."""
         images = inputs.finish(batch, dtype).squeeze(1)  # (B, 3, s, s)
         patch, step = self._sides(inputs.size)

@@ -14,8 +14,8 @@ from safetensors.numpy import save_file
 from vectors import pictures
 
 from companion.data import clips
+from companion.encoders.loading import load
 from companion.encoders.objectives import IBOT, DeepCluster, FullAugmentation, named
-from companion.encoders.table import load
 from fungi_core import DINO, KL, Fungi, SimCLR, tokens
 from fungi_core.rows import draw_negatives, draw_parts, gradient_rows
 from fungi_core.views import Crops, Patches

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.data import ImageNetInfo, create_transform, resolve_data_config
 
-from companion.encoders import table
+from companion.encoders import loading, table
 from fungi_core import Fungi, load
 from fungi_core.backbones import freeze
 from fungi_core.views import ImageInputs
@@ -211,7 +211,7 @@ def test_the_companion_finds_a_file_by_the_name_that_a_hub_gives_it(tmp_path, mo
     assert table.local_file(f"{name}.safetensors") is None
     file = write(tmp_path / "checkpoints" / f"{name}.safetensors", model.state_dict())
     assert table.local_file(file.name) == file and table.unavailable(name) is None
-    backbone = table.load(name, **CPU)
+    backbone = loading.load(name, **CPU)
     assert backbone.name == name and backbone.fingerprint == load(file, **CPU).fingerprint
 
 
@@ -224,7 +224,7 @@ def test_a_hub_that_does_not_answer_is_one_line_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", nowhere)
     start, name = time.perf_counter(), "test_vit2.r160_in1k"
     with pytest.raises(ConnectionError) as error:
-        table.load(name, **CPU)
+        loading.load(name, **CPU)
     assert time.perf_counter() - start < 5
     place = tmp_path / "checkpoints" / f"{name}.safetensors"
     expected = f"{name} needs its weights: hf download timm/{name}, or that file as {place}"
@@ -303,12 +303,12 @@ def test_a_real_checkpoint_sees_and_says_what_timm_does(timms, name):
 @real
 def test_the_table_has_the_weights_of_timms_network_without_its_head(timms):
     file, model = timms
-    loaded, by_path = table.load(file.stem, **CPU), load(file, **CPU)
+    loaded, by_path = loading.load(file.stem, **CPU), load(file, **CPU)
     bare = timm.create_model(file.stem, num_classes=0)
     state = {key: x for key, x in model.state_dict().items() if not key.startswith("head.")}
     bare.load_state_dict(state, strict=True)
     expected = freeze(bare, "timm's own", loaded.inputs, **CPU)
     expected.given = False  # its name fixes the structure
     assert loaded.fingerprint == by_path.fingerprint == expected.fingerprint
-    assert loaded.fingerprint != table.load(f"random:{file.stem}", **CPU).fingerprint
+    assert loaded.fingerprint != loading.load(f"random:{file.stem}", **CPU).fingerprint
     assert loaded.inputs == by_path.inputs and loaded.name == by_path.name == file.stem

@@ -9,7 +9,7 @@ import pytest
 
 from companion import features, paths
 from companion.data import clips, datasets
-from companion.encoders.table import load
+from companion.encoders.loading import load
 from companion.evaluate.knn import knn_predict
 from fungi_core.audio import Noise
 from fungi_core.features import normalize

@@ -14,7 +14,7 @@ from torchvision.models import vit_b_16, vit_b_32
 from torchvision.models.vision_transformer import VisionTransformer as TorchvisionViT
 
 from companion import paper
-from companion.encoders import checkpoints, table
+from companion.encoders import checkpoints, loading, table
 
 CPU = dict(device="cpu", dtype="float32")
 IMAGES = [row for row in table.table().values() if row.modality == "image"]
@@ -27,7 +27,7 @@ WIDTHS = {192: (37_056, 192), 384: (147_840, 384), 768: (590_592, 512), 1024: (1
 def untrained(row):
     """Return the row's backbone as it is loaded, without weights."""
     with torch.device("meta"):
-        return table.load(f"random:{row.name}", device="meta", dtype="float32")
+        return loading.load(f"random:{row.name}", device="meta", dtype="float32")
 
 
 # --- the paper's networks
@@ -78,7 +78,7 @@ def test_the_13_encoders_of_the_paper_are_in_the_table():
 
 def test_a_random_backbone_has_the_name_that_was_asked_for():
     with torch.device("meta"):
-        backbone = table.load("random:vit_b_16.moco_v3", device="meta", dtype="float32")
+        backbone = loading.load("random:vit_b_16.moco_v3", device="meta", dtype="float32")
     assert backbone.name == "random:vit_b_16.moco_v3"
 
 
@@ -87,7 +87,7 @@ def test_a_random_backbone_has_the_name_that_was_asked_for():
 
 @pytest.mark.parametrize("row", COMMITTED, ids=lambda row: row.name)
 def test_the_committed_checkpoints_load_and_read_the_class_token(row):
-    backbone = table.load(row.name, **CPU)
+    backbone = loading.load(row.name, **CPU)
     assert backbone.name == row.name and backbone.inputs.size == 64
     assert backbone.layer == f"blocks.{len(backbone.model.blocks) - 1}.attn.proj"
     assert backbone.reads_class_token([backbone.layer]) and table.unavailable(row.name) is None
@@ -103,21 +103,21 @@ def test_the_committed_checkpoints_load_and_read_the_class_token(row):
 
 
 def test_a_name_of_timm_alone_needs_no_row():
-    assert table.load("random:test_vit", **CPU).name == "random:test_vit"
+    assert loading.load("random:test_vit", **CPU).name == "random:test_vit"
     assert [table.pca_size("test_vit", width) for width in (64, 512, 2048)] == [64, 512, 512]
 
 
 def test_unknown_names_list_what_exists():
     match = "unknown backbone 'resnet_of_dreams'; there are vit_mini.sup_tin100, .*, any timm name"
     with pytest.raises(ValueError, match=match) as error:
-        table.load("resnet_of_dreams")
+        loading.load("resnet_of_dreams")
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="unknown backbone 'vit_tiny_patch16_224.typo'"):
-        table.load("vit_tiny_patch16_224.typo")
+        loading.load("vit_tiny_patch16_224.typo")
     with pytest.raises(ValueError, match="did you mean 'all-MiniLM-L6-v2'"):
-        table.load("all-MiniLM-L12-v2")
+        loading.load("all-MiniLM-L12-v2")
     with pytest.raises(ValueError, match="'random:bert-base-uncased'"):
-        table.load("random:bert-base-uncased")
+        loading.load("random:bert-base-uncased")
 
 
 def test_a_network_without_published_weights_says_what_can_be_done():
@@ -165,11 +165,11 @@ def tiny(monkeypatch, tmp_path):
 def test_moco_weights_from_a_file(tiny):
     needs = r"tiny.moco needs its weights \(0.5 GB, free\): into checkpoints: https://example.org"
     with pytest.raises(FileNotFoundError, match=needs):
-        table.load("tiny.moco")
+        loading.load("tiny.moco")
     model = timm.create_model("test_vit", num_classes=0).eval()
     torch.save(tiny_moco(model), tiny)
     assert table.unavailable("tiny.moco") is None
-    backbone = table.load("tiny.moco", **CPU)
+    backbone = loading.load("tiny.moco", **CPU)
     x = torch.rand(2, 3, 160, 160, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(backbone.embed(x), model(x), rtol=1e-4, atol=1e-5)
     assert (backbone.inputs.size, backbone.inputs.crop) == (160, 0.875)
@@ -197,7 +197,7 @@ def test_a_file_with_something_else_is_one_line(tiny, monkeypatch, fault):
     if fault == "text":
         tiny.write_text("not found")
     with pytest.raises(ValueError, match="tiny.tar does not hold the weights it should") as caught:
-        table.load("tiny.moco")
+        loading.load("tiny.moco")
     assert (
         "\n" not in str(caught.value)
         and len(str(caught.value)) < 600

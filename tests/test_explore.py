@@ -6,8 +6,10 @@ from datetime import datetime
 
 import ipywidgets
 import pytest
+from IPython.core.interactiveshell import InteractiveShell
 from small import SMALL, Pictures, small
 from tqdm import tqdm
+from traitlets.config import Config
 
 from companion import explore, protocol
 from fungi_core import extract, filling
@@ -82,7 +84,7 @@ def test_an_error_is_one_line_and_the_next_choice_works(live, capsys):
     assert DISPLAYED[-1] == 3
 
 
-def test_cells_follow_what_they_watch_and_ask_for_their_choices_again(live):
+def test_cells_follow_what_they_watch_and_ask_for_their_choices_again(live, capsys):
     mine, calls = explore.Watched(), []
     explore.interact(
         lambda one: calls.append(one), on=mine, one=lambda: (0, len(mine.value) - 1, 0)
@@ -100,11 +102,25 @@ def test_cells_follow_what_they_watch_and_ask_for_their_choices_again(live):
         raise KeyboardInterrupt
 
     controls = []
-    mine.renew(lambda: controls.extend(widgets(ipywidgets.IntSlider)) or "gh")
-    assert controls == [] and mine.value == "gh"  # while others are made, nothing of the last
+    kinds = (ipywidgets.IntSlider, ipywidgets.Label)
+    mine.renew(lambda: controls.extend(map(type, sum(map(widgets, kinds), []))) or "gh")
+    assert controls == [ipywidgets.Label] and mine.value == "gh"  # nothing of the last, and a word
+    assert "still the last" not in capsys.readouterr().out
     with pytest.raises(KeyboardInterrupt):
         mine.renew(stopped)
     assert mine.value == "gh" and widgets(ipywidgets.IntSlider)
+    assert capsys.readouterr().out.endswith("what is shown below is still the last choice's\n")
+
+
+def test_the_stop_button_is_one_line_in_any_cell(monkeypatch, capsys):
+    shell = InteractiveShell(config=Config({"HistoryManager": {"enabled": False}}))
+    monkeypatch.setattr(explore, "get_ipython", lambda: shell)
+    explore.stop_in_a_line()
+    done = shell.run_cell("print('begun'); raise KeyboardInterrupt")
+    assert capsys.readouterr().out == "begun\nstopped; run again to resume\n"
+    assert isinstance(done.error_in_exec, KeyboardInterrupt)  # so "run all" goes no further
+    shell.run_cell("1 / 0")
+    assert "ZeroDivisionError" in capsys.readouterr().out  # other errors are as they were
 
 
 def test_the_panel_loads_at_once_then_files_or_a_folder_whichever_came_last(live, capsys):
@@ -117,14 +133,18 @@ def test_the_panel_loads_at_once_then_files_or_a_folder_whichever_came_last(live
         if folder == "long":
             raise KeyboardInterrupt  # the stop button
 
-    explore.chooser(load, folder="", backbone="a", backbones=["a", "b"])
+    explore.chooser(load, folder="", backbone="a", backbones=["a", "b (not here: 1 GB)"])
     (upload,), (button,) = widgets(ipywidgets.FileUpload), widgets(ipywidgets.Button)[-1:]
     place = next(w for w in widgets(ipywidgets.Text) if not isinstance(w, ipywidgets.Combobox))
     (name,) = widgets(ipywidgets.Combobox)
-    name.value = "b"
-    place.value = "bad"  # Enter
+    name.value = "b (not here: 1 GB)"  # as the menu has it
+    enter = lambda: place._handle_custom_msg({"event": "submit"}, [])
+    place.value = "bad"
+    assert len(calls) == 1  # typed, and left for another box: nothing runs yet
+    enter()
     assert "ValueError: bad is no folder\n" in capsys.readouterr().out and not button.disabled
     place.value = "long"
+    enter()
     assert "stopped; run again to resume\n" in capsys.readouterr().out and not button.disabled
     file = {
         "name": "x.jpg",

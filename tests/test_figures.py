@@ -519,34 +519,6 @@ def test_long_claims_do_not_run_into_each_other():
     assert all(upper.y0 > lower.y1 for upper, lower in pairwise(boxes))
 
 
-def test_deltas_names_the_claims_whose_size_differs():
-    frame = pd.DataFrame(
-        {
-            "item": ["Table 3", "Table 2", "Fig. 6"],
-            "claim": ["far", "near", "none"],
-            "paper": [17.2, 2.0, np.nan],
-            "value": [-0.5, 1.5, 1.0],
-            "low": [-0.8, 0.5, 0.0],
-            "high": [-0.2, 2.5, 2.0],
-            "verdict": ["disagrees", "agrees", "undecided"],
-        }
-    )
-    fig = verdicts.deltas(frame[:2])
-    [ax] = fig.axes
-    assert [t.get_text() for t in ax.texts] == ["", "1"]
-    assert fig.get_supxlabel() == "1  Table 3: far"
-    points = {
-        line.get_marker(): line.get_xydata().tolist()
-        for line in ax.lines
-        if line.get_marker() in set("oXs")
-    }
-    assert points == {
-        "o": [[2.0, 1.5]],
-        "X": [[17.2, -0.5]],
-    }
-    assert ax.get_xlim()[1] > 17.2 and ax.get_ylim()[0] < -0.8
-
-
 def deuteranopia(colours) -> np.ndarray:
     """sRGB colours (N, 3) as those without the middle cones see them (Machado, Oliveira and
     Fernandes 2009).

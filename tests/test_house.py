@@ -376,7 +376,23 @@ def test_rule(rule):
 
 def test_importing_the_core_loads_no_heavy_library():
     heavy = {"pandas", "matplotlib", "seaborn", "transformers", "papermill", "IPython", "companion"}
-    code = f"import sys, fungi_core; print(*sorted({heavy} & set(sys.modules)))"
+    code = (
+        f"import sys; from fungi_core import KL, load; print(*sorted({heavy} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == []
+
+
+def test_a_plan_of_mini_loads_no_model_library():
+    code = """import sys
+from companion import plan, run
+from companion.data import masks
+from companion.encoders.table import unavailable
+for slug in run.notebooks():
+    assert not any(map(unavailable, run.parameters(slug, "mini").get("backbones", [])))
+print(*sorted({"timm", "torchvision", "transformers", "sklearn"} & set(sys.modules)))"""
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )

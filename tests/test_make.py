@@ -11,8 +11,9 @@ import pytest
 
 from companion.paths import ROOT
 
+LAST = ("19_scoreboard", "00_start_here")
 PROGRAMS = ("python", "snakemake", "ruff", "nbstripout", "jupyter")
-TESTS = "[python][-m][pytest][-q][--numprocesses][auto][--maxprocesses][8][--dist][loadfile]"
+TESTS = "[python][-m][pytest][-q][-rs][--numprocesses][auto][--maxprocesses][8][--dist][loadfile]"
 RECORD = """#!/bin/sh
 for word in "$0" "$@"; do printf '[%s]' "${word##*.venv/bin/}"; done
 printf ' %s|%s|%s\\n' "$FUNGI_DATA" "$FUNGI_STORE" "$FUNGI_FIGURES"
@@ -35,12 +36,12 @@ def checkout(tmp_path) -> Path:
     return folder
 
 
-def make(folder: Path, *arguments: str) -> list[str]:
+def make(folder: Path, *arguments: str, fails: bool = False) -> list[str]:
     inherited = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")  # of the `make test` that runs this test
     env = {name: value for name, value in os.environ.items() if name not in inherited}
     env |= dict.fromkeys(("FUNGI_DATA", "FUNGI_STORE", "FUNGI_FIGURES"), "")
     done = subprocess.run(["make", *arguments], cwd=folder, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert (done.returncode != 0) == fails, done.stdout + done.stderr
     return done.stdout.splitlines()
 
 
@@ -64,6 +65,16 @@ def test_lite_takes_a_folder_with_a_space_from_anywhere(checkout, tmp_path, name
     batch += f"[--quiet][all][--config][profile=lite] {expected.resolve()}||"
     assert batch in said
     assert "[python][-m][companion.paper] ||" in said  # the gallery's page
+
+
+def test_after_a_failed_notebook_the_scoreboard_shows_what_there_is(checkout):
+    snakemake = checkout / ".venv" / "bin" / "snakemake"
+    snakemake.write_text(RECORD + "mkdir -p runs/mini && exit 1\n")
+    _, *last = make(checkout, "reproduce", fails=True)
+    shown = [f"[python][-m][companion.run][{slug}][--profile][mini]" for slug in LAST]
+    assert [line.partition(" ")[0] for line in last] == shown
+    _, *last = make(checkout, "reproduce", "PROFILE=typo", fails=True)
+    assert last == []  # nothing was begun
 
 
 def test_plan_lists_what_would_run_and_the_whole_profile(checkout):

@@ -227,7 +227,7 @@ def page_faults(path: Path) -> list[str]:
                 compares_a_number(ast.parse(cell.source)) for cell in checked(nb)
             ),
             "a stored number was missed": not any(
-                re.search(r": within .*: False$", out.get("text", ""), re.MULTILINE)
+                re.search(r" Measured within .*: False$", out.get("text", ""), re.MULTILINE)
                 for cell in checked(nb)
                 for out in cell.outputs
             ),
@@ -333,7 +333,7 @@ def set_parameters(nb, text):
 
 
 def miss_stored(nb):
-    text = "gain: within 2 of 1.5: False\n"
+    text = "gain. Measured within 2 of the stored 1.5: False\n"
     checked(nb)[0].outputs = [new_output("stream", name="stdout", text=text)]
 
 

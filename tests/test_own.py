@@ -7,7 +7,9 @@ import itertools
 import os
 import zipfile
 from dataclasses import replace
+from types import SimpleNamespace
 
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
@@ -15,7 +17,7 @@ from helpers import entries
 from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 
-from companion import own, paths
+from companion import explore, own, paths, run
 from companion.data.images import Images
 from companion.figures import grids
 from fungi_core import extract, load
@@ -221,7 +223,7 @@ def test_a_cut_zip_is_named_and_the_rest_is_read():
 
 def test_an_album_extracts_once_and_writes_features_only(folder, tmp_path_factory, monkeypatch):
     small = load("random:test_vit", arguments={"img_size": 32}, device="cpu", dtype="float32")
-    monkeypatch.setattr(own.table, "load", lambda name, layer=None: small)
+    monkeypatch.setattr(own.loading, "load", lambda name, layer=None: small)
     monkeypatch.setenv("FUNGI_STORE", str(tmp_path_factory.mktemp("store")))
     here = {p for p in folder.rglob("*")}
     ask = lambda **more: own.album((), folder, backbone="random:test_vit", names=["kl"], **more)
@@ -265,3 +267,26 @@ def test_names_of_neighbours_do_not_touch():
     boxes.sort(key=lambda box: box.x0)
     assert len(boxes) == 6
     assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))
+
+
+def test_the_page_knows_the_photographs_before_the_views_of_them_are_drawn():
+    """A view saves files: they are never written as the last album's, or as the profile's."""
+    notebook = nbformat.read(run.NOTEBOOKS / "20_your_own_data.ipynb", as_version=4)
+    (cell,) = [cell.source for cell in notebook.cells if "explore.chooser(" in cell.source]
+    page, mine = SimpleNamespace(used=[], parameters={"folder": ""}), explore.Watched()
+    space = {"mine": mine, "page": page, "own": SimpleNamespace(album=lambda *_, **__: album)}
+    space |= dict(layer="", objectives=[], n=0, seed=0)
+    exec(cell.partition("explore.chooser(")[0], space)
+    album, seen = made(np.eye(3)), []
+    mine.observe(lambda _: seen.append((mine.value, page.parameters["folder"], page.used)), "value")
+    space["load"]((), "holiday", "vit")
+    assert seen == [(album, "holiday", [("vit", "own", album, album)])]
+
+
+def test_the_menu_offers_what_is_here_and_then_the_rest_with_its_size(monkeypatch, tmp_path):
+    monkeypatch.setenv("FUNGI_DATA", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
+    packaged = ["vit_mini.sup_tin100", "vit_micro.sup_tin100", "vit_mini.simclr_tin100"]
+    first, rest = (offered := own.networks())[:3], offered[3:]
+    assert first == packaged and "vit_base_patch16_224.dino (not here: 0.34 GB)" in rest
+    assert all(" (not here: " in name for name in rest) and not any("bert" in x for x in offered)

@@ -94,15 +94,18 @@ def test_runs_take_the_parameters_unless_given(names, asked):
 
 
 def test_a_check_is_made_with_the_declared_parameters_alone(names, capsys):
-    Page(SLUG, names).check("gain", 1.0, 1.1, within=0.2)
     page = Page(SLUG, names | {"k": 20})
+    page.check("table16-pca", 1.0, 1.0, within=0.1)
+    *_, said = capsys.readouterr().out.splitlines()
+    assert said.startswith("Table 16: PCA does not cost accuracy")  # in words, not by its id
     for value in (1.0, 2.0):
         page.check("gain", value, 1.1, within=0.2)
+    Page(SLUG, names).check("gain", 1.0, 1.1, within=0.2)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("gain")]
     assert lines == [
+        "gain. Measured within 0.2 of the stored 1.1: True",
+        "gain. Measured within 0.2 of the stored 1.1: False",
         "gain: other parameters than the stored number's",
-        "gain: within 0.2 of 1.1: True",
-        "gain: within 0.2 of 1.1: False",
     ]
 
 
@@ -144,6 +147,14 @@ def test_claims_go_to_the_scoreboard_and_are_shown_in_words(names, asked):
     assert (row["on"], row["verdict"]) == ("needs another backbone", "not testable here")
     with pytest.raises(ValueError, match="15_pca has no claim 'table2-k'"):
         page.claims({"table2-k": (1.0, 0.5, 1.5)})
+
+
+def test_lists_that_papermill_gives_as_text_are_read_and_wrong_values_named(names):
+    given = names | {"datasets": '["z", 2024]', "k": 9}
+    page = Page(SLUG, given)
+    assert page.parameters["datasets"] == given["datasets"] == ["z", "2024"]  # later cells, too
+    with pytest.raises(ValueError, match="15_pca: parameter 'k' takes int, not float 1.5"):
+        Page(SLUG, names | {"k": 1.5})
 
 
 def test_the_commit_is_that_of_the_code_that_runs(names, monkeypatch):

@@ -558,3 +558,10 @@ def test_a_committed_mean_follows_from_its_committed_rows(claim):
     stored = paper.scoreboard("lite").set_index("id").loc[claim, ["value", "low", "high"]]
     assert len(rows) > 2
     assert protocol.pooled(rows) == pytest.approx(tuple(stored), rel=1e-3, abs=1e-3)
+
+
+def test_the_answers_of_the_controls_are_the_committed_numbers():
+    notebook = (paths.ROOT / "notebooks" / "23_controls.ipynb").read_text(encoding="utf-8")
+    board = paper.scoreboard("lite").query("notebook == '23_controls'")
+    for row in board.itertuples():
+        assert paper.ours(row.value, row.low, row.high) in notebook, row.id

@@ -14,7 +14,6 @@ from sklearn.neighbors import KNeighborsClassifier
 from companion import paper, protocol, studies
 from companion.data import landmarks
 from companion.data.images import Images
-from companion.encoders import table
 from companion.evaluate import clustering, probe, retrieval
 from companion.evaluate import knn as evaluate
 from fungi_core import extract
@@ -366,7 +365,7 @@ def test_missing_lists_what_is_absent_and_unknown_names_raise(monkeypatch, tmp_p
         "vit_b_16.moco_v3",
         "vit_base_patch16_224.dino",
     ]
-    monkeypatch.setattr(table, "try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
     lacking = protocol.missing(encoders, ["digits", "flowers102", "roxford5k"]).set_index("name")
     assert lacking.columns.tolist() == ["size", "licence", "how to get it"]
     assert lacking.loc["flowers102"].tolist() == [
@@ -397,17 +396,18 @@ def test_here_is_what_can_be_run_and_ends_the_notebook_where_nothing_can(
     monkeypatch, tmp_path, capsys
 ):
     monkeypatch.setenv("FUNGI_DATA", str(tmp_path))
-    monkeypatch.setattr(table, "try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
     dino, ours = "vit_base_patch16_224.dino", "vit_micro.sup_tin100"
     assert (
         protocol.here([ours], ["digits"]) == ([ours], ["digits"]) and capsys.readouterr().out == ""
     )
+    shown = []
+    monkeypatch.setattr(protocol, "display", shown.append)
     assert protocol.here([dino, ours], ["flowers102", "digits"]) == ([ours], ["digits"])
-    shown = capsys.readouterr().out
-    assert (
-        "hf download timm/vit_base_patch16_224.dino" in shown
-        and "torchvision.datasets.Flowers102(" in shown
-    )
+    (table_of_them,) = shown
+    said = table_of_them.to_html()
+    assert "hf download timm/vit_base_patch16_224.dino" in said
+    assert "torchvision.datasets.Flowers102(" in said
     assert protocol.here([ours]) == ([ours], [])
     for encoders, sets in (([dino], ["digits"]), ([ours], ["flowers102"]), ([dino], None)):
         with pytest.raises(SystemExit) as ended:

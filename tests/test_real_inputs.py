@@ -29,7 +29,7 @@ from test_run import folder  # noqa: F401 (a fixture)
 
 from companion import own, run
 from companion.data import datasets, folders, masks
-from companion.encoders import table
+from companion.encoders import loading, table
 from companion.evaluate import clustering, knn, probe, retrieval
 from companion.evaluate.cka import LinearCKA
 from companion.figures import grids, style
@@ -114,7 +114,7 @@ def picture(seed: int, width: int = 44, height: int = 36) -> Image.Image:
 
 @pytest.fixture(scope="module")
 def fitted() -> Fungi:
-    encoder = table.load("vit_micro.sup_tin100", device="cpu", dtype="float32")
+    encoder = loading.load("vit_micro.sup_tin100", device="cpu", dtype="float32")
     return Fungi(encoder, [KL()], pca=None).fit([picture(0)])
 
 
@@ -174,7 +174,7 @@ def test_a_shuffled_series_keeps_pictures_and_labels_together(fitted):
 
 
 def test_a_series_of_sounds_counts_by_rows():
-    encoder = table.load("vit_micro.on_spectrograms", device="cpu", dtype="float32")
+    encoder = loading.load("vit_micro.on_spectrograms", device="cpu", dtype="float32")
     rng = np.random.default_rng(0)
     sounds = [(rng.random(audio.RATE // 4) - 0.5).astype(np.float32) for _ in range(3)]
     expected = Fungi(encoder, [KL(dim=32)], pca=None).fit_transform(sounds)
@@ -609,7 +609,7 @@ def pair(request):
     if reason := table.unavailable(request.param):
         pytest.skip(f"{request.param} needs {reason}")
     return [
-        table.load(request.param, device="cpu", dtype=dtype) for dtype in ("float32", "bfloat16")
+        loading.load(request.param, device="cpu", dtype=dtype) for dtype in ("float32", "bfloat16")
     ]
 
 

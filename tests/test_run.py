@@ -104,7 +104,8 @@ def test_an_unknown_annotation_is_an_error():
 @pytest.mark.parametrize("arguments, words", [
     (["03_none"], ["unknown notebook '03_none'", "01_fine", "02_broken"]),
     (["01_fine", "--profile", "huge"], ["unknown profile 'huge'", "big", "mini"]),
-    (["01_fine", "-p", "n_trian", "3"], ["no parameter 'n_trian'", "n_train", "backbones"]),
+    (["01_fine", "-p", "n_trian", "3"],
+     ["unknown parameter of 01_fine 'n_trian' (did you mean 'n_train'?)", "backbones"]),
     (["01_fine", "-p", "seed", "one"], ["'seed' takes int", "str 'one'"]),
     (["01_fine", "-p", "verbose", "1"], ["'verbose' takes bool", "int 1"]),
     (["01_fine", "-p", "backbones", "resnet"], ["'backbones' takes list", "str 'resnet'"]),
@@ -155,7 +156,8 @@ def test_every_notebook_is_in_range_under_every_profile_and_every_count_is_someb
     ("profile: mini\nn_train: many\n", ["'n_train' takes int"]),
     ("profile: mini\nnotebooks: {05_none: {seed: 1}}\n",
      ["unknown notebook in profile mini.yaml '05_none'"]),
-    ("profile: mini\nnotebooks: {01_fine: {sede: 1}}\n", ["no parameter 'sede'"]),
+    ("profile: mini\nnotebooks: {01_fine: {sede: 1}}\n",
+     ["unknown parameter of 01_fine 'sede' (did you mean 'seed'?)"]),
     ("n_train: 3\n", ["must hold the line 'profile: mini'"]),
 ])  # fmt: skip
 def test_a_wrong_profile_is_one_line(folder, capsys, text, words):
@@ -212,6 +214,14 @@ def test_a_kernel_that_dies_is_named_too_and_a_later_success_removes_the_partial
     assert run.main(["02_broken", "--out", str(out)]) == 0
     assert not out.with_suffix(".failed.ipynb").exists()
     assert printed(out) == "fixed\n"
+
+
+def test_a_notebook_that_ends_for_want_of_data_is_a_line_and_no_success(folder, tmp_path, capsys):
+    end = "from companion import explore\nexplore.end('needs flowers102')"
+    write(folder / "02_broken.ipynb", PARAMETERS, end, "print('never')")
+    assert run.main(["02_broken", "--out", str(tmp_path / "out.ipynb")]) == 3
+    assert capsys.readouterr() == ("", "02_broken (mini): needs flowers102\n")
+    assert 'never\\n"' not in (tmp_path / "out.ipynb").read_text()
 
 
 def test_declared_reads_what_papermill_reads(folder):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from small import LAYERS, SMALL, pictures, small
 
-from companion.encoders.table import load
+from companion.encoders.loading import load
 from fungi_core import KL, Fungi, audio
 
 

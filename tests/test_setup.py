@@ -455,6 +455,20 @@ def test_jupyterlab_takes_the_settings_of_the_checkout(monkeypatch):
     assert server.tornado_settings["websocket_max_message_size"] > 1e9
 
 
+def test_a_hosted_editor_starts_what_make_lab_starts():
+    hosted = json.loads((ROOT / ".devcontainer" / "devcontainer.json").read_text())
+    command = ["make", "-n", "-o", ".venv/.installed", "lab"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    asked = done.stdout.replace(str(ROOT), "$PWD")
+    started = hosted["postAttachCommand"].partition("-n fungi ")[2]
+    assert started.startswith("jupyter lab --") and started in asked
+    assert "jupyter trust notebooks/*.ipynb" in asked
+    created = hosted["postCreateCommand"]
+    assert "env create -f environment.yml" in created and "trust notebooks/*.ipynb" in created
+    _, _, place = hosted["remoteEnv"]["JUPYTER_CONFIG_PATH"].partition("}/")
+    assert f'JUPYTER_CONFIG_PATH="$PWD/{place}"' in asked and (ROOT / place).is_dir()
+
+
 def test_the_budgets_of_the_benchmark_are_those_of_the_page():
     budgets = runpy.run_path(str(ROOT / "benchmarks" / "budgets.py"))
     page = (ROOT / "CONTRIBUTING.md").read_text()

@@ -158,14 +158,24 @@ def test_index_and_scoreboard_hold_every_item_and_every_claim(made):
     )
     assert index.find(id="table-15").find("a", href="figures/table15_dino.csv")
     assert not index.select('img[src*="table15_dino"]')
-    alt = index.select_one('img[src="thumbnails/table16_pca.webp"]')["alt"]
+    alt = index.select_one('.large img[src="figures/table16_pca.webp"]')["alt"]
     assert alt == "Plot of 1 panel. Vertical: accuracy (%). Horizontal: components."
+    assert index.find("code", string="python -m companion.run 15_pca --profile lite")
+    claim = index.select_one("#gallery ~ div #table16-pca").text
+    assert "−0.50 [−0.90, −0.10]" in claim and "disagrees" in claim
     assert {tr["id"] for tr in board.select("tbody tr")} == set(paper.claims()["id"])
     assert [h.text.split()[0] for h in board.select("h2")] == [
         "disagrees",
         "not",
     ]  # the disagreements first
     assert "−0.50 [−0.90, −0.10]" in board.find(id="table16-pca").text
+
+
+def test_a_page_names_the_profile_that_it_ran_with(made):
+    for name in ("02_complementarity.html", "15_pca.html"):
+        page = pages(made)[name]
+        assert page.select_one(".ran code").text == page.select_one("footer code").text == "mini"
+    assert pages(made)["index.html"].select_one("footer code").text == "lite"
 
 
 def test_a_run_of_other_code_is_not_shown(tmp_path, capsys):

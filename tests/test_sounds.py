@@ -292,7 +292,7 @@ import sys
 sys.modules.update(dict.fromkeys(("soundfile", "pyarrow", "transformers", "torchaudio")))
 from companion import explore, features, protocol, studies
 from companion.data import datasets
-from companion.encoders.table import load
+from companion.encoders.loading import load
 from companion.figures import grids, plots
 datasets.load("digits", "test"), datasets.load("synthetic_sounds", "test")[0]
 print(load("vit_micro.sup_tin100").width)

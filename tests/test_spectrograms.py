@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from companion.encoders import checkpoints, spectrograms, table
+from companion.encoders import checkpoints, loading, spectrograms, table
 from fungi_core import KL, Fungi, SimCLR, gradients
 from fungi_core.audio import SIMCLR, Noise
 from fungi_core.objectives import linear_head
@@ -280,11 +280,11 @@ def test_ssast_by_name_from_its_file(tmp_path, monkeypatch):
     name = "ssast-base-patch-400"
     assert table.how_to_get(name).startswith("into checkpoints: https://")
     with pytest.raises(FileNotFoundError, match="ssast-base-patch-400 needs its weights"):
-        table.load(name)
+        loading.load(name)
     (tmp_path / "checkpoints").mkdir()
     torch.save(published(), tmp_path / "checkpoints" / "SSAST-Base-Patch-400.pth")
     assert table.how_to_get(name) is None
-    encoder = table.load(name, device="cpu", dtype="float32")
+    encoder = loading.load(name, device="cpu", dtype="float32")
     assert (encoder.inputs.kind, encoder.width) == ("audio", WIDTH)
     assert encoder.inputs.front.name == "ssast" and table.pca_size(name, WIDTH) == 512
     assert encoder.layer == f"blocks.{DEPTH - 1}.attn.proj"
@@ -299,13 +299,13 @@ def test_ssast_by_name_from_its_file(tmp_path, monkeypatch):
 
 def test_whisper_by_name(tmp_path, monkeypatch):
     monkeypatch.setenv("FUNGI_DATA", str(tmp_path))
-    monkeypatch.setattr(table, "try_to_load_from_cache", lambda *names: None)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *names: None)
     assert (
         table.how_to_get("whisper-tiny.en")
         == "hf download openai/whisper-tiny.en model.safetensors"
     )
     with pytest.raises(FileNotFoundError, match="whisper-tiny.en .* hf download"):
-        table.load("whisper-tiny.en")
+        loading.load("whisper-tiny.en")
     theirs, ours = whisper_pair()
     small_whisper = spectrograms.whisper(WIDTH, DEPTH)
     state = {f"model.encoder.{key}": x.half() for key, x in theirs.state_dict().items()}
@@ -314,11 +314,11 @@ def test_whisper_by_name(tmp_path, monkeypatch):
     )  # the hub's file holds the decoder too
     save_file({key: x.contiguous() for key, x in state.items()}, tmp_path / "model.safetensors")
     monkeypatch.setattr(
-        table, "try_to_load_from_cache", lambda *names: str(tmp_path / "model.safetensors")
+        "huggingface_hub.try_to_load_from_cache", lambda *names: str(tmp_path / "model.safetensors")
     )
     monkeypatch.setattr(spectrograms, "whisper", lambda: small_whisper)
     name = "whisper-tiny.en"
-    encoder = table.load(name, device="cpu", dtype="float32")
+    encoder = loading.load(name, device="cpu", dtype="float32")
     x = noise(1, 100, 80)
     torch.testing.assert_close(
         encoder.embed(x), ours.forward_head(ours.forward_features(x)), atol=0.02, rtol=0.02
@@ -327,5 +327,5 @@ def test_whisper_by_name(tmp_path, monkeypatch):
     with pytest.raises(
         ValueError, match="fp16.safetensors does not hold the weights it should"
     ) as caught:
-        table.load(name)
+        loading.load(name)
     assert "\n" not in str(caught.value)

@@ -20,7 +20,7 @@ from transformers import BertConfig, BertModel, T5Config, T5EncoderModel
 
 from companion import features as extraction
 from companion.data import datasets
-from companion.encoders import table
+from companion.encoders import loading, table
 from companion.encoders.objectives import MaskedCopies, MaskedWords, named
 from companion.protocol import similarity
 from fungi_core import DINO, KL, Fungi, SimCLR, rows
@@ -443,7 +443,7 @@ def test_the_architectures_of_the_table(name):
 
 def test_the_sentence_encoder_of_the_package_against_sentence_transformers():
     """Mean pooling of the real weights, as the package's own configuration says."""
-    encoder = table.load("all-MiniLM-L6-v2", device="cpu", dtype="float32")
+    encoder = loading.load("all-MiniLM-L6-v2", device="cpu", dtype="float32")
     sentences = [
         "How do I reset my card's PIN?",
         "I forgot the PIN of my card",
@@ -466,7 +466,7 @@ def test_bf16_keeps_the_direction_of_real_features():
     kinds = KL(), replace(texts.SIMCLR, negatives=14), MaskedWords()
     both = []
     for dtype in ("float32", "bfloat16"):
-        one = table.load("all-MiniLM-L6-v2", device="cpu", dtype=dtype)
+        one = loading.load("all-MiniLM-L6-v2", device="cpu", dtype=dtype)
         both.append([features(one, o, data, parts(one, o, data)) for o in kinds])
     for a, b in zip(*both, strict=True):
         cosine = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
@@ -475,10 +475,10 @@ def test_bf16_keeps_the_direction_of_real_features():
 
 def test_missing_weights_are_one_line(monkeypatch):
     name, hub = "bert-base-uncased", "google-bert/bert-base-uncased"
-    monkeypatch.setattr(table, "try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
     assert table.how_to_get(name) == f"hf download {hub}"
     with pytest.raises(FileNotFoundError, match=f"{name} needs its weights .*download {hub}"):
-        table.load(name)
+        loading.load(name)
 
 
 def test_image_notebooks_never_import_what_texts_need():
@@ -487,7 +487,7 @@ def test_image_notebooks_never_import_what_texts_need():
         "import sys; from companion import features, protocol, run\n"
         "from companion.figures import plots, style\n"
         "from fungi_core import Fungi\n"
-        "from companion.encoders.table import load\n"
+        "from companion.encoders.loading import load\n"
         "black = __import__('numpy').zeros((64, 64, 3), 'uint8')\n"
         "Fungi(load('vit_micro.sup_tin100')).fit([black] * 3)\n"
         "print({m.split('.')[0] for m in sys.modules} & "

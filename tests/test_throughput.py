@@ -13,7 +13,7 @@ import torch
 
 from companion import paths, throughput
 from companion.data import datasets
-from companion.encoders import table
+from companion.encoders import loading
 from fungi_core import DINO, KL, load
 
 
@@ -46,7 +46,7 @@ def test_precision_is_one_in_float32_and_near_it_in_bf16(small):
 
 def test_ratios_are_speed_over_floor(monkeypatch):
     """Given seconds, worked by hand: 12 images of one view, then one image of 12."""
-    backbone = table.load("random:test_vit", device="cpu", dtype="float32")
+    backbone = loading.load("random:test_vit", device="cpu", dtype="float32")
     warm, kl, dino = [9, 9], [2, 3, 2, 4], [2, 1, 4, 1]  # stock, ours, stock, ours
     given = iter([*warm, *kl, *warm, *dino])
     monkeypatch.setattr(throughput, "seconds", lambda call, device: next(given))
@@ -70,7 +70,7 @@ def test_peak_memory_is_that_of_the_program_that_was_started(monkeypatch):
 
 
 def test_the_floor_is_timms_forward_pass_on_the_same_weights():
-    backbone = table.load("random:test_vit", device="cpu", dtype="float32")
+    backbone = loading.load("random:test_vit", device="cpu", dtype="float32")
     x = torch.rand(2, 3, 160, 160, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         found = throughput.plain_model(backbone)(x)

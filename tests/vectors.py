@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from companion.encoders.table import load
+from companion.encoders.loading import load
 from fungi_core import DINO, KL, SimCLR, projection
 from fungi_core.rows import draw_parts
 from fungi_core.seeds import content_id, generator

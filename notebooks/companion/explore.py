@@ -13,6 +13,8 @@ from traitlets import Any, HasTraits
 
 from companion.messages import one_line
 
+STOPPED = "stopped; run again to resume"
+
 
 def live() -> bool:
     """Tell whether a person is there: JupyterLab sets the variable, papermill and nbval do not."""
@@ -25,15 +27,16 @@ class Watched(HasTraits):
     value = Any()
 
     def renew(self, make: Callable):
-        """Set the value to what ``make`` returns. Until then it is None: what is shown is of the
-        last one, which comes back where ``make`` fails or is stopped.
+        """Set the value to what ``make`` returns. Until then it is None, and where ``make`` fails
+        or is stopped the last one comes back, with a line that says so.
         """
         last, self.value = self.value, None
         try:
             self.value = make()
         finally:
-            if self.value is None:
+            if self.value is None and last is not None:
                 self.value = last
+                print("what is shown below is still the last choice's")
 
 
 def interact(show: Callable, *, on: Watched | None = None, **choices):
@@ -51,13 +54,13 @@ def interact(show: Callable, *, on: Watched | None = None, **choices):
 
     if not live():
         return show(**{name: _start(choice) for name, choice in asked().items()})
-    from ipywidgets import HBox, Layout, VBox, interactive_output
+    from ipywidgets import HBox, Label, Layout, VBox, interactive_output
 
     page = VBox()
 
     def build(_=None):
         if on is not None and on.value is None:
-            page.children = []  # nothing is chosen yet, or something else is being made
+            page.children = [Label("shown when the choice above is made")]
             return
         controls = {name: _control(name, choice) for name, choice in asked().items()}
         output = interactive_output(lambda **values: _attempt(show, **values), controls)
@@ -97,7 +100,7 @@ def _attempt(show: Callable, *values, **named) -> None:
     try:
         result = show(*values, **named)
     except KeyboardInterrupt:
-        print("stopped; run again to resume")
+        print(STOPPED)
     except Exception as error:
         print(f"{type(error).__name__}: {one_line(error)}")
     else:
@@ -108,10 +111,9 @@ def _attempt(show: Callable, *values, **named) -> None:
 def chooser(load: Callable, *, folder: str, backbone: str, backbones: Sequence[str]):
     """Show a panel for one's own images: files (a zip, too) or a folder, a backbone, a button. It
     runs ``load(files, folder, backbone)`` at once, at each click, when files are chosen and when a
-    folder is entered, with its progress below.
-    ``files``: (name, bytes) pairs, empty at the start.
+    folder is entered, with its progress below. Without a reader: ``load((), folder, backbone)``.
 
-    Without a reader: ``load((), folder, backbone)``.
+    ``files``: (name, bytes) pairs, empty at the start; ``backbones``: names, a remark behind some.
     """
     if not live():
         return load((), folder, backbone)
@@ -122,7 +124,6 @@ def chooser(load: Callable, *, folder: str, backbone: str, backbones: Sequence[s
     files = FileUpload(accept="image/*,.zip", multiple=True, description="files", **narrow)
     nested = "a sub-folder per class, or files only"
     place = Text(folder, description="or a folder", placeholder=nested, **wide)
-    place.continuous_update = False  # it changes when Enter is pressed
     name = Combobox(description="backbone", ensure_option=False, options=list(backbones), **wide)
     # a hint, no value: a browser offers only names that hold what is typed
     name.placeholder = f"{backbone}, or any timm name"
@@ -136,7 +137,7 @@ def chooser(load: Callable, *, folder: str, backbone: str, backbones: Sequence[s
         chosen = () if path else files.value
         contents = [(file["name"], bytes(file["content"])) for file in chosen]
         with output:
-            _attempt(load, contents, path, name.value.strip() or backbone)
+            _attempt(load, contents, path, (name.value.split() or [backbone])[0])
         button.disabled = False
 
     def dropped(change):
@@ -146,9 +147,15 @@ def chooser(load: Callable, *, folder: str, backbone: str, backbones: Sequence[s
 
     button.on_click(click)
     files.observe(dropped, "value")
-    place.observe(lambda change: change["new"] and click(), "value")
+    # Enter starts; leaving the box does not, since the backbone may be chosen next.
+    place.on_msg(lambda _, said, __: said.get("event") == "submit" and click())
     display(VBox([HBox([files, place]), HBox([button, name]), output]))
     click()
+
+
+def stop_in_a_line() -> None:
+    """Make the stop button end any cell with one line in place of a traceback."""
+    get_ipython().set_custom_exc((KeyboardInterrupt,), lambda *_, **__: print(STOPPED))
 
 
 def end(message: str) -> NoReturn:

@@ -17,8 +17,8 @@ from collections.abc import Sequence
 
 from companion import devices, paths
 from companion.data import datasets
+from companion.encoders.loading import load
 from companion.encoders.objectives import named
-from companion.encoders.table import load
 from fungi_core import store
 from fungi_core.backbones import Backbone
 from fungi_core.extract import Features, describe, extract, fill, gradient_passes, shard_rows

@@ -15,7 +15,7 @@ from threadpoolctl import threadpool_limits
 from companion import paths, protocol
 from companion.data import datasets, folders
 from companion.data.images import Images, balanced
-from companion.encoders import table
+from companion.encoders import loading, table
 from companion.encoders.objectives import named
 from companion.evaluate.knn import vote
 from companion.messages import one_line
@@ -47,7 +47,7 @@ def album(
     Negatives come from the same photographs. Raises ValueError for fewer than three readable
     images.
     """
-    encoder = table.load(backbone, layer=layer or None)  # an unknown one is an error at once
+    encoder = loading.load(backbone, layer=layer or None)  # an unknown one is an error at once
     if files or folder:
         found, skipped = unpacked(files) if files else (in_folder(folder), {})
         found, note = drawn(found, n, seed)
@@ -60,6 +60,14 @@ def album(
         raise ValueError(f"{found}; neighbours need 3 (not readable: {failed})")
     wanted = [named(name, encoder) for name in names]
     return extract(images, encoder, wanted, seed=seed, root=paths.store_dir())
+
+
+def networks() -> list[str]:
+    """Return the table's image networks: those on this machine, then the others with their size."""
+    rows = [row for row in table.table().values() if row.modality == "image"]
+    absent = {row.name: row.gb for row in rows if table.how_to_get(row.name)}
+    here = [row.name for row in rows if row.name not in absent]
+    return here + [f"{name} (not here: {gb:g} GB)" for name, gb in absent.items()]
 
 
 def in_folder(folder: str | Path) -> list[tuple[str, Path]]:

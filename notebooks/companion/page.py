@@ -1,7 +1,7 @@
 """A notebook's page: what each does with its parameters, runs, figures, tables and claims."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +18,15 @@ SHOWN = ("notebook", "seed", "commit", "versions")  # of the provenance, at a pa
 
 class Page:
     """Hold what a notebook was opened with; the set-up cell makes one from its slug and
-    ``globals()``. Raises ValueError for an unknown notebook or a parameter without a value.
+    ``globals()``, where lists that papermill's ``-p`` gave as text are read. Raises ValueError for
+    an unknown notebook, a parameter without a value and a wrong value.
 
     ``parameters``: the values of the parameters that the notebook declares. ``used``: every run
     that was handed out, for the provenance of figures and tables. ``profiles``: the parameters that
     its profile gives it.
     """
 
-    def __init__(self, slug: str, namespace: Mapping):
+    def __init__(self, slug: str, namespace: MutableMapping):
         declared = run.declared(slug)
         if absent := [name for name in declared if name not in namespace]:
             raise ValueError(f"{slug}: no value of the parameter '{absent[0]}'; run its cell first")
@@ -33,6 +34,11 @@ class Page:
         self.code = git()  # that runs, whatever is pulled before a figure is saved
         if explore.live():
             set_matplotlib_formats("retina")  # sharp on screens of high density
+            explore.stop_in_a_line()
+        for name, known in declared.items():
+            if isinstance(namespace[name], str):
+                namespace[name] = run.parsed(namespace[name], known)
+            run.check(slug, name, namespace[name], declared)
         self.parameters = {name: namespace[name] for name in declared}
         self.profiles = run.parameters(slug, self.parameters["profile"])
         self.as_declared = all(
@@ -136,8 +142,10 @@ class Page:
         if not self.as_declared:
             print(f"{what}: other parameters than the stored number's")
             return
+        known = paper.claims().set_index("id")
+        said = "{item}: {claim}".format(**known.loc[what]) if what in known.index else f"{what}."
         same = bool(np.abs(value - stored) <= within)
-        print(f"{what}: within {within:g} of {stored:g}: {same}")
+        print(f"{said} Measured within {within:g} of the stored {stored:g}: {same}")
 
     def provenance(self) -> dict:
         """Return the provenance in short; it is whole in each figure's JSON."""

@@ -191,6 +191,18 @@ def written(profile: str) -> list[dict]:
     return found
 
 
+def at_a_glance(profile: str) -> str:
+    """Say in a line what a profile's results rest on: scope, machines and hours."""
+    files = sorted(results_dir(profile).glob("*.json"))
+    records = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    given = lambda *names: {x for r in records for n in names for x in r["parameters"].get(n, ())}
+    on = {r["device"]["cuda"] or "{cpu}, {cores} cores".format(**r["device"]) for r in records}
+    took = pd.DataFrame(written(profile), columns=["notebook", "minutes"]).groupby("notebook").max()
+    scope = f"{len(given('backbones'))} networks, {len(given('datasets', 'sets'))} data sets"
+    hours = f"{took['minutes'].sum() / 60:.1f} hours beside the features, extracted before"
+    return f"{len(took)} notebooks; {scope}; on {'; '.join(sorted(on))}; {hours}"
+
+
 def overview(profile: str) -> pd.DataFrame:
     """Return every figure and table of the paper, and what lies of it in the profile's figures:
     item, shows, notebook, run (the profile, "" where it was not run), minutes (of that run), ours

@@ -20,10 +20,10 @@ from tqdm.auto import tqdm
 from companion import explore, paths
 from companion import features as extraction
 from companion.data import datasets
-from companion.encoders import table
+from companion.encoders import loading, table
 from companion.evaluate import knn
 from companion.evaluate.knn import Interval, bootstrap, knn_predict, random_effects
-from companion.figures.style import LETTERS
+from companion.figures.style import LETTERS, show_table
 from companion.messages import require
 from fungi_core import projection
 from fungi_core.extract import Features
@@ -47,7 +47,7 @@ def collect(encoders: Sequence[str], sets: Sequence[str], names: Sequence, **opt
     encoders, sets = here(encoders, sets)
     runs = []
     for backbone in encoders:
-        encoder = table.load(backbone)
+        encoder = loading.load(backbone)
         for name in sets:
             rows = extraction.features(name, encoder, names, **options)
             runs.append((backbone, name, *rows))
@@ -65,8 +65,7 @@ def here(encoders: Sequence[str], sets: Sequence[str] | None = None) -> tuple[li
     found = [[name for name in wanted if name not in gone] for wanted in (encoders, sets or [])]
     if len(lacking):
         print(f"Not run for want of these (folders of data sets: in {paths.downloads_dir()}):")
-        with pd.option_context("display.max_colwidth", None, "display.max_rows", None):
-            display(lacking.set_index("name"))
+        display(show_table(lacking))
     if not found[0] or (sets is not None and not found[1]):
         explore.end("Nothing can be run here without what the table names; see README, Profiles.")
     return found[0], found[1]

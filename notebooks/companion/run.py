@@ -20,6 +20,8 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 
 import yaml
@@ -60,7 +62,13 @@ def declared(slug: str) -> dict[str, dict]:
     ValueError for an unknown notebook and for a default that is no literal.
     """
     require("notebook", slug, notebooks())
-    cells = json.loads((NOTEBOOKS / f"{slug}.ipynb").read_text(encoding="utf-8"))["cells"]
+    file = NOTEBOOKS / f"{slug}.ipynb"
+    return deepcopy(_declared(file, file.stat().st_mtime_ns))
+
+
+@cache  # a plan asks for every notebook's, for every notebook
+def _declared(file: Path, changed: int) -> dict[str, dict]:
+    cells = json.loads(file.read_text(encoding="utf-8"))["cells"]
     tagged = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
     source = "".join(line for cell in tagged for line in cell["source"])
     found = {}
@@ -69,7 +77,9 @@ def declared(slug: str) -> dict[str, dict]:
         try:
             default = ast.literal_eval(node.value)
         except ValueError:
-            raise ValueError(f"{slug}: the default of '{name}' is no literal: {line}") from None
+            raise ValueError(
+                f"{file.stem}: the default of '{name}' is no literal: {line}"
+            ) from None
         annotation, comment = ast.unparse(node.annotation), line.partition("  # ")[2]
         found[name] = {"type": annotation, "default": default, "help": comment}
     return found
@@ -79,8 +89,7 @@ def check(slug: str, name: str, value: object, exist: dict[str, dict]) -> None:
     """Raise ValueError where a notebook has no such parameter (``exist``: those declared), or the
     value has another type or is out of range.
     """
-    if name not in exist:
-        raise ValueError(f"{slug} has no parameter '{name}'; it has: {', '.join(exist) or 'none'}")
+    require(f"parameter of {slug}", name, exist)
     wanted, low = exist[name]["type"], int(name in COUNTS)
     require("parameter type", wanted, TYPES)
     if type(value) not in TYPES[wanted]:
@@ -235,7 +244,7 @@ def execute(
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; return 0 when done, 1 when a cell failed, 2 for a wrong request."""
+    """Run the command line; return 0 (done), 1 (a cell failed), 2 (wrong request), 3 (no data)."""
     parser = argparse.ArgumentParser(
         "python -m companion.run", description=__doc__.split("\n\n")[0]
     )
@@ -257,6 +266,11 @@ def main(argv: list[str] | None = None) -> int:
         red, plain = ("\033[31m", "\033[0m") if sys.stderr.isatty() else ("", "")
         print(f"{red}{one_line(e)}{plain}", file=sys.stderr)
         return 1 if isinstance(e, RuntimeError) else 2
+    cells = json.loads(out.read_text(encoding="utf-8"))["cells"]
+    shown = [output for cell in cells for output in cell.get("outputs", [])]
+    if ended := [output for output in shown if output.get("ename") == "SystemExit"]:
+        print(f"{args.notebook} ({args.profile}): {ended[0]['traceback'][0]}", file=sys.stderr)
+        return 3
     took, held = time.perf_counter() - start, peak_bytes() / 1e9
     print(f"{args.notebook} ({args.profile}): {took:.0f} s, {held:.1f} GB at its peak, {out}")
     return 0

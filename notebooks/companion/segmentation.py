@@ -12,7 +12,7 @@ import pandas as pd
 
 from companion import explore, paper
 from companion.data import datasets, masks, mosaics
-from companion.encoders.table import load
+from companion.encoders.loading import load
 from companion.evaluate import incontext, iou, scenes
 from companion.evaluate.knn import Interval
 from companion.evaluate.scenes import KINDS, Views

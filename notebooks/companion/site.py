@@ -28,7 +28,6 @@ from companion import paper, paths, run
 from companion.figures.style import VERDICTS
 
 TEMPLATES = paths.ROOT / "data" / "site"
-THUMBNAIL = 960  # pixels: two for each one of a gallery column
 
 
 def build(out: Path, profile: str = "lite") -> list[Path]:
@@ -177,20 +176,17 @@ def markdown(source: str) -> str:
 
 
 def gallery(out: Path, profile: str) -> list[dict]:
-    """Copy figures, whole and as thumbnails, and numbers of a profile into the site; return
-    `paper.written` of each, with the file to link to and the thumbnail's size, None for a table.
+    """Copy figures and numbers of a profile into the site; return `paper.written` of each, with the
+    file to link to and the figure's size, None for a table.
     """
     folder, found = paths.results_dir(profile), []
-    for sub in ("figures", "thumbnails"):
-        (out / sub).mkdir()
+    (out / "figures").mkdir()
     for figure in paper.written(profile):
         name, size = figure["name"], None
         shutil.copy(folder / f"{name}.csv", out / "figures")
         if figure["drawn"]:
             image = Image.open(folder / f"{name}.png").convert("RGB")
             image.save(out / "figures" / f"{name}.webp", lossless=True)
-            image.thumbnail((THUMBNAIL, THUMBNAIL))
-            image.save(out / "thumbnails" / f"{name}.webp", quality=85)
             size = image.size
         found.append(figure | {"file": f"{name}.{'webp' if size else 'csv'}", "size": size})
     return found

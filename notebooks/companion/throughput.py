@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from companion import paths
-from companion.encoders.table import load
+from companion.encoders.loading import load
 from companion.figures.style import LETTERS
 from fungi_core import DINO, KL, SimCLR
 from fungi_core.backbones import Backbone

@@ -113,8 +113,7 @@ def npz(path: Path, train: bool) -> Pairs:
 
     The file is `packed.npz`'s, with ``mask_data`` and ``mask_offsets`` (encoded single-channel
     images) in place of ``labels``; a void class, if it has a name ("void", "unlabelled"), is the
-    last of ``classes``.
-    Raises ValueError, naming the file, for anything else.
+    last of ``classes``. Raises ValueError, naming the file, for anything else.
     """
     found = packed.arrays(path, ARRAYS, "segmentation", train)
     classes, names = found["classes"].tolist(), found["names"][found["rows"]].tolist()

@@ -1,4 +1,5 @@
-"""Named backbones: a table of what the paper used and of the committed ones, and `load`.
+"""Named backbones: a table of what the paper used and of the committed ones, and what of it is on
+this machine; `loading` loads them.
 
 To add one, add a row to ``data/backbones.csv``; any other timm name works without a row, and
 ``random:NAME`` gives an image architecture with seeded random weights. A checkpoint that lies in
@@ -6,28 +7,16 @@ To add one, add a row to ``data/backbones.csv``; any other timm name works witho
 key holds the weights' fingerprint.
 """
 
-from dataclasses import dataclass, replace
+# timm and the hub's client take seconds to import, and a plan needs neither: both where used.
+from dataclasses import dataclass
 from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import timm
-from huggingface_hub import constants, try_to_load_from_cache
-from huggingface_hub.utils import get_session
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-
-import fungi_core
 from companion import paths
 from companion.data.datasets import entries
-from companion.encoders import checkpoints, spectrograms
-from companion.encoders.fronts import FRONTS
 from companion.messages import require
-from fungi_core import text
-from fungi_core.audio import AudioInputs
-from fungi_core.backbones import Backbone, create, freeze
 from fungi_core.features import PCA_SIZE
-from fungi_core.views import ImageInputs
 
 WHISPER = "whisper_tiny_en_encoder.fp16.safetensors"  # packed: without the decoder
 PACKAGE = "package:"  # before the name of an installed package that holds the weights
@@ -78,6 +67,8 @@ def row_of(name: str) -> Row:
     row = table().get(bare)
     if row and (bare == name or row.modality == "image"):
         return row
+    import timm
+
     architecture, _, tag = bare.partition(".")
     known = not tag or bare in timm.list_pretrained(architecture)
     if not timm.is_model(architecture) or not (known or local_file(f"{bare}.safetensors")):
@@ -88,60 +79,6 @@ def row_of(name: str) -> Row:
 def pca_size(name: str, width: int) -> int:
     """Return the table's PCA size of a backbone (Table 16), else 512 or the embedding's width."""
     return table()[name].pca or width if name in table() else min(PCA_SIZE, width)
-
-
-def load(name: str, *, layer: str | None = None, device="auto", dtype="auto") -> Backbone:
-    """Return a named backbone, frozen; see the module.
-
-    Raises FileNotFoundError or, where the hub has them but does not answer, ConnectionError, each
-    in one line, where weights are missing; ValueError for unknown names.
-    """
-    row = row_of(name)
-    options = dict(layer=layer, device=device, dtype=dtype)
-    if (row.url or row.modality != "image") and (reason := unavailable(name)):
-        raise FileNotFoundError(f"{name} needs {reason}")
-    if row.modality != "image":
-        return {"text": load_text, "audio": load_audio}[row.modality](row, options)
-    if row.url and name == row.name:
-        return load_published(row, options)
-    if how_to_get(name) and not row.url:
-        reach_hub(name)
-    arguments = {"img_size": row.img_size} if row.img_size else {}
-    source = local_file(f"{name}.safetensors") or (
-        f"random:{row.architecture}" if row.url else name
-    )
-    backbone = fungi_core.load(source, head=row.head, arguments=arguments, **options)
-    inputs = replace(backbone.inputs, crop=row.crop) if row.crop else backbone.inputs
-    return replace(backbone, name=name, inputs=inputs)
-
-
-def load_published(row: Row, options: dict) -> Backbone:
-    """Load weights that timm does not host from their published file, for ImageNet's transform."""
-    model = create(f"random:{row.architecture}", False, {})
-    model = checkpoints.load_into(model, weights(row), checkpoints.CONVERT[row.convert])
-    size = model.patch_embed.img_size[0]
-    inputs = ImageInputs(size, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, row.crop or 0.875)
-    return freeze(model, row.name, inputs, **options)
-
-
-def load_text(row: Row, options: dict) -> Backbone:
-    """Load a text encoder from a package or the hub's cache."""
-    package = row.hub.removeprefix(PACKAGE)
-    place = row.hub if package == row.hub else str(files(package) / "model")
-    return text.load(place, name=row.name, pool=row.pool, length=row.length, **options)
-
-
-def load_audio(row: Row, options: dict) -> Backbone:
-    """Load an audio encoder with its front end."""
-    file = weights(row)
-    if row.front == "whisper":
-        model = checkpoints.load_into(spectrograms.whisper(), file, spectrograms.whisper_weights)
-    elif row.front == "ssast":
-        model = checkpoints.load_into(spectrograms.ssast(), file, spectrograms.ssast_weights)
-    else:  # an image network
-        model = fungi_core.load(file, device="cpu", dtype="float32").model
-        model.patch_embed = spectrograms.ImageStem(model.patch_embed)
-    return freeze(model, row.name, AudioInputs(FRONTS[row.front]), **options)
 
 
 def local_file(name: str) -> Path | None:
@@ -158,6 +95,8 @@ def weights(row: Row) -> Path | None:
         return packed
     if file := local_file(f"{row.architecture or row.name}.safetensors"):
         return file
+    from huggingface_hub import try_to_load_from_cache
+
     # A text encoder is here where its configuration is.
     known = "config.json" if row.modality == "text" else "model.safetensors"
     cached = hub_name(row) and try_to_load_from_cache(hub_name(row), known)
@@ -166,7 +105,8 @@ def weights(row: Row) -> Path | None:
 
 def hub_name(row: Row) -> str:
     """Return the name of a row's weights on the hub."""
-    of = timm.get_pretrained_cfg
+    from timm import get_pretrained_cfg as of
+
     return row.hub or (of(row.name) or of(row.name.split(".")[0])).hf_hub_id
 
 
@@ -180,19 +120,6 @@ def how_to_get(name: str) -> str | None:
     if not (hub := hub_name(row)):
         return f"nobody published any; random:{row.name}, or {row.name}.safetensors in checkpoints"
     return f"hf download {hub}" + " model.safetensors" * (row.modality == "audio")
-
-
-def reach_hub(name: str) -> None:
-    """Raise ConnectionError, within seconds, where weights are missing and the hub does not answer.
-
-    Its own client tries ten times before it gives up.
-    """
-    try:
-        get_session().head(constants.ENDPOINT, timeout=3)
-    except Exception as error:  # kinds differ between versions of the client; the cause is kept
-        place = f"or that file as {paths.downloads_dir() / 'checkpoints' / name}.safetensors"
-        said = f"{name} needs {unavailable(name)}, {place}; the hub does not answer"
-        raise ConnectionError(said) from error
 
 
 def unavailable(name: str) -> str | None:

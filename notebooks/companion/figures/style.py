@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
 from seaborn.utils import relative_luminance
 
+from companion import explore
 from companion.messages import require
 
 COLUMN, PAGE = 85 / 25.4, 160 / 25.4  # widths in inches: a column of 85 mm, a page of 160 mm
@@ -187,8 +188,10 @@ def describe(fig: Figure) -> str:
 
 def photographs(fig: Figure) -> Image:
     """Return a figure of photographs as JPEG for a notebook's output: a fifth of the PNG."""
-    fig.savefig(file := io.BytesIO(), format="jpeg", dpi=fig.dpi, pil_kwargs={"quality": 72})
-    return Image(data=file.getvalue(), format="jpeg")
+    sharp = explore.live()  # for a reader's screen of high density; committed pages stay small
+    dpi = fig.dpi * (2 if sharp else 1)
+    fig.savefig(file := io.BytesIO(), format="jpeg", dpi=dpi, pil_kwargs={"quality": 72})
+    return Image(data=file.getvalue(), format="jpeg", retina=sharp)
 
 
 def _save(

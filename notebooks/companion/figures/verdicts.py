@@ -1,17 +1,14 @@
-"""The scoreboard's figures: our differences beside the paper's, coloured by verdict."""
+"""The scoreboard's figure: our differences beside the paper's, coloured by verdict."""
 
 import textwrap
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from companion.figures import style
-from companion.figures.panels import DASHED, PAPER, key, mark, note
-from companion.figures.style import COLUMN, INK, PALE, SMALL, figure
-
-SHADE = "#F1F1F1"
+from companion.figures.panels import PAPER, key, mark
+from companion.figures.style import INK, SMALL, figure
 
 
 def scoreboard(df: pd.DataFrame) -> Figure:
@@ -38,7 +35,7 @@ def scoreboard(df: pd.DataFrame) -> Figure:
             continue
         ink = style.VERDICTS[r.verdict]
         if side := {"+": (0, right), "-": (left, 0)}.get(r.expected):
-            ax.fill_betweenx([y - half, y + half], *side, color=SHADE, linewidth=0, zorder=0)
+            ax.fill_betweenx([y - half, y + half], *side, color="#F1F1F1", linewidth=0, zorder=0)
         ax.plot([r.paper, r.value], [y, y], color="#BBBBBB", linewidth=1, zorder=1)
         ax.plot(r.paper, y, color=ink, zorder=3, **PAPER)
         mark(ax, r.value, y, ink, x_interval=(r.low, r.high), zorder=4)
@@ -53,53 +50,3 @@ def scoreboard(df: pd.DataFrame) -> Figure:
     shade = {"marker": "s", "markersize": 9, "color": "#DDDDDD"}
     key(fig, {"ours, 95 % interval": {}, "side that the claim predicts": shade}, "the paper's")
     return fig
-
-
-def deltas(df: pd.DataFrame) -> Figure:
-    """Draw the paper's difference against ours: a reproduction lies on the diagonal, the other sign
-    in a grey quadrant. Both axes are linear to 2 points and logarithmic beyond.
-
-    `df` has item ("Table 2"), claim (a few words), paper, value, low, high (points), verdict; every
-    row has both numbers. Claims of which the paper's number is outside our interval are numbered,
-    and named below.
-    """
-    df = df.sort_values("paper").assign(number="")
-    apart = ~df["paper"].between(df["low"], df["high"])
-    df.loc[apart, "number"] = [str(n) for n in range(1, apart.sum() + 1)]
-    words = df["number"] + "  " + df["item"] + ": " + df["claim"]
-    names = "\n".join(textwrap.fill(text, 106) for text in words[apart])
-    fig, [[ax]] = figure(height=1.4 * COLUMN + 0.14 * names.count("\n"))
-    _same_scales(ax, df)
-    marks = {"disagrees": "X", "undecided": "s", "agrees": "o"}
-    counts = df["verdict"].value_counts()
-    for r in df.itertuples():
-        look = {"marker": marks[r.verdict], "markersize": 6, "alpha": 0.8}
-        mark(ax, r.paper, r.value, style.VERDICTS[r.verdict], y_interval=(r.low, r.high), **look)
-        note(ax, r.number, r.paper, r.value, (6, 0))
-    ax.set(xlabel="the paper's difference (points)", ylabel="our difference (points)")
-    fig.supxlabel(names, x=0.01, ha="left", size=SMALL)
-    looks = {
-        f"{verdict} ({counts[verdict]})": {"color": style.VERDICTS[verdict], "marker": marker}
-        for verdict, marker in marks.items()
-        if verdict in counts
-    }
-    key(fig, looks)
-    return fig
-
-
-def _same_scales(ax: Axes, df: pd.DataFrame) -> None:
-    """Give the axes of `deltas` one scale, its diagonal and its quadrants."""
-    numbers = df[["value", "low", "high"]].to_numpy(float)
-    end = 2 * max(df["paper"].abs().max(), np.nanmax(np.abs(numbers)))
-    ticks = [x for x in (-20, -10, -5, -2, -1, 0, 1, 2, 5, 10, 20) if abs(x) < end]
-    for axis in ("x", "y"):
-        getattr(ax, f"set_{axis}scale")("symlog", linthresh=2, linscale=1.2)
-        getattr(ax, f"set_{axis}ticks")(ticks, [f"{tick:g}" for tick in ticks])
-    ax.minorticks_off()
-    for low, high in ((-end, 0), (0, end)):
-        ax.fill_between([low, high], -low, -high, color=SHADE, linewidth=0, zorder=0)
-    ax.axline((0, 0), (2, 2), color=PALE, linewidth=0.8, linestyle=DASHED, zorder=1)
-    ax.axhline(0, color=INK, linewidth=0.7)
-    ax.axvline(0, color=INK, linewidth=0.7)
-    ax.set(xlim=(1.4 * min(-0.5, df["paper"].min()), 1.6 * max(0.5, df["paper"].max())))
-    ax.set(ylim=(1.4 * min(-0.5, np.nanmin(numbers)), 1.4 * max(0.5, np.nanmax(numbers))))
