@@ -19,6 +19,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from companion import explore, own, paths, run
 from companion.data.images import Images
+from companion.encoders import loading
 from companion.figures import grids
 from fungi_core import extract, load
 from fungi_core.features import normalize
@@ -223,10 +224,9 @@ def test_a_cut_zip_is_named_and_the_rest_is_read():
 
 def test_an_album_extracts_once_and_writes_features_only(folder, tmp_path_factory, monkeypatch):
     small = load("random:test_vit", arguments={"img_size": 32}, device="cpu", dtype="float32")
-    monkeypatch.setattr(own.loading, "load", lambda name, layer=None: small)
     monkeypatch.setenv("FUNGI_STORE", str(tmp_path_factory.mktemp("store")))
     here = {p for p in folder.rglob("*")}
-    ask = lambda **more: own.album((), folder, backbone="random:test_vit", names=["kl"], **more)
+    ask = lambda **more: own.album((), folder, encoder=small, names=["kl"], **more)
     album = ask()
     assert set(album.blocks) == {"embedding", "kl"} and len(album.data.skipped) == 2
     shards = {p: p.stat().st_mtime_ns for p in paths.store_dir().rglob("*.npy")}
@@ -235,7 +235,7 @@ def test_an_album_extracts_once_and_writes_features_only(folder, tmp_path_factor
         for p in sorted(folder.rglob("*"))
         if p.is_file()
     ]
-    again = own.album(files, backbone="random:test_vit", names=["kl"])
+    again = own.album(files, encoder=small, names=["kl"])
     assert np.array_equal(
         again.blocks["kl"], album.blocks["kl"]
     )  # uploaded: the same rows, from the store
@@ -250,11 +250,6 @@ def test_an_album_extracts_once_and_writes_features_only(folder, tmp_path_factor
         ValueError, match="2 readable images; neighbours need 3 .*aa_cut.jpg, dog/notes.txt"
     ):
         ask()
-
-
-def test_an_unknown_backbone_is_an_error_before_anything_is_read(tmp_path):
-    with pytest.raises(ValueError, match="unknown backbone 'vit_tiny_typo'"):
-        own.album((), tmp_path / "nowhere", backbone="vit_tiny_typo", names=["kl"])
 
 
 def test_names_of_neighbours_do_not_touch():
@@ -275,12 +270,15 @@ def test_the_page_knows_the_photographs_before_the_views_of_them_are_drawn():
     (cell,) = [cell.source for cell in notebook.cells if "explore.chooser(" in cell.source]
     page, mine = SimpleNamespace(used=[], parameters={"folder": ""}), explore.Watched()
     space = {"mine": mine, "page": page, "own": SimpleNamespace(album=lambda *_, **__: album)}
-    space |= dict(layer="", objectives=[], n=0, seed=0)
+    space |= dict(layer="", objectives=[], n=0, seed=0, loading=loading)
     exec(cell.partition("explore.chooser(")[0], space)
     album, seen = made(np.eye(3)), []
     mine.observe(lambda _: seen.append((mine.value, page.parameters["folder"], page.used)), "value")
-    space["load"]((), "holiday", "vit")
-    assert seen == [(album, "holiday", [("vit", "own", album, album)])]
+    space["load"]((), "holiday", name := "vit_micro.sup_tin100")
+    assert seen == [(album, "holiday", [(name, "own", album, album)])]
+    with pytest.raises(ValueError, match="unknown backbone 'vit_tiny_typo'"):
+        space["load"]((), "nowhere", "vit_tiny_typo")
+    assert len(seen) == 1  # nothing was read, and the views stay as they are
 
 
 def test_the_menu_offers_what_is_here_and_then_the_rest_with_its_size(monkeypatch, tmp_path):

@@ -70,7 +70,7 @@ def test_folders_without_an_image(tmp_path):
     found = own.read(own.in_folder(tmp_path), {})
     assert len(found) == 0 and list(found.skipped) == ["notes.txt"]
     with pytest.raises(ValueError, match=r"0 readable images; .*\(not readable: notes.txt\)"):
-        own.album(folder=tmp_path, backbone="vit_micro.sup_tin100", names=["kl"])
+        own.album(folder=tmp_path, encoder=None, names=["kl"])
 
 
 @pytest.mark.parametrize("name", ["digits", "pydocs", "esc50_fold1"])

@@ -15,10 +15,11 @@ from threadpoolctl import threadpool_limits
 from companion import paths, protocol
 from companion.data import datasets, folders
 from companion.data.images import Images, balanced
-from companion.encoders import loading, table
+from companion.encoders import table
 from companion.encoders.objectives import named
 from companion.evaluate.knn import vote
 from companion.messages import one_line
+from fungi_core.backbones import Backbone
 from fungi_core.extract import Features, extract
 from fungi_core.features import apply_pca, fit_pca
 from fungi_core.filling import progress
@@ -34,9 +35,8 @@ def album(
     files: Sequence[tuple[str, bytes]] = (),
     folder: str | Path = "",
     *,
-    backbone: str,
+    encoder: Backbone,
     names: Sequence,
-    layer: str = "",
     n: int = 0,
     seed: int = 0,
 ) -> Features:
@@ -47,7 +47,6 @@ def album(
     Negatives come from the same photographs. Raises ValueError for fewer than three readable
     images.
     """
-    encoder = loading.load(backbone, layer=layer or None)  # an unknown one is an error at once
     if files or folder:
         found, skipped = unpacked(files) if files else (in_folder(folder), {})
         found, note = drawn(found, n, seed)
