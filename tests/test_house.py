@@ -6,6 +6,7 @@ which one fault is planted.
 """
 
 import ast
+import importlib
 import io
 import json
 import re
@@ -383,6 +384,14 @@ def test_importing_the_core_loads_no_heavy_library():
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == []
+
+
+def test_the_core_lists_its_names_and_knows_no_other():
+    core = importlib.import_module("fungi_core")
+    assert set(dir(core)) == {"DINO", "KL", "Fungi", "SimCLR", "load"}
+    assert all(callable(getattr(core, name)) for name in dir(core))
+    with pytest.raises(AttributeError, match="module 'fungi_core' has no attribute 'Fungy'"):
+        print(core.Fungy)
 
 
 def test_a_plan_of_mini_loads_no_model_library():
