@@ -44,6 +44,7 @@ from PIL import Image
 
 from companion import paths, provenance, throughput
 from companion.data import datasets
+from companion.figures import style
 from fungi_core import kernels, load, tokens
 from fungi_core.inputs import one_line
 from fungi_core.projection import sign_bits
@@ -314,7 +315,7 @@ def main() -> None:
         record |= {"date": time.strftime("%Y-%m-%d", time.gmtime(started))}
         record |= {"card": None if args.dry else card(plan.device), "cases": cases}
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(record, indent=1) + "\n")
+        style.write(out, (json.dumps(record, indent=1) + "\n").encode())
 
     cases = measure(plan, keep)
     sys.exit(any(case["status"].startswith("failed") for case in cases))

@@ -63,10 +63,10 @@ def gain(
         weights = [1 / seeds + (drawn.count(s) / seeds - 1 / seeds) * stretch for s in range(seeds)]
         total = 0.0
         for name, rows in groups.items():
-            n = len(rows)
+            n, wide = len(rows), few(len(rows))
             sums = map(sum, zip(*rng.choices(rows, k=n), strict=True))  # over the images, each seed
             for w, own, x in zip(weights, means[name], sums, strict=True):
-                total += w * (own + (x / n - own) * few(n))
+                total += w * (own + (x / n - own) * wide)
         totals.append(total / len(groups))
     cuts = statistics.quantiles(totals, n=40, method="inclusive")  # 2.5 % and 97.5 % are its ends
     return 100 * mean, 100 * cuts[0], 100 * cuts[-1]

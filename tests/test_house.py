@@ -375,15 +375,19 @@ def test_rule(rule):
     assert rule(ROOT) == []
 
 
+def printed_by(code: str) -> list[str]:
+    """Return the words that a new interpreter prints."""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout.split()
+
+
 def test_importing_the_core_loads_no_heavy_library():
     heavy = {"pandas", "matplotlib", "seaborn", "transformers", "papermill", "IPython", "companion"}
     code = (
         f"import sys; from fungi_core import KL, load; print(*sorted({heavy} & set(sys.modules)))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.split() == []
+    assert printed_by(code) == []
 
 
 def test_the_core_lists_its_names_and_knows_no_other():
@@ -402,10 +406,7 @@ from companion.encoders.table import unavailable
 for slug in run.notebooks():
     assert not any(map(unavailable, run.parameters(slug, "mini").get("backbones", [])))
 print(*sorted({"timm", "torchvision", "transformers", "sklearn"} & set(sys.modules)))"""
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.split() == []
+    assert printed_by(code) == []
 
 
 # --- the rules themselves: a clean project, and one fault planted in it

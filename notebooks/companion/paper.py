@@ -197,9 +197,9 @@ def at_a_glance(profile: str) -> str:
     records = [json.loads(file.read_text(encoding="utf-8")) for file in files]
     given = lambda *names: {x for r in records for n in names for x in r["parameters"].get(n, ())}
     on = {r["device"]["cuda"] or "{cpu}, {cores} cores".format(**r["device"]) for r in records}
-    took = pd.DataFrame(written(profile), columns=["notebook", "minutes"]).groupby("notebook").max()
+    took = pd.DataFrame(records, columns=["notebook", "wall_seconds"]).groupby("notebook").max()
     scope = f"{len(given('backbones'))} networks, {len(given('datasets', 'sets'))} data sets"
-    hours = f"{took['minutes'].sum() / 60:.1f} hours beside the features, extracted before"
+    hours = f"{took['wall_seconds'].sum() / 3600:.1f} hours beside the features, extracted before"
     return f"{len(took)} notebooks; {scope}; on {'; '.join(sorted(on))}; {hours}"
 
 

@@ -19,7 +19,7 @@ from fungi_core.views import ImageInputs
 
 
 def load(name: str, *, layer: str | None = None, device="auto", dtype="auto") -> Backbone:
-    """Return a named backbone, frozen; see the module.
+    """Return a named backbone, frozen; see `table` for the names.
 
     Raises FileNotFoundError or, where the hub has them but does not answer, ConnectionError, each
     in one line, where weights are missing; ValueError for unknown names.
