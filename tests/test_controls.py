@@ -1,11 +1,13 @@
 """What stands in the gradients' place in notebook 23, worked out another way."""
 
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from sklearn.decomposition import PCA
 from sklearn.neighbors import KNeighborsClassifier
 
 from companion import controls, protocol
@@ -58,6 +60,42 @@ def test_stand_ins_are_the_blocks_that_they_say(pairs, encoder):
     assert len({one.tobytes() for one in signs}) == 3 and len(np.unique(signs[0], axis=0)) == 24
     other = controls.stand_ins(pairs[0][1], encoder, 0)["random signs"]["kl"]
     assert not np.array_equal(other, found["random signs"]["kl"][: len(other)])
+
+
+def test_each_objective_stands_against_its_own_views(pairs, encoder):
+    """Two seeds: gradient and views' mean, each joined to the embedding, and the two together."""
+    train, test = pairs[0]
+    found = controls.apart([pairs[0], pairs[0]], encoder, k=3, pca=16, seed=0)
+    assert list(found) == ["D", "S", "D+S"]
+    blocks = {  # of both splits, for each seed
+        seed: [
+            rows.blocks
+            | {
+                f"{one.name}_views": controls.mean_view(rows.data, encoder, one, seed)
+                for one in (DINO(), SimCLR())
+            }
+            for rows in (train, test)
+        ]
+        for seed in (0, 1)
+    }
+    assert not np.array_equal(blocks[0][0]["dino_views"], blocks[1][0]["dino_views"])
+    expected = {
+        ("D", "embedding"): ["embedding"],
+        ("D", "gradient"): ["embedding", "dino"],
+        ("S", "views' mean"): ["embedding", "simclr_views"],
+        ("S", "both"): ["embedding", "simclr", "simclr_views"],
+        ("D+S", "gradient"): ["embedding", "dino", "simclr"],
+        ("D+S", "both"): ["embedding", "dino", "simclr", "dino_views", "simclr_views"],
+    }
+    assert all(len(found[letters][variant]) == 2 for letters, variant in expected)
+    for seed, ((letters, variant), names) in product(blocks, expected.items()):
+        rows, queries = (
+            np.concatenate([normalize(x[name]) for name in names], 1) for x in blocks[seed]
+        )
+        pca = PCA(16, svd_solver="full").fit(rows)
+        nearest = KNeighborsClassifier(3).fit(pca.transform(rows), train.labels)
+        right = nearest.predict(pca.transform(queries)) == test.labels
+        assert np.array_equal(found[letters][variant][seed], right)
 
 
 def test_shuffled_images_have_their_pixels_in_orders_of_their_own():

@@ -538,7 +538,6 @@ TOGETHER = {
     "gradients": [figures.COLOURS[k] for k in "EKDSCI"],
     "verdicts": list(figures.VERDICTS.values()),
     "steps": [figures.COLOURS[k] for k in ("E", "E+K", "E+K+D", "E+K+D+S")],
-    "projections": ["#333333", "#0072B2", "#D55E00", "#009E73"],
     "layers": ["#0072B2", "#D55E00", "#009E73", "#CC79A7"],
 }
 

@@ -482,8 +482,8 @@ def test_projections_of_factors_approach_the_exact_similarity():
     for kind in studies.PROJECTIONS:
         small, large = table.loc[(kind, "d")], table.loc[(kind, "16 d")]
         assert large["distortion"] < 0.5 * small["distortion"] and small["seconds"] > 0
-        assert small["low"] <= small["value"] <= small["high"]
         assert small["gain"] == pytest.approx(small["value"] - exact["value"])
+        assert small["gain_low"] <= small["gain"] <= small["gain_high"]
     assert table.loc[("dense ±1", "16 d"), "distortion"] < 8  # 1 / sqrt(2 * 192) and a little
 
 

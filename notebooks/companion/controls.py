@@ -1,4 +1,4 @@
-"""The controls of notebook 23: what else could stand where FUNGI's gradients stand.
+"""The controls of notebooks 23 and 24: what else could stand where FUNGI's gradients stand.
 
 Each control says which test images are right, (N,) bool, from the same images and seed.
 """
@@ -25,6 +25,7 @@ from fungi_core.seeds import generator
 GRADIENTS = ("kl", "dino", "simclr")
 ALL = "E+K+D+S"
 MULTIPLES = {"d": 1, "2 d": 2, "4 d": 4}  # sizes that gradients are projected to
+APART = {"D": ["dino"], "S": ["simclr"], "D+S": ["dino", "simclr"]}  # KL's one view is the image
 
 Hits = dict[str, np.ndarray]  # {control: (N,) bool}
 
@@ -65,10 +66,7 @@ def stand_ins(rows: Features, backbone: Backbone, seed: int) -> dict[str, dict[s
     whole = rows.blocks["embedding"]
     embedding = {"embedding": whole}
     gradients = {name: rows.blocks[name] for name in GRADIENTS}
-    means = {
-        f"{objective.name}_views": mean_view(rows.data, backbone, objective, seed)
-        for objective in (DINO(), SimCLR())
-    }
+    means = mean_views(rows.data, backbone, seed)
     sign = lambda name: generator("signs", seed, name, rows.data.split).choice([-1, 1], whole.shape)
     signs = {name: sign(name).astype(np.float32) for name in GRADIENTS}
     return {
@@ -78,6 +76,33 @@ def stand_ins(rows: Features, backbone: Backbone, seed: int) -> dict[str, dict[s
         "FUNGI and views' means": embedding | gradients | means,
         "random signs": embedding | signs,
     }
+
+
+def apart(
+    pairs: Sequence[Pair], backbone: Backbone, *, k: int, pca: int, seed: int
+) -> dict[str, dict[str, list[np.ndarray]]]:
+    """Return hits of the gradients of DINO, SimCLR and both, and of the means of the same views.
+
+    {letters: {variant: one (N,) bool a seed}}, each variant joined to the embedding: nothing, the
+    gradients, the means, and both of these. ``pairs``: (train, test) of each seed, from ``seed``.
+    """
+    found = {letters: {} for letters in APART}
+    for i, (train, test) in enumerate(pairs):
+        a, b = (rows.blocks | mean_views(rows.data, backbone, seed + i) for rows in (train, test))
+        for letters, names in APART.items():
+            means = [f"{name}_views" for name in names]
+            added = {"embedding": [], "gradient": names, "views' mean": means}
+            for variant, more in (added | {"both": names + means}).items():
+                rows, queries = reduced(a, b, ["embedding", *more], pca)
+                right = knn_predict(rows, train.labels, queries, k=k) == test.labels
+                found[letters].setdefault(variant, []).append(right)
+    return found
+
+
+def mean_views(data: Images, backbone: Backbone, seed: int) -> dict[str, np.ndarray]:
+    """Return the `mean_view` of DINO and SimCLR as blocks, "dino_views" and "simclr_views"."""
+    both = (DINO(), SimCLR())
+    return {f"{one.name}_views": mean_view(data, backbone, one, seed) for one in both}
 
 
 @default_modes()

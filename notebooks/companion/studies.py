@@ -224,10 +224,10 @@ def projections(
     """Compare projections of the same gradients, given as factors (``projection="exact"``).
 
     Columns: kind; size ("d", "4 d": output size over the embedding's width); value (accuracy, mean
-    of the draws) with low and high (their range; for "exact" the interval over test images); gain
-    over the exact similarity with its paired interval; joined (accuracy with the embedding);
-    distortion (root mean square error of the distance of two test images, percent); seconds (for
-    1,000 images, from factors to features; for "exact" to all similarities).
+    of the draws); gain over the exact similarity, paired, its interval over test images and draws;
+    joined (accuracy with the embedding); distortion (root mean square error of the distance of two
+    test images, percent); seconds (for 1,000 images, from factors to features; for "exact" to all
+    similarities).
     """
     name, (_, labels) = protocol.names_of(letter)[0], protocol.metric(test)
     factors = train.blocks[name], test.blocks[name]
@@ -235,23 +235,20 @@ def projections(
     for letters in (letter, f"E+{letter}"):
         alike = protocol.similarity(test, train, letters)
         exact[letters] = knn_by_similarity(alike, train.labels, k) == test.labels
-    draw = lambda *keys: generator("bootstrap", seed, "projection", *keys)
-    own = bootstrap(exact[letter], generator=draw("exact"), labels=labels)
-    alone, start = knn.accuracy(exact[f"E+{letter}"], labels), time.perf_counter()
+    own, joined = (knn.accuracy(right, labels) for right in exact.values())
+    start = time.perf_counter()
     projection.exact_cosine(*factors[::-1])
     seconds = 1000 * (time.perf_counter() - start) / sum(map(len, factors))
-    rows = [("exact", "", *own, 0.0, 0.0, 0.0, alone, 0.0, seconds)]
+    rows = [("exact", "", own, 0.0, 0.0, 0.0, joined, 0.0, seconds)]
     for kind, multiple in each(product(PROJECTIONS, multiples), f"{test.data.name} projections"):
         made = [projected(train, test, letter, kind, multiple, i, k) for i in range(draws)]
         hits, joined, errors, seconds = zip(*made, strict=True)
-        found = knn.accuracy(hits, labels)  # (draws,)
-        drawn = draw(kind, multiple)
-        gain = bootstrap(np.mean(hits, 0), exact[letter], generator=drawn, labels=labels)
-        value = found.mean(), found.min(), found.max()
-        rest = knn.accuracy(joined, labels).mean(), 100 * np.mean(errors), np.median(seconds)
+        drawn = generator("bootstrap", seed, "projection", kind, multiple)
+        gain = bootstrap(hits, [exact[letter]] * draws, generator=drawn, labels=labels)
+        value, joined = (knn.accuracy(right, labels).mean() for right in (hits, joined))
         size = "d" if multiple == 1 else f"{multiple} d"
-        rows.append((kind, size, *value, *gain, *rest))
-    columns = ["kind", "size", *QUANTITIES[:6], "joined", "distortion", "seconds"]
+        rows.append((kind, size, value, *gain, joined, 100 * np.mean(errors), np.median(seconds)))
+    columns = ["kind", "size", "value", *protocol.GAIN, "joined", "distortion", "seconds"]
     return pd.DataFrame(rows, columns=columns)
 
 

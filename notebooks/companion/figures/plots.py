@@ -202,37 +202,6 @@ def trade_off(df: pd.DataFrame) -> Figure:
     return fig
 
 
-def projections(df: pd.DataFrame) -> Figure:
-    """Draw ways to project the same gradients: accuracy, distortion of distances (percent), seconds
-    for 1,000 images, a row of panels for each data set and backbone.
-
-    `df` has kind ("exact" first), size, value with low and high, distortion, seconds. The accuracy
-    of the exact similarity is the dashed line.
-    """
-    df = df.assign(name=df["kind"] + (", " + df["size"]).where(df["size"] != "", ""))
-    names = list(df["name"].unique())
-    inks = dict(zip(df["kind"].unique(), (INK, "#0072B2", "#D55E00", "#009E73"), strict=False))
-    fig, parts = facets(df, CONDITION, 0.65 + 0.19 * len(names), each=3, sharey=True)
-    for axes, here in parts:
-        accuracy, distortion, seconds = axes
-        exact = here.loc[here["kind"] == "exact", "value"].iloc[0]
-        accuracy.axvline(exact, color=INK, linewidth=0.8, linestyle=DASHED, zorder=0)
-        for r in here.itertuples():
-            y, ink = names.index(r.name), inks[r.kind]
-            mark(accuracy, r.value, y, ink, x_interval=(r.low, r.high))
-            distortion.barh(y, r.distortion, height=0.55, color=ink)
-            note(distortion, f"{r.distortion:.1f}", r.distortion, y)
-            mark(seconds, r.seconds, y, ink)
-            note(seconds, f"{r.seconds:.2g}", r.seconds, y)
-        plain_log(seconds.xaxis, each_decade=(1,))
-        labels = ("accuracy (%)", "error of distances (%)", "seconds for 1,000 images")
-        for ax, label in zip(axes, labels, strict=True):
-            panels.list_axis(ax, names)
-            ax.margins(x=0.25)
-            ax.set(xlabel=label)
-    return fig
-
-
 def by_classes(df: pd.DataFrame) -> Figure:
     """Draw the mIoU gained over the embedding against the number of classes in a scene, a panel for
     each data set and backbone.
