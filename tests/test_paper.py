@@ -16,6 +16,7 @@ import yaml
 from test_run import written_files
 
 from companion import paper, paths, protocol, run
+from companion.figures import style
 from companion.paths import PAPER, ROOT
 
 # Numbers in the body of each printed table, counted on the page: rows x columns, "-" and "N/A" left
@@ -68,6 +69,7 @@ DELTA_SLIPS = {(11, "E+S", "ESC 50", "full"): (45.2, 42.8, 2.5)}
 # One backbone, one feature set, one protocol, two accuracies: feature set -> (Table 2, Table 22).
 TABLE_22_SLIPS = {"Embeddings": (65.3, 67.3), "E+K": (66.3, 68.2)}
 MEAN_SLIPS: dict[tuple, tuple] = {}  # Table 1 has none
+DENSE = "kind == 'dense ±1' and size == 'd'"
 NOTEBOOKS = {
     "00_start_here",
     "01_method",
@@ -565,3 +567,24 @@ def test_the_answers_of_the_controls_are_the_committed_numbers():
     board = paper.scoreboard("lite").query("notebook == '23_controls'")
     for row in board.itertuples():
         assert paper.ours(row.value, row.low, row.high) in notebook, row.id
+
+
+@pytest.mark.parametrize(
+    ("slug", "table", "query", "columns"),
+    [
+        ("21_projections", "projections_table", DENSE, ["against exact", "low", "high"]),
+        ("24_views", "views_differences", "question != ''", ["difference", "low", "high"]),
+    ],
+)
+def test_a_text_on_lite_quotes_the_committed_table(slug, table, query, columns):
+    notebook = (paths.ROOT / "notebooks" / f"{slug}.ipynb").read_text(encoding="utf-8")
+    rows = pd.read_csv(paths.ROOT / "figures" / "lite" / f"{table}.csv").query(query)
+    assert len(rows) >= 6
+    for row in rows[columns].to_numpy():
+        assert paper.ours(*row) in notebook
+
+
+def test_nothing_is_minus_zero():
+    assert [paper.signed(x) for x in (-0.04, 0.0, -0.06)] == ["+0.0", "+0.0", "−0.1"]
+    shown = style.show_table(pd.DataFrame({"a": [-0.04, -1e-16, -0.06], "b": [0, 1, 2]})).to_html()
+    assert re.findall(r">(-?[\d.]+)</td>", shown) == ["0.0", "0", "0.0", "1", "-0.1", "2"]

@@ -156,7 +156,7 @@ def _data_sets() -> frozenset[str]:
 
 def signed(x: float, decimals: int = 1) -> str:
     """Return a number with its sign, as text; a dash where there is none."""
-    return "–" if pd.isna(x) else f"{x:+.{decimals}f}".replace("-", "−")
+    return "–" if pd.isna(x) else f"{x:+z.{decimals}f}".replace("-", "−")
 
 
 def bounds(low: float, high: float, decimals: int = 1) -> str:

@@ -124,7 +124,8 @@ def show_table(table: pd.DataFrame, decimals: int = 1, html: Sequence[str] = ())
     # An id made from the contents: the same table has the same HTML, two tables have two ids.
     name = hashlib.sha256(table.to_csv().encode()).hexdigest()[:8]
     styled = Table(table, uuid=name, cell_ids=False).hide(axis="index")
-    styled = styled.format(precision=decimals, na_rep="–", escape="html")
+    floats = dict.fromkeys(table.select_dtypes("float"), f"{{:z.{decimals}f}}".format)  # no -0.0
+    styled = styled.format(floats, precision=decimals, na_rep="–", escape="html")
     styled = styled.format(str, subset=list(html))
     # Names of data sets and backbones stay whole.
     end = re.compile(r"_(?=(low|high|spread|ratio)$)")
