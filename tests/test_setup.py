@@ -15,6 +15,7 @@ from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import yaml
 from jupyter_server.serverapp import ServerApp
@@ -481,3 +482,17 @@ def test_the_budgets_of_the_benchmark_are_those_of_the_page():
         measured = {row[0]: float(row[column]) for row in rows if row[column] != "–"}
         assert measured == {x: round(statistics.median(runs[x]), 1) for x in runs}
     assert list(budgets["MEASURES"]) == list(budgets["SECONDS"])
+
+
+def test_the_times_of_lites_jobs_are_those_of_the_page():
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    row = r"^\| `([^`]+)` \| `([^`]+)` \| (\d+) \| (\d+) \| (\d+) \|$"
+    said = {tuple(x[:2]): [int(n) for n in x[2:]] for x in re.findall(row, page, re.MULTILINE)}
+    jobs = pd.read_csv(ROOT / "benchmarks" / "results" / "lite_jobs_cpu_2cores.csv")
+    assert len(said) == len(jobs) / 3 and set(jobs["seed"]) == {0, 1, 2}
+    for key, job in jobs.groupby(["backbone", "dataset"]):
+        seconds = job.set_index("seed")["processor_seconds"]
+        assert said[key] == [
+            job["images"].iloc[0],
+            *seconds.groupby(seconds.index > 0).mean().round(),
+        ]
