@@ -94,6 +94,7 @@ NOTEBOOKS = {
     "20_your_own_data",
     "22_clustering",
     "23_controls",
+    "25_sizes",
 }
 
 
